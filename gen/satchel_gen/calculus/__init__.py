@@ -1,0 +1,1 @@
+"""Differentiation, delta contraction and structure of formulas in index notation. Pure functions."""

@@ -1,0 +1,167 @@
+"""Derivatives of statements in index notation, statement by statement, so that named intermediates survive.
+
+A *statement* defines one tensor: `target[...] = value`. The Jacobian of a statement with respect to a tensor that it reads
+is a list of terms with unsolved deltas, which are its structure. Reverse accumulation chains them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+from sympy import Expr, Indexed, IndexedBase
+
+from ..notation import Fresh, Index, IndexSum, LogSumExp, reads
+from .terms import CalculusError, Term, contract, terms
+
+
+@dataclass(frozen=True)
+class Statement:
+    """`target[indices] = value`; every free index of the value is an index of the target."""
+
+    target: Indexed
+    value: Expr
+
+    @property
+    def name(self) -> str:
+        return str(self.target.base)
+
+    @property
+    def axes(self) -> tuple[Index, ...]:
+        return tuple(self.target.indices)
+
+    def reads(self, name: str) -> list[Indexed]:
+        return [read for read in reads(self.value) if str(read.base) == name]
+
+    def __str__(self) -> str:
+        from ..emit.formula import render
+
+        return f"{render(self.target)} = {render(self.value)}"
+
+
+def jacobian(statement: Statement, name: str, at: Sequence[Index], wrt: Sequence[Index], fresh: Fresh) -> list[Term]:
+    """∂ target[at] / ∂ name[wrt], by this statement's direct reads of `name`.
+
+    `at` and `wrt` are the caller's indices; all others are fresh. The batch index is an index like any other here.
+    """
+    renamed = dict(zip(statement.axes, at, strict=True))
+    if isinstance(statement.value, LogSumExp):
+        body, over = statement.value.body, statement.value.over
+        inner = {i: fresh(i) for i in over}
+        value = statement.target.xreplace(renamed)
+        body = body.xreplace({**renamed, **inner})
+        weight = sympy.exp(body - value)
+        summands = [Term(body, frozenset(inner.values()))]
+    else:
+        weight = sympy.Integer(1)
+        summands = [t.freshened(fresh).rename(renamed) for t in terms(statement.value)]
+    derivative: list[Term] = []
+    for summand in summands:
+        for read in [r for r in reads(summand.factor) if str(r.base) == name]:
+            slot = sympy.Dummy()
+            partial = summand.factor.xreplace({read: slot}).diff(slot).xreplace({slot: read})
+            if partial == 0:
+                continue
+            if any(not isinstance(i, Index) for i in read.indices):
+                raise CalculusError(f"the access {read} is not a plain index")
+            deltas = summand.deltas + tuple(zip(read.indices, wrt, strict=True))
+            derivative.append(contract(Term(weight * partial, summand.sums, deltas)))
+    return [term for term in derivative if not term.is_zero]
+
+
+def vjp(
+    statements: Sequence[Statement], wrt: Indexed, cotangent: Expr, fresh: Fresh | None = None
+) -> list[tuple[Indexed, list[Term]]]:
+    """Reverse accumulation: Σ_out cotangent[out] ∂out/∂wrt as statements, the last one for `wrt`.
+
+    `cotangent` is an expression in the indices of the last statement's target; further free indices of it (a column index)
+    become leading axes of every adjoint. An adjoint of an intermediate `t` is named `bar_t`.
+    """
+    fresh = fresh or Fresh()
+    last = statements[-1]
+    extra = tuple(sorted(cotangent.atoms(Index) - set(last.axes), key=str))
+    adjoints: dict[str, tuple[tuple[Index, ...], list[Term]]] = {last.name: (last.axes, [Term(cotangent)])}
+    derived: list[tuple[Indexed, list[Term]]] = []
+    for statement in reversed(statements):
+        if statement.name not in adjoints:
+            continue
+        axes, parts = adjoints.pop(statement.name)
+        if statement is last:
+            bar = cotangent
+        else:
+            head = IndexedBase(f"bar_{statement.name}")[(*extra, *axes)]
+            derived.append((head, parts))
+            bar = head
+        for read_name in dict.fromkeys(str(read.base) for read in reads(statement.value)):
+            target_axes = _axes_of(read_name, statements, wrt)
+            if target_axes is None:
+                continue
+            at = fresh.all(statement.axes)
+            onto = tuple(target_axes)
+            cot = bar.xreplace(dict(zip(axes, at, strict=True)))
+            pulled = [
+                contract(Term(cot) * term.summed(at)) for term in jacobian(statement, read_name, at, onto, fresh)
+            ]
+            if pulled:
+                known = adjoints.setdefault(read_name, (onto, []))
+                known[1].extend(pulled)
+    name = str(wrt.base)
+    derived.append((IndexedBase(f"bar_{name}")[(*extra, *wrt.indices)], adjoints.get(name, (wrt.indices, []))[1]))
+    return derived
+
+
+def _axes_of(name: str, statements: Sequence[Statement], wrt: Indexed) -> tuple[Index, ...] | None:
+    if name == str(wrt.base):
+        return tuple(wrt.indices)
+    for statement in statements:
+        if statement.name == name:
+            return statement.axes
+    return None
+
+
+def differentiate(term: Term, name: str, wrt: Sequence[Index], fresh: Fresh) -> list[Term]:
+    """∂ term / ∂ name[wrt] by the direct reads of `name` in a term."""
+    if term.square is not None:
+        raise CalculusError("cannot differentiate a squared sum")
+    term = term.freshened(fresh)
+    derivative = []
+    for read in [r for r in reads(term.factor) if str(r.base) == name]:
+        slot = sympy.Dummy()
+        partial = term.factor.xreplace({read: slot}).diff(slot).xreplace({slot: read})
+        deltas = term.deltas + tuple(zip(read.indices, wrt, strict=True))
+        derivative.append(contract(Term(partial, term.sums, deltas)))
+    return [d for d in derivative if not d.is_zero]
+
+
+def total_derivative(
+    term: Term, name: str, wrt: Sequence[Index], statements: Sequence[Statement], fresh: Fresh
+) -> list[Term]:
+    """∂ term / ∂ name[wrt], through the named intermediates that the term reads as well."""
+    derivative = differentiate(term, name, wrt, fresh)
+    for statement in statements:
+        if not any(str(r.base) == statement.name for r in reads(term.factor)):
+            continue
+        through = fresh.all(statement.axes)
+        inner = total_jacobian(statement, name, through, wrt, statements, fresh)
+        for outer in differentiate(term, statement.name, through, fresh):
+            derivative += [contract((outer * part.freshened(fresh)).summed(through)) for part in inner]
+    return [d for d in derivative if not d.is_zero]
+
+
+def total_jacobian(
+    statement: Statement, name: str, at: Sequence[Index], wrt: Sequence[Index], statements: Sequence[Statement], fresh: Fresh
+) -> list[Term]:
+    """d target[at] / d name[wrt] through the named intermediates of the statement."""
+    derivative = jacobian(statement, name, at, wrt, fresh)
+    for inner in statements:
+        if inner is statement or not statement.reads(inner.name):
+            continue
+        through = fresh.all(inner.axes)
+        outer = jacobian(statement, inner.name, at, through, fresh)
+        for part in total_jacobian(inner, name, through, wrt, statements, fresh):
+            derivative += [contract((o * part.freshened(fresh)).summed(through)) for o in outer]
+    return [d for d in derivative if not d.is_zero]
+
+
+__all__ = ["IndexSum", "Statement", "differentiate", "jacobian", "total_derivative", "total_jacobian", "vjp"]

@@ -1,0 +1,83 @@
+"""Brute-force evaluation of terms in NumPy: the definition of what a formula means, used to check what is derived."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import sympy
+from numpy.typing import NDArray
+
+from ..notation import Equal, Extent, Index, LogSumExp, reads
+from .derive import Statement
+from .terms import Term, terms
+
+Array = NDArray[np.float64]
+Axes = tuple[Index, ...]
+
+_FUNCTIONS = {
+    "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
+    "softplus": lambda z: np.logaddexp(0, z),
+    "erf": np.vectorize(math.erf),
+}
+
+
+def evaluate(
+    parts: Sequence[Term], axes: Axes, tensors: Mapping[str, Array], extents: Mapping[str, int]
+) -> Array:
+    """Σ of terms over a grid of all their indices."""
+    total = np.zeros([_extent(i, extents) for i in axes])
+    for term in parts:
+        total = total + _evaluate(term, axes, tensors, extents)
+    return total
+
+
+def evaluate_statements(
+    statements: Sequence[Statement], tensors: Mapping[str, Array], extents: Mapping[str, int]
+) -> dict[str, Array]:
+    """Every statement's target, in order."""
+    known = dict(tensors)
+    for statement in statements:
+        if isinstance(statement.value, LogSumExp):
+            body = evaluate([Term(statement.value.body)], (*statement.axes, *statement.value.over), known, extents)
+            known[statement.name] = np.logaddexp.reduce(body, axis=-1)
+        else:
+            known[statement.name] = evaluate(terms(statement.value), statement.axes, known, extents)
+    return {s.name: known[s.name] for s in statements}
+
+
+def _extent(index: Index, extents: Mapping[str, int]) -> int:
+    name = index.name.split("#")[0]
+    return extents[name] if name in extents else extents[name.rstrip("0123456789")]
+
+
+def _evaluate(term: Term, axes: Axes, tensors: Mapping[str, Array], extents: Mapping[str, int]) -> Array:
+    sums = tuple(sorted(term.sums, key=str))
+    grid_axes = (*axes, *sums)
+    shape = [_extent(i, extents) for i in grid_axes]
+    grid = dict(zip(grid_axes, np.indices(shape, sparse=True), strict=True))
+    value = np.broadcast_to(_pointwise(term.factor, grid, tensors, extents), shape).astype(float)
+    for a, b in term.deltas:
+        value = value * (grid[a] == grid[b])
+    if term.square is not None:
+        value = value * _evaluate(term.square, grid_axes, tensors, extents) ** 2
+    return value.sum(tuple(range(len(axes), len(grid_axes)))) if sums else value
+
+
+def _pointwise(
+    expr: sympy.Expr, grid: Mapping[Index, Array], tensors: Mapping[str, Array], extents: Mapping[str, int]
+) -> Array:
+    accessed = reads(expr)
+    slots = {read: sympy.Symbol(f"read{k}", real=True) for k, read in enumerate(accessed)}
+    values = {slots[r]: tensors[str(r.base)][tuple(grid[i] for i in r.indices)] for r in accessed}
+    expr = expr.xreplace({e: sympy.Integer(_extent(e.args[0], extents)) for e in expr.atoms(Extent)})
+    masks = {}
+    for k, equal in enumerate(sorted(expr.atoms(Equal), key=str)):
+        left, right = (grid[a] if isinstance(a, Index) else values[slots[a]] for a in equal.args)
+        masks[sympy.Symbol(f"mask{k}")] = (left == right).astype(float)
+        expr = expr.xreplace({equal: sympy.Symbol(f"mask{k}")})
+    expr = expr.xreplace(slots)
+    names = [*values, *masks]
+    function = sympy.lambdify(names, expr, modules=[_FUNCTIONS, "numpy"])
+    return np.asarray(function(*values.values(), *masks.values()))

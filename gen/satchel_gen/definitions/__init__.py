@@ -1,0 +1,71 @@
+"""WHAT satchel computes: one file per layer, loss and feature. Files are found, not listed."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from types import ModuleType
+
+from ..notation import Equal, LogSumExp, Sum, extent, indices, sigmoid, softplus, tensors
+from .model import (
+    Categorical,
+    DefinitionError,
+    Example,
+    Feature,
+    Layer,
+    Loss,
+    Normal,
+    Quantity,
+    Refused,
+    Statement,
+    activation,
+    z,
+)
+
+
+@dataclass(frozen=True)
+class Definitions:
+    """All that is defined, sorted by name."""
+
+    layers: tuple[Layer, ...]
+    losses: tuple[Loss, ...]
+    features: tuple[Feature, ...]
+
+    def only(self, names: set[str]) -> Definitions:
+        """The layers and losses of these names (all where empty), with every feature."""
+        known = {d.name for d in (*self.layers, *self.losses)}
+        if names - known:
+            raise DefinitionError(f"unknown: {', '.join(sorted(names - known))}; defined are {', '.join(sorted(known))}")
+        if not names:
+            return self
+        return Definitions(
+            tuple(d for d in self.layers if d.name in names), tuple(d for d in self.losses if d.name in names), self.features
+        )
+
+
+def load() -> Definitions:
+    """Import every file under layers/, losses/ and features/ and collect what it defines."""
+    found: dict[type, dict[str, Layer | Loss | Feature]] = {Layer: {}, Loss: {}, Feature: {}}
+    for folder in ("layers", "losses", "features"):
+        for module in _modules(folder):
+            for value in vars(module).values():
+                if isinstance(value, Layer | Loss | Feature) and str(value.source.file) == module.__file__:
+                    known = found[type(value)].setdefault(value.name, value)
+                    if known is not value:
+                        raise DefinitionError(f"{value.source}: {value.name} is already defined at {known.source}")
+    layers, losses, features = (tuple(found[kind][name] for name in sorted(found[kind])) for kind in (Layer, Loss, Feature))
+    return Definitions(layers, losses, features)  # type: ignore[arg-type]
+
+
+def _modules(folder: str) -> list[ModuleType]:
+    package = importlib.import_module(f".{folder}", __package__)
+    return [
+        importlib.import_module(f"{package.__name__}.{info.name}") for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda i: i.name)
+    ]
+
+
+__all__ = [
+    "Categorical", "DefinitionError", "Definitions", "Equal", "Example", "Feature", "Layer", "LogSumExp", "Loss", "Normal",
+    "Quantity", "Refused", "Statement", "Sum", "activation", "extent", "indices", "load", "sigmoid", "softplus", "tensors", "z",
+]  # fmt: skip

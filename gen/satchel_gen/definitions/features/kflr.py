@@ -1,0 +1,15 @@
+"""Kronecker-factored curvature with the exact factor of the loss's Hessian."""
+
+from satchel_gen.definitions import Feature
+from satchel_gen.definitions.features.kfac import FACTORS, INPUTS, OUTPUTS
+
+KFLR = Feature(
+    name="KFLR",
+    field="kflr",
+    needs={"exact": OUTPUTS, "input": INPUTS},
+    value=FACTORS,
+    formula="G ≈ B ⊗ A, A = 1/N Σ_n a_n a_nᵀ, B = Σ_{v,n} s sᵀ with the exact factor, S Sᵀ = ∇²ℓ",
+    shape="[B, A]; [B] for a bias",
+    reference="Botev et al., 2017; Dangel et al., BackPACK, ICLR 2020, Table 5 (KFLR); Eschenhagen et al., 2023",
+    options=("approximation",),
+)

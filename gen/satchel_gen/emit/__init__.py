@@ -1,0 +1,1 @@
+"""Formulas and programs become text: mathematics, ATen and Triton source, files."""

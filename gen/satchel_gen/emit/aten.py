@@ -1,0 +1,296 @@
+"""Trees of tensor operations as PyTorch source: a product of two is a matmul wherever its indices allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from string import ascii_lowercase
+
+import sympy
+from sympy import Expr, Indexed
+from sympy.printing.str import StrPrinter
+
+from ..calculus.terms import CalculusError
+from ..lowering.plan import Axes, Contract, Leaf, Map, Node, Permute, Reduce, Scaled, extent_symbol
+from ..notation import Equal, Extent, Index
+
+_FUNCTIONS = {
+    "exp": "torch.exp", "log": "torch.log", "tanh": "torch.tanh", "sigmoid": "torch.sigmoid", "erf": "torch.erf",
+    "softplus": "F.softplus", "Abs": "torch.abs", "sign": "torch.sign", "sin": "torch.sin", "cos": "torch.cos",
+}  # fmt: skip
+
+
+class AtenPrinter(StrPrinter):
+    """Elementwise SymPy expressions as torch source; a function it does not know is refused by name."""
+
+    def __init__(self, names: Mapping[Expr, str], like: str = "") -> None:
+        super().__init__({"order": "none"})
+        self.names, self.like = names, like
+
+    def emptyPrinter(self, expr: Expr) -> str:
+        raise CalculusError(f"the ATen printer does not know {type(expr).__name__}: {expr}")
+
+    def _print(self, expr: Expr, **kwargs: object) -> str:
+        return self.names[expr] if expr in self.names else super()._print(expr, **kwargs)
+
+    def _print_Function(self, expr: Expr) -> str:
+        name = expr.func.__name__
+        if name not in _FUNCTIONS:
+            raise CalculusError(f"the ATen printer does not know the function {name!r} in {expr}")
+        return f"{_FUNCTIONS[name]}({self._print(expr.args[0])})"
+
+    _print_exp = _print_log = _print_tanh = _print_sigmoid = _print_Abs = _print_sign = _print_erf = _print_Function
+    _print_softplus = _print_sin = _print_cos = _print_Function
+
+    def _print_Extent(self, expr: Extent) -> str:
+        return str(extent_symbol(expr.args[0]))
+
+    def _print_Rational(self, expr: sympy.Rational) -> str:
+        return f"{expr.p} / {expr.q}"
+
+    def _print_Float(self, expr: sympy.Float) -> str:
+        return repr(float(expr))
+
+    def _print_NumberSymbol(self, expr: Expr) -> str:
+        return repr(float(expr))
+
+    _print_Pi = _print_Exp1 = _print_NumberSymbol
+
+    def _print_Pow(self, expr: Expr) -> str:
+        base, exponent = expr.args
+        text = self._print(base)
+        if base.is_number and exponent == sympy.Rational(1, 2):
+            return f"math.sqrt({text})"
+        if exponent == 2 and not isinstance(base, Extent):
+            return f"{text}.square()" if _is_postfix(text) else f"torch.square({text})"
+        if exponent == sympy.Rational(1, 2):
+            return f"torch.sqrt({text})"
+        if exponent == -1:
+            return f"1 / {self.parenthesize(base, 60)}"
+        if exponent.is_Integer and exponent > 0:
+            return f"{self.parenthesize(base, 70)} ** {exponent}"
+        return f"torch.pow({text}, {self._print(exponent)})"
+
+    def _print_Piecewise(self, expr: sympy.Piecewise) -> str:
+        *cases, (otherwise, always) = expr.args
+        if always != sympy.true:
+            raise CalculusError(f"a Piecewise must end with a default: {expr}")
+        if len(cases) == 1 and cases[0][0] == 1 and otherwise == 0:
+            return f"({self._print(cases[0][1])}).to({self.like}.dtype)"
+        text = self._branch(otherwise)
+        for value, condition in reversed(cases):
+            text = f"torch.where({self._print(condition)}, {self._branch(value)}, {text})"
+        return text
+
+    def _branch(self, value: Expr) -> str:
+        """A number takes the tensors' dtype: torch.where of two Python numbers would be float32."""
+        return f"{self.like}.new_tensor({float(value)!r})" if value.is_number else self._print(value)
+
+    def _print_relational(self, expr: Expr) -> str:
+        sign = {"StrictGreaterThan": ">", "GreaterThan": ">=", "StrictLessThan": "<", "LessThan": "<=", "Equality": "=="}
+        return f"{self._print(expr.args[0])} {sign[type(expr).__name__]} {self._print(expr.args[1])}"
+
+    _print_StrictGreaterThan = _print_GreaterThan = _print_StrictLessThan = _print_LessThan = _print_relational
+
+    def _print_And(self, expr: Expr) -> str:
+        return " & ".join(f"({self._print(a)})" for a in expr.args)
+
+    def _print_Or(self, expr: Expr) -> str:
+        return " | ".join(f"({self._print(a)})" for a in expr.args)
+
+
+def _is_postfix(text: str) -> bool:
+    """Whether `.method()` binds to the whole text: a name, or one bracketed group with a prefix name."""
+    depth = 0
+    for character in text:
+        if character in "([":
+            depth += 1
+        elif character in ")]":
+            depth -= 1
+        elif depth == 0 and not (character.isalnum() or character in "_."):
+            return False
+    return True
+
+
+@dataclass
+class Body:
+    """The statements of one emitted function, with its local variables."""
+
+    arguments: dict[str, Axes]
+    lines: list[str] = field(default_factory=list)
+    extents: set[sympy.Symbol] = field(default_factory=set)
+    slices: Mapping[str, str] = field(default_factory=dict)  # index name → slice variable
+    renamed: dict[str, str] = field(default_factory=dict)  # tensor → the expression that stands for it here
+
+    def local(self, name: str, text: str) -> str:
+        """A local variable for `text`; the same text is computed once."""
+        for line in self.lines:
+            left, _, right = line.partition(" = ")
+            if right == text:
+                return left
+        taken = {line.partition(" = ")[0] for line in self.lines} | set(self.arguments)
+        unique = name if name not in taken else next(f"{name}{k}" for k in range(2, 99) if f"{name}{k}" not in taken)
+        self.lines.append(f"{unique} = {text}")
+        return unique
+
+    def __call__(self, node: Node) -> str:
+        match node:
+            case Leaf():
+                return self._leaf(node)
+            case Map():
+                return self._map(node)
+            case Reduce(child=child, over=over):
+                dims = [child.axes.index(i) for i in over]
+                text = self(child)
+                text = text if _is_postfix(text) else f"({text})"
+                return f"{text}.sum({_tuple(dims)})"
+            case Permute(child=child, axes=axes):
+                return f"{self._operand(child)}.permute({', '.join(str(child.axes.index(i)) for i in axes)})"
+            case Scaled(child=child, coefficient=coefficient):
+                return self._scaled(child, coefficient)
+            case Contract():
+                return self._contract(node)
+
+    def scalar(self, expr: Expr) -> str:
+        """An expression of extents and numbers."""
+        expr = expr.xreplace({e: extent_symbol(e.args[0]) for e in expr.atoms(Extent)})
+        self.extents |= {s for s in expr.free_symbols if isinstance(s, sympy.Symbol)}
+        return sympy.sstr(expr, order="none")
+
+    def _scaled(self, child: Node, coefficient: Expr) -> str:
+        numerator, denominator = coefficient.as_numer_denom()
+        text = self(child)
+        if numerator != 1:
+            text = f"{self.scalar(numerator)} * {text}"
+        if denominator == 1:
+            return text
+        divisor = self.scalar(denominator)
+        return f"{text} / {divisor if divisor.isidentifier() else f'({divisor})'}"
+
+    def _leaf(self, node: Leaf) -> str:
+        text = self.renamed.get(node.name, node.name)
+        if any(i.name in self.slices for i in node.stored):
+            places = [self.slices.get(i.name, ":") for i in node.stored]
+            while places[-1] == ":":
+                places.pop()
+            text = f"{text}[{', '.join(places)}]"
+        for i in reversed([i for i in node.stored if i not in node.axes]):
+            text = f"{text}.squeeze({node.stored.index(i)})"
+        return text
+
+    def _operand(self, node: Node) -> str:
+        """A node that a method is called on, or that is used more than once: parenthesised or named."""
+        text = self(node)
+        if isinstance(node, Leaf) or _is_postfix(text):
+            return text
+        return f"({text})"
+
+    def _map(self, node: Map) -> str:
+        names: dict[Expr, str] = {}
+        like = self(node.children[0]) if node.children else ""
+        for read, child in zip(node.reads, node.children, strict=True):
+            names[read] = self._aligned(self._operand(child), child.axes, node.axes)
+            like = self(child) if names[read] == like else like
+        for equal in node.expr.atoms(Equal):
+            names[equal] = self._equal(equal, node.axes, like, names)
+        for e in node.expr.atoms(Extent):
+            names[e] = self.scalar(e)
+        return AtenPrinter(names, like).doprint(node.expr)
+
+    def _equal(self, equal: Equal, axes: Axes, like: str, names: Mapping[Expr, str]) -> str:
+        """δ of two indices is an identity matrix; of an index and integers, a one-hot mask."""
+        index, value = equal.args
+        symbol = self.scalar(Extent(index))
+        if isinstance(value, Index):
+            eye = f"torch.eye({symbol}, dtype={like}.dtype, device={like}.device)"
+            order = (index, value) if axes.index(index) < axes.index(value) else (value, index)
+            return self._aligned(self.local("eye", eye) if axes != order else eye, order, axes)
+        counter = self.local("classes", f"torch.arange({symbol}, device={like}.device)")
+        return f"({names[value]} == {self._aligned(counter, (index,), axes)})"
+
+    def _aligned(self, text: str, own: Axes, axes: Axes) -> str:
+        """A tensor broadcast against `axes`: trailing axes match by themselves, missing ones are inserted."""
+        if own == axes[len(axes) - len(own) :]:
+            return text
+        order = tuple(i for i in axes if i in own)
+        if order != own:
+            text = f"{text}.permute({', '.join(str(own.index(i)) for i in order)})"
+        first = axes.index(order[0]) if order else 0
+        places = [":" if i in own else "None" for i in axes[first:]]
+        return text if "None" not in places else f"{text}[{', '.join(places)}]"
+
+    def _contract(self, node: Contract) -> str:
+        for left, right in ((node.left, node.right), (node.right, node.left)):
+            text = self._matmul(left, right, node.over, node.axes)
+            if text is not None:
+                return text
+        letters = _letters((*node.left.axes, *node.right.axes))
+        spec = ["".join(letters[i] for i in axes) for axes in (node.left.axes, node.right.axes, node.axes)]
+        return f'torch.einsum("{spec[0]},{spec[1]}->{spec[2]}", {self(node.left)}, {self(node.right)})'
+
+    def _matmul(self, left: Node, right: Node, over: Axes, out: Axes) -> str | None:
+        a, b = left.axes, right.axes
+        batch = tuple(i for i in a if i in b and i not in over)
+        rows = tuple(i for i in a if i not in b)
+        columns = tuple(i for i in b if i not in a)
+        if not rows and not columns and batch == out == tuple(i for i in b if i in batch):
+            if a != b:
+                return None
+            product = f"{self._operand(left)} * {self._operand(right)}"
+            return f"({product}).sum({_tuple([a.index(i) for i in over])})"
+        if not batch and len(over) == 1 and len(columns) == 1 and out == (*rows, *columns) and a == (*rows, *over):
+            return f"{self._operand(left)} @ {self._operand(right)}{'' if b == (*over, *columns) else '.T'}"
+        if not batch and len(rows) == len(columns) == 1 and out == (*rows, *columns):
+            if a == (*over, *rows) and b == (*over, *columns):
+                parts = [self._flattened(part, len(over)) for part in (left, right)]
+                return f"{parts[0]}.T @ {parts[1]}"
+        if len(over) == 1 and len(columns) == 1 and rows and b[:-2] == batch and out[-2:] == (rows[-1], columns[0]):
+            lead = a[:-2]
+            if lead == out[:-2] and lead[len(lead) - len(batch) :] == batch:
+                first = self._operand(left) + ("" if a[-2:] == (rows[-1], *over) else ".transpose(-2, -1)")
+                second = self._operand(right) + ("" if b[-2:] == (*over, *columns) else ".transpose(-2, -1)")
+                return f"{first} @ {second}"
+        return None
+
+    def _flattened(self, node: Node, leading: int) -> str:
+        """Leading axes as one; an operation (not an argument) is computed once and named."""
+        text = self(node)
+        if not isinstance(node, Leaf):
+            text = self.local({Reduce: "total", Map: "values"}.get(type(node), "product"), text)
+        return text if leading == 1 else f"{text}.flatten(0, {leading - 1})"
+
+
+def _tuple(dims: Sequence[int]) -> str:
+    return str(dims[0]) if len(dims) == 1 else f"({', '.join(map(str, dims))})"
+
+
+def _letters(axes: Axes) -> dict[Index, str]:
+    """One letter per index: its own where it is free."""
+    letters: dict[Index, str] = {}
+    for i in dict.fromkeys(axes):
+        own = i.name if len(i.name) == 1 and i.name not in letters.values() else ""
+        letters[i] = own or next(c for c in ascii_lowercase if c not in letters.values() and c not in {j.name for j in axes})
+    return letters
+
+
+def unpack_extents(needed: set[sympy.Symbol], arguments: Mapping[str, Axes]) -> list[str]:
+    """`N, R, _ = input.shape` for the extents that are needed, from the first argument that has them."""
+    lines = []
+    missing = set(needed)
+    for name, axes in arguments.items():
+        names = [extent_symbol(i) for i in axes]
+        found = [s for s in names if s in missing]
+        if not found:
+            continue
+        missing -= set(found)
+        if len(names) == 1 or (len(found) == 1 and len(names) > 2):
+            lines.append(f"{found[0]} = {name}.shape[{names.index(found[0])}]")
+        else:
+            places = [str(s) if s in found and names.index(s) == k else "_" for k, s in enumerate(names)]
+            lines.append(f"{', '.join(places)} = {name}.shape")
+    if missing:
+        raise CalculusError(f"no argument of {sorted(arguments)} carries the extents {sorted(map(str, missing))}")
+    return lines
+
+
+__all__ = ["AtenPrinter", "Body", "Indexed", "unpack_extents"]

@@ -1,0 +1,242 @@
+"""From a term to a tree of tensor operations: sums, contractions and elementwise maps, with their FLOPs and bytes.
+
+The order is fixed here, at generation: an index that only one operand reads is summed first (a factor's columns, say), then
+pairs of operands are contracted whose shared index no other operand reads.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import sympy
+from sympy import Expr, Indexed
+
+from ..calculus.terms import CalculusError, Term
+from ..notation import ONE, Equal, Index, index_atoms, reads
+
+Axes = tuple[Index, ...]
+
+
+def extent_symbol(index: Index) -> sympy.Symbol:
+    """The extent of an index; copies of one axis (`o`, `o2`) share it."""
+    return sympy.Symbol(index.name.rstrip("0123456789").upper(), positive=True, integer=True)
+
+
+def size(axes: Iterable[Index]) -> Expr:
+    return sympy.Mul(*(extent_symbol(i) for i in axes))
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor argument; `dropped` are axes of extent 1 that the program squeezes."""
+
+    name: str
+    axes: Axes
+    stored: Axes
+
+
+@dataclass(frozen=True)
+class Map:
+    """An elementwise expression of its children, which stand for the reads of the same position."""
+
+    expr: Expr
+    reads: tuple[Indexed, ...]
+    children: tuple[Node, ...]
+    axes: Axes
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """Σ over axes of one child."""
+
+    child: Node
+    over: Axes
+    axes: Axes
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Σ over shared axes of a product of two operands."""
+
+    left: Node
+    right: Node
+    over: Axes
+    axes: Axes
+
+
+@dataclass(frozen=True)
+class Permute:
+    """The same elements with axes in another order."""
+
+    child: Node
+    axes: Axes
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A scalar coefficient, of extents and numbers, times a child."""
+
+    child: Node
+    coefficient: Expr
+
+    @property
+    def axes(self) -> Axes:
+        return self.child.axes
+
+
+Node = Leaf | Map | Reduce | Contract | Permute | Scaled
+
+
+def children(node: Node) -> tuple[Node, ...]:
+    match node:
+        case Leaf():
+            return ()
+        case Map(children=parts):
+            return parts
+        case Contract(left=left, right=right):
+            return (left, right)
+        case Reduce(child=child) | Scaled(child=child) | Permute(child=child):
+            return (child,)
+
+
+def flops(node: Node) -> Expr:
+    """Floating-point operations: 2 per multiply-add, one per element of a map or sum."""
+    match node:
+        case Contract(left=left, right=right):
+            own = 2 * size(dict.fromkeys((*left.axes, *right.axes)))
+        case Map():
+            own = size(node.axes)
+        case Reduce(child=child):
+            own = size(child.axes)
+        case _:
+            own = sympy.Integer(0)
+    return own + sum((flops(child) for child in children(node)), sympy.Integer(0))
+
+
+def elements_moved(node: Node) -> Expr:
+    """Elements read and written, each operation reading its operands and writing its result."""
+    own = sympy.Integer(0)
+    if not isinstance(node, Leaf | Permute | Scaled):
+        own = size(node.axes) + sum((size(child.axes) for child in children(node)), sympy.Integer(0))
+    return own + sum((elements_moved(child) for child in children(node)), sympy.Integer(0))
+
+
+def calls(node: Node) -> int:
+    own = 0 if isinstance(node, Leaf | Permute | Scaled) else 1
+    return own + sum(calls(child) for child in children(node))
+
+
+def leaves(node: Node) -> list[Leaf]:
+    """Every leaf, each tensor once, in order of appearance."""
+    if isinstance(node, Leaf):
+        return [node]
+    found = {leaf.name: leaf for child in children(node) for leaf in leaves(child)}
+    return list(found.values())
+
+
+def read_order(term: Term) -> list[str]:
+    names = [str(read.base) for read in reads(term.factor)]
+    return list(dict.fromkeys(names + (read_order(term.square) if term.square is not None else [])))
+
+
+def leaf(read: Indexed, dropped: frozenset[str] = frozenset()) -> Leaf:
+    stored = tuple(read.indices)
+    return Leaf(str(read.base), tuple(i for i in stored if i.name not in dropped), stored)
+
+
+def plan(term: Term, axes: Axes, dropped: frozenset[str] = frozenset()) -> Node:
+    """The tree for one term without a squared sum; `dropped` names indices of extent 1 to squeeze away."""
+    if term.square is not None:
+        raise CalculusError("a squared sum is planned by lowering.squares")
+    coefficient, operands = _operands(term, dropped)
+    sums = set(term.sums)
+    if not sums:
+        return _map_all(term, axes, dropped)
+    while True:
+        operands = [_sum_own(operand, operands, sums) for operand in operands]
+        if len(operands) == 1:
+            break
+        left, right = _next_pair(operands, sums)
+        rest = [o for o in operands if o is not left and o is not right]
+        elsewhere = {i for o in rest for i in o.axes}
+        over = tuple(i for i in left.axes if i in right.axes and i in sums and i not in elsewhere)
+        out = axes if not rest else _natural_axes(left, right, over)
+        sums -= set(over)
+        product: Node = _product(left, right, over, out)
+        operands = [*rest, product]
+    (node,) = operands
+    if node.axes != axes:
+        node = Permute(node, axes)
+    return node if coefficient == 1 else Scaled(node, coefficient)
+
+
+def _operands(term: Term, dropped: frozenset[str]) -> tuple[Expr, list[Node]]:
+    """The factor's parts, grouped by the indices they read."""
+    coefficient, groups = ONE, dict[frozenset[Index], list[Expr]]()
+    for part in sympy.Mul.make_args(term.factor):
+        read_by = frozenset(i for i in index_atoms(part) if i.name not in dropped)
+        if not part.atoms(Indexed):
+            coefficient *= part
+        else:
+            groups.setdefault(read_by, []).append(part)
+    operands: list[Node] = []
+    for parts in groups.values():
+        expr = sympy.Mul(*parts)
+        operands.append(leaf(expr, dropped) if isinstance(expr, Indexed) else _map(expr, dropped))
+    return coefficient, operands
+
+
+def _map(expr: Expr, dropped: frozenset[str], axes: Axes | None = None) -> Map:
+    accessed = tuple(reads(expr))
+    parts: list[Node] = [leaf(read, dropped) for read in accessed]
+    order = dict.fromkeys(i for part in sorted(parts, key=lambda p: -len(p.axes)) for i in part.axes)
+    return Map(expr, accessed, tuple(parts), axes if axes is not None else tuple(order))
+
+
+def _map_all(term: Term, axes: Axes, dropped: frozenset[str]) -> Node:
+    """A term without sums. What reads fewer axes is computed on its own: a slope once, not once per column."""
+    deltas = sympy.Mul(*(Equal(a, b) for a, b in term.deltas))
+    coefficient, operands = _operands(term, dropped)
+    if len(operands) == 1 and not term.deltas and operands[0].axes == axes:
+        return operands[0] if coefficient == 1 else Scaled(operands[0], coefficient)
+    slots = tuple(sympy.IndexedBase(f"operand{k}")[part.axes] for k, part in enumerate(operands))
+    return Map(coefficient * sympy.Mul(*slots) * deltas, slots, tuple(operands), axes)
+
+
+def _sum_own(operand: Node, operands: Sequence[Node], sums: set[Index]) -> Node:
+    """Sum what only this operand reads."""
+    elsewhere = {i for other in operands if other is not operand for i in other.axes}
+    over = tuple(i for i in operand.axes if i in sums and i not in elsewhere)
+    if not over:
+        return operand
+    sums -= set(over)
+    return Reduce(operand, over, tuple(i for i in operand.axes if i not in over))
+
+
+def _next_pair(operands: Sequence[Node], sums: set[Index]) -> tuple[Node, Node]:
+    """The pair that removes an index nobody else reads and leaves the smallest product."""
+
+    def rank(pair: tuple[Node, Node]) -> tuple[bool, int, int]:
+        left, right = pair
+        elsewhere = {i for o in operands if o is not left and o is not right for i in o.axes}
+        removed = [i for i in left.axes if i in right.axes and i in sums and i not in elsewhere]
+        kept = {*left.axes, *right.axes} - set(removed)
+        larger = max(pair, key=lambda operand: len(operand.axes))
+        return (not removed, len(kept), -max((larger.axes.index(i) for i in removed), default=0))
+
+    return min(itertools.combinations(operands, 2), key=rank)
+
+
+def _natural_axes(left: Node, right: Node, over: Axes) -> Axes:
+    batch = [i for i in left.axes if i in right.axes and i not in over]
+    only = [i for i in (*left.axes, *right.axes) if i not in batch and i not in over]
+    return (*batch, *only)
+
+
+def _product(left: Node, right: Node, over: Axes, axes: Axes) -> Node:
+    if over:
+        return Contract(left, right, over, axes)
+    slots = tuple(sympy.IndexedBase(f"operand{k}")[part.axes] for k, part in enumerate((left, right)))
+    return Map(slots[0] * slots[1], slots, (left, right), axes)

@@ -1,0 +1,195 @@
+"""Program shapes: what a formula becomes before it is printed, as frozen data over named axes.
+
+A tensor is contiguous over its axes, in their order; extents arrive with the tensors. A program says what is summed when;
+which axes may be walked as one (they are adjacent wherever they occur) is found by the printer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import sympy
+
+Axes = tuple[str, ...]
+
+
+class AxisDelta(sympy.Function):
+    """δ(a, b) in a program's expression: 1 where two axes, or an axis and an integer tensor, agree, else 0."""
+
+
+class Extent(sympy.Function):
+    """The extent of an axis, as a number in a program's expression."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """One access: the axes of a tensor, the name it has in expressions, and whether it is squared on load."""
+
+    tensor: str
+    axes: Axes
+    square: bool = False
+    alias: str = ""
+
+    def __post_init__(self) -> None:
+        if len(set(self.axes)) != len(self.axes):
+            raise ValueError(f"read of {self.tensor!r}: axis repeated in {self.axes}")
+
+    @property
+    def symbol(self) -> str:
+        return self.alias or self.tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What all shapes share: a function name, its formula, the axes of the result, and the order of its tensors.
+
+    `equal` gives an axis that no tensor carries the extent of one that is carried: {"v": "j"} for the columns of a diagonal
+    factor. The first `columns` axes of `out` are returned as one. `signature` orders the launcher's arguments; empty: the
+    tensors in the order of the reads.
+    """
+
+    name: str
+    doc: str
+    out: Axes
+    equal: Mapping[str, str] = field(default_factory=dict)
+    columns: int = 1
+    signature: tuple[str, ...] = ()
+
+    @property
+    def all_reads(self) -> tuple[Read, ...]:
+        raise NotImplementedError
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        read = tuple(dict.fromkeys(read.tensor for read in self.all_reads))
+        if self.signature and set(self.signature) != set(read):
+            raise ValueError(f"program {self.name!r}: signature {self.signature} does not list its tensors {read}")
+        return self.signature or read
+
+    def require(self, condition: bool, reason: str) -> None:
+        if not condition:
+            raise ValueError(f"program {self.name!r}: {reason}")
+
+    def require_known(self, axes: Iterable[str]) -> None:
+        known = {axis for read in self.all_reads for axis in read.axes} | set(self.equal)
+        unknown = [axis for axis in axes if axis not in known]
+        self.require(not unknown, f"axes {unknown} are carried by no tensor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pointwise(Program):
+    """out = expr(reads), each read broadcast over the axes it lacks; the result has the dtype of the first read."""
+
+    reads: tuple[Read, ...]
+    expr: sympy.Expr
+
+    def __post_init__(self) -> None:
+        self.require_known(self.out)
+
+    @property
+    def all_reads(self) -> tuple[Read, ...]:
+        return self.reads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contraction(Program):
+    """out = Σ_accumulate weight · g(Σ_sums a·b), where g squares (square_epilogue) or is the identity."""
+
+    a: Read
+    b: Read
+    sums: Axes
+    accumulate: Axes = ()
+    square_epilogue: bool = False
+    weight: Read | None = None
+
+    def __post_init__(self) -> None:
+        self.require_known((*self.out, *self.sums, *self.accumulate))
+        self.require(bool(self.sums), "a contraction sums at least one axis before its epilogue")
+        self.require(
+            all(axis in self.a.axes and axis in self.b.axes for axis in self.sums),
+            f"the inner sums {self.sums} must be axes of both {self.a.tensor!r} and {self.b.tensor!r}",
+        )
+
+    @property
+    def all_reads(self) -> tuple[Read, ...]:
+        return (self.a, self.b) if self.weight is None else (self.a, self.b, self.weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gram(Program):
+    """out = Σ_outer Σ_{r,r'} (Σ_rest a[…, r, …] a[…, r', …]) (Σ_rest b[…, r, …] b[…, r', …]).
+
+    `rows` is the shared axis r; what remains of a's and b's axes after `out`, `outer` and `rows` is contracted.
+    """
+
+    a: Read
+    b: Read
+    rows: str
+    outer: Axes = ()
+
+    def __post_init__(self) -> None:
+        self.require_known((*self.out, *self.outer, self.rows))
+        self.require(self.rows in self.a.axes and self.rows in self.b.axes, f"both reads need the axis {self.rows!r}")
+        self.require(not set(self.outer) & set(self.b.axes), f"{self.b.tensor!r} must lack the outer axes {self.outer}")
+
+    @property
+    def all_reads(self) -> tuple[Read, ...]:
+        return (self.a, self.b)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduce(Program):
+    """out = Σ_outer weight · g(Σ_inner read), where g squares (square) or is the identity."""
+
+    read: Read
+    inner: Axes = ()
+    square: bool = False
+    outer: Axes = ()
+    weight: Read | None = None
+
+    def __post_init__(self) -> None:
+        self.require_known((*self.out, *self.inner, *self.outer))
+        self.require(bool(self.inner or self.outer), "a reduction sums at least one axis")
+        summed = (*self.out, *self.inner, *self.outer)
+        self.require(sorted(summed) == sorted(self.read.axes), f"{summed} are not the axes of {self.read.tensor!r}")
+
+    @property
+    def all_reads(self) -> tuple[Read, ...]:
+        return (self.read,) if self.weight is None else (self.read, self.weight)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named reduction of `expr` over the row axis: kind "max", "sum" or "logsumexp"."""
+
+    name: str
+    kind: str
+    expr: sympy.Expr
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("max", "sum", "logsumexp"):
+            raise ValueError(f"stage {self.name!r}: unknown kind {self.kind!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Program):
+    """Reductions over one axis, then out = expr(reads, stages); the result has the dtype of the first read.
+
+    The first read carries the row axis; its other axes number the rows. Axes of `out` that it lacks are columns.
+    A read that lacks the row axis but carries a column axis is loaded once per column.
+    """
+
+    reads: tuple[Read, ...]
+    row: str
+    stages: tuple[Stage, ...]
+    expr: sympy.Expr
+
+    def __post_init__(self) -> None:
+        self.require_known((*self.out, self.row))
+        self.require(self.row in self.reads[0].axes, f"the first read lacks the row axis {self.row!r}")
+        self.require(set(self.reads[0].axes) <= set(self.out), "the result must carry all axes of the first read")
+
+    @property
+    def all_reads(self) -> tuple[Read, ...]:
+        return self.reads

@@ -1,0 +1,121 @@
+"""Squared sums: Σ_outer w (Σ_r a b)². The ways to compute one, to be chosen by cost at run time.
+
+- *separated*: where the inner sum has one summand, (a b)² = a² b², and everything contracts early.
+- *per sample*: the inner product, stored whole, squared and summed.
+- *blockwise*: the same in blocks of samples that stay in cache; the product is never stored whole.
+- *gram*: where everything else is summed outside, Σ_{r,r'} (Σ a a') (Σ b b').
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+from sympy import Expr
+
+from ..calculus.instantiate import Formula
+from ..calculus.terms import Term
+from ..notation import Index, index_atoms, plain_names, reads
+from .plan import Axes, Map, Node, Reduce, calls, elements_moved, flops, plan, size
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One program for a rule. `unit` are axes that must have extent 1; `scratch` counts its largest stored intermediate."""
+
+    name: str
+    tree: Node
+    unit: Axes = ()
+    inner: Node | None = None
+    weight: Node | None = None
+
+    @property
+    def flops(self) -> Expr:
+        return flops(self.tree)
+
+    @property
+    def elements(self) -> Expr:
+        return elements_moved(self.tree)
+
+    @property
+    def calls(self) -> int:
+        return calls(self.tree)
+
+    @property
+    def scratch(self) -> Expr:
+        return size(self.inner.axes) if self.inner is not None and not self.blockwise else sympy.Integer(0)
+
+    @property
+    def blockwise(self) -> bool:
+        return self.name == "blockwise"
+
+
+def variants(formula: Formula) -> tuple[Variant, ...]:
+    """The programs of a formula: one, unless it is a squared sum of a product."""
+    if len(formula.terms) > 1:
+        raise NotImplementedError(f"{formula.name}: a sum of several terms has no program yet")
+    (term,) = formula.terms
+    if term.square is None:
+        return (Variant("", plan(term, formula.axes)),)
+    inner = term.square
+    product_axes = _inner_axes(term, formula.axes)
+    stored = plan(inner, product_axes)
+    per_sample = _square_of(term, stored, formula.axes)
+    if len(reads(inner.factor)) < 2:
+        return (Variant("", per_sample),)
+    dropped = frozenset(i.name for i in inner.sums)
+    apart = Term(term.factor * inner.factor**2, term.sums)
+    unit = tuple(sorted(inner.sums, key=str))
+    found = [
+        Variant("separated", plan(apart, formula.axes, dropped), unit),
+        Variant("per_sample", per_sample, inner=stored),
+        Variant("blockwise", per_sample, inner=stored, weight=_weight(term, product_axes)),
+    ]
+    gram = _gram(term)
+    if gram is not None:
+        found.append(Variant("gram", plan(gram, formula.axes)))
+    return tuple(found)
+
+
+def _inner_axes(term: Term, axes: Axes) -> Axes:
+    """Axes of the inner product: columns and samples first, the parameter's own last."""
+    assert term.square is not None
+    free = term.square.free
+    leading = [i for name in ("v", "n") for i in free if i.name == name]
+    order = list(dict.fromkeys(i for read in reads(term.square.factor) for i in read.indices))
+    rest = [i for i in (*axes, *order) if i in free and i not in leading]
+    return (*leading, *dict.fromkeys(rest))
+
+
+def _weight(term: Term, product_axes: Axes) -> Node | None:
+    if term.factor == 1:
+        return None
+    own = index_atoms(term.factor)
+    return plan(Term(term.factor), tuple(i for i in product_axes if i in own))
+
+
+def _square_of(term: Term, stored: Node, axes: Axes) -> Node:
+    """Σ_outer w · stored²."""
+    slot = sympy.IndexedBase("product")[stored.axes]
+    squared: Node = Map(slot**2, (slot,), (stored,), stored.axes)
+    weight = _weight(term, stored.axes)
+    if weight is not None:
+        slots = (sympy.IndexedBase("weight")[weight.axes], slot)
+        squared = Map(slots[0] * slots[1] ** 2, slots, (weight, stored), stored.axes)
+    over = tuple(i for i in stored.axes if i in term.sums)
+    return Reduce(squared, over, axes) if over else squared
+
+
+def _gram(term: Term) -> Term | None:
+    """Σ_{r,r'} of products, where every other index of the inner product is summed outside or belongs to both operands."""
+    assert term.square is not None
+    inner = term.square
+    parts = [part for part in sympy.Mul.make_args(inner.factor) if index_atoms(part)]
+    shared = set.intersection(*(index_atoms(part) for part in parts))
+    own = set().union(*(index_atoms(part) for part in parts)) - shared - inner.sums
+    if not own <= term.sums:
+        return None
+    twins = {i: Index(f"{i.name}#1", i.many) for i in inner.sums}
+    names = plain_names([*inner.free, *inner.sums, *term.sums], twins.values())
+    twin = inner.rename({i: names[twins[i]] for i in inner.sums})
+    return Term(term.factor * inner.factor * twin.factor, term.sums | inner.sums | twin.sums)

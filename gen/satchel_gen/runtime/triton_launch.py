@@ -1,0 +1,70 @@
+"""What the launchers of the Triton kernels share: types, precision of dot products, tiles, and how work is split."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+PROGRAMS = 256  # enough to fill a large GPU about twice
+TILE_ROWS = 128  # no tile has more rows
+POINTWISE_BLOCK = 1024
+REDUCE_ROWS, REDUCE_LANES = 8, 128
+ROW_STEPS, ROW_LANES = 32, 32
+
+
+def accumulator(*tensors: Tensor) -> torch.dtype:
+    """The dtype that sums are kept in: float64 if an operand is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def triton_type(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of an accumulation dtype."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def precision(a: Tensor, b: Tensor, squared: bool = False) -> str:
+    """The `input_precision` of a dot product: IEEE, unless torch was told that less is enough or TF32 loses nothing.
+
+    TF32 holds every float16 and bfloat16 number, but not their squares. Few AMD GPUs have it.
+    """
+    if torch.version.hip is not None or accumulator(a, b) == torch.float64:
+        return "ieee"
+    exact = not squared and a.dtype in HALF and b.dtype in HALF
+    return "tf32" if exact or torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def splits(tiles: int, steps: int) -> int:
+    """Into how many partial sums `steps` terms are split, so that few output tiles still fill the device."""
+    return max(1, min(triton.cdiv(steps, 4), PROGRAMS // max(tiles, 1)))
+
+
+def check_strides(*strides: int) -> None:
+    """Offsets inside a tile are 32-bit numbers: refuse strides that would overflow them."""
+    if max(strides) * TILE_ROWS >= 2**31:
+        raise ValueError(
+            f"a stride of {max(strides)} elements overflows the 32-bit offsets inside a Triton tile; "
+            f'use backend("aten") for this layer'
+        )
+
+
+def gram_rows(rows: int) -> int:
+    """The side of a tile of a Gram matrix: no larger than it must be, no smaller than a tensor core takes."""
+    return min(64, max(16, triton.next_power_of_2(rows)))
+
+
+def tiles(*choices: tuple[dict[str, int], int]) -> list[triton.Config]:
+    """Autotuning configurations from (block sizes, warps); the interpreter, which cannot measure, takes the first."""
+    configs = [triton.Config(blocks, num_warps=warps) for blocks, warps in choices]
+    return configs[:1] if triton.knobs.runtime.interpret else configs
+
+
+MATRIX_TILES = tiles(
+    ({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8),
+    ({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 8),
+    ({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32}, 4),
+    ({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}, 4),
+)
+GRAM_TILES = tiles(({"BLOCK_K": 16}, 8), ({"BLOCK_K": 32}, 8), ({"BLOCK_K": 32}, 4))

@@ -1,0 +1,291 @@
+"""Dense references for the features: plain autograd in float64, nothing of the package under test.
+
+Notation: N samples; g_n = gradient of sample n's contribution to the *total* loss (reduction and weights included); f_n = all that the
+network outputs for sample n, flattened to F numbers; T_n = ∂f_n/∂θ; H_n = ∂²L/∂f_n² at the data. A Linear layer's output has R positions
+per sample: the product of its extra axes, and all uses of one parameter one after the other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+Outputs = tuple[Tensor, ...]
+Contributions = Callable[..., Tensor]
+
+
+def contributions(criterion: nn.Module, target: Tensor, weight: float = 1.0) -> Contributions:
+    """Output → [N], sample n's contribution to ``weight * criterion(output, target)``."""
+    plain = copy.copy(criterion)
+    plain.reduction = "none"
+
+    def per_sample(output: Tensor) -> Tensor:
+        terms = plain(output, target.double() if target.is_floating_point() else target)
+        share = weight / terms.numel() if criterion.reduction == "mean" else weight
+        return share * terms.reshape(len(terms), -1).sum(1)
+
+    return per_sample
+
+
+def jacobian(values: Tensor, variables: Sequence[Tensor]) -> list[Tensor]:
+    """∂values/∂variable, one backward per entry of ``values`` [K]: [K, *variable] for each variable."""
+    if not values.requires_grad:
+        return [values.new_zeros(values.numel(), *v.shape) for v in variables]
+    rows = [
+        torch.autograd.grad(value, variables, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for value in values.flatten().unbind()
+    ]
+    return [torch.stack(column).detach() for column in zip(*rows, strict=True)]
+
+
+def own_sample(dense: Tensor) -> Tensor:
+    """[N, K, N, *x] → [N, K, *x]: the blocks of each sample with itself; all others must vanish."""
+    N = len(dense)
+    own = torch.stack([dense[n, :, n] for n in range(N)])
+    assert dense.abs().sum() - own.abs().sum() <= 1e-12 * dense.abs().sum(), "the network mixes samples"
+    return own
+
+
+class Use(NamedTuple):
+    """One call of a Linear: its input [N, R, I] and a zero added to its output, whose gradient is the cotangent there."""
+
+    module: nn.Module
+    input: Tensor
+    probe: Tensor
+
+
+def run_with_probes(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Outputs, list[Use]]:
+    uses: list[Use] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        probe = torch.zeros_like(output, requires_grad=True)
+        uses.append(Use(module, args[0].detach().clone(), probe))
+        return output + probe
+
+    handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, nn.Linear)]
+    outputs = model(*(x.clone() for x in inputs))
+    for handle in handles:
+        handle.remove()
+    return (outputs if isinstance(outputs, tuple) else (outputs,)), uses
+
+
+class Reference:
+    """All features of every trainable parameter of ``model`` on one batch.
+
+    losses: one function per output of the model, giving the contributions [N] of the samples (see ``contributions``).
+    unit: u with ∇ℓ_n = u·g_n, for ``scaling="table5"``: N for a mean-reduced loss, 1 for a summed one.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], losses: Sequence[Contributions], unit: float = 1.0):
+        self.model = copy.deepcopy(model).double()
+        self.inputs = [x.detach().double() for x in inputs]
+        self.losses, self.unit, self.N = losses, unit, len(inputs[0])
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.outputs, self.uses = run_with_probes(self.model, self.inputs)
+
+    # --- what the features are made of ---------------------------------------------------------------------------
+
+    def terms(self, outputs: Iterable[Tensor]) -> Tensor:
+        return torch.stack([loss(f) for loss, f in zip(self.losses, outputs, strict=True)]).sum(0)
+
+    @cached_property
+    def gradients(self) -> dict[str, Tensor]:
+        """g_n: [N, *p]."""
+        return dict(zip(self.parameters, jacobian(self.terms(self.outputs), self._tensors), strict=True))
+
+    @cached_property
+    def curvature(self) -> Tensor:
+        """H: [N, F, F]."""
+        leaves = [f.detach().requires_grad_() for f in self.outputs]
+        slopes = torch.autograd.grad(self.terms(leaves).sum(), leaves, create_graph=True, materialize_grads=True)
+        blocks = jacobian(torch.cat([s.reshape(self.N, -1) for s in slopes], 1), leaves)
+        dense = torch.cat([b.reshape(*b.shape[:1], self.N, -1) for b in blocks], 2)
+        return own_sample(dense.reshape(self.N, -1, *dense.shape[1:]))
+
+    @cached_property
+    def _jacobians(self) -> list[Tensor]:
+        flat = torch.cat([f.reshape(self.N, -1) for f in self.outputs], 1)
+        dense = jacobian(flat, [*self._tensors, *(use.probe for use in self.uses)])
+        return [d.reshape(*flat.shape, *d.shape[1:]) for d in dense]
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return list(self.parameters.values())
+
+    @cached_property
+    def jacobians(self) -> dict[str, Tensor]:
+        """T: [N, F, *p]."""
+        return dict(zip(self.parameters, self._jacobians, strict=False))
+
+    @cached_property
+    def cotangents(self) -> list[Tensor]:
+        """∂f_n/∂(output of a use): [N, F, R, O] for each use."""
+        own = [own_sample(d) for d in self._jacobians[len(self.parameters) :]]
+        return [t.reshape(*t.shape[:2], -1, t.shape[-1]) for t in own]
+
+    def uses_of(self, parameter: str) -> list[int]:
+        tensor = self.parameters[parameter]
+        return [k for k, use in enumerate(self.uses) if any(p is tensor for p in use.module.parameters())]
+
+    def activations(self, parameter: str) -> Tensor:
+        """The inputs of a parameter's layers: [N, R, I]."""
+        inputs = [self.uses[k].input for k in self.uses_of(parameter)]
+        return torch.cat([x.reshape(self.N, -1, x.shape[-1]) for x in inputs], 1)
+
+    @cached_property
+    def averaged(self) -> dict[int, Tensor]:
+        """KFRA's averaged curvature at the output of every use: [R, O, R, O]."""
+        found = KFRARecursion(self.model, self.inputs).run_backward(self.curvature.sum(0))
+        assert [module for module, _ in found] == [use.module for use in self.uses]
+        return {k: G for k, (_, G) in enumerate(found)}
+
+    # --- first order ---------------------------------------------------------------------------------------------
+
+    def BatchGrad(self, p: str, subsampling: Sequence[int] | None = None) -> Tensor:
+        return self.gradients[p] if subsampling is None else self.gradients[p][list(subsampling)]
+
+    def BatchL2Grad(self, p: str) -> Tensor:
+        return self.gradients[p].reshape(self.N, -1).square().sum(1)
+
+    def SumGradSquared(self, p: str) -> Tensor:
+        return self.gradients[p].square().sum(0)
+
+    def Variance(self, p: str) -> Tensor:
+        g = self.gradients[p]
+        return (g - g.mean(0)).square().mean(0)
+
+    # --- second order: contractions with a curvature of the loss, [N, F, F] ---------------------------------------
+
+    def DiagGGNExact(self, p: str, curvature: Tensor | None = None) -> Tensor:
+        T = self.jacobians[p].flatten(2)
+        H = self.curvature if curvature is None else curvature
+        return torch.einsum("nfp,nfg,ngp->p", T, H, T).reshape(self.parameters[p].shape)
+
+    DiagGGNMC = DiagGGNExact
+
+    def DiagHessian(self, p: str) -> Tensor:
+        tensor = self.parameters[p]
+        (slope,) = torch.autograd.grad(
+            self.terms(self.outputs).sum(), [tensor], create_graph=True, materialize_grads=True
+        )
+        (dense,) = jacobian(slope, [tensor])
+        return dense.reshape(tensor.numel(), -1).diagonal().reshape(tensor.shape)
+
+    def KFLR(self, p: str, curvature: Tensor | None = None, approximation: str | None = None) -> list[Tensor]:
+        T = torch.cat([self.cotangents[k] for k in self.uses_of(p)], 2)
+        T = T if (approximation or "expand") == "expand" else T.sum(2, keepdim=True)
+        H = self.curvature if curvature is None else curvature
+        B = torch.einsum("nfro,nfg,ngrq->oq", T, H, T)
+        return [B] if self.parameters[p].ndim == 1 else [B, self.input_factor(p, approximation or "expand")]
+
+    KFAC = KFLR
+
+    def KFRA(self, p: str) -> list[Tensor]:
+        B = torch.stack([self.averaged[k].sum((0, 2)) for k in self.uses_of(p)]).sum(0)
+        return [B] if self.parameters[p].ndim == 1 else [B, self.input_factor(p, "backpack")]
+
+    def input_factor(self, p: str, approximation: str) -> Tensor:
+        """A: [I, I]."""
+        a = self.activations(p)
+        if approximation == "reduce":
+            a = a.mean(1, keepdim=True)
+        per_batch = torch.einsum("nri,nrj->ij", a, a) / self.N
+        return per_batch / a.shape[1] if approximation == "expand" else per_batch
+
+    # --- the fields ----------------------------------------------------------------------------------------------
+
+    def field(self, feature: str, p: str, scaling: str = "backpack", **options: Any) -> Tensor | list[Tensor]:
+        """The value of class ``feature``'s field on parameter ``p``."""
+        value = getattr(self, feature)(p, **options)
+        if scaling == "table5":
+            return self.as_table5(feature, value)
+        return value
+
+    def as_table5(self, feature: str, value: Any) -> Any:
+        """The cheat sheet's scaling, of the gradients ∇ℓ_n = u·g_n; what it calls (1/N) G for the curvatures."""
+        u, N = self.unit, self.N
+        factor: Mapping[str, float] = {"SumGradSquared": u * u / N, "Variance": u * u}
+        if feature == "BatchL2Grad":
+            return value.sqrt() * u / N
+        if isinstance(value, list):
+            return [value[0] * u / N, *value[1:]]
+        return value * factor.get(feature, u / N)
+
+
+class KFRARecursion(fx.Interpreter):
+    """KFRA on a traced graph of modules and functions, node by node: Ḡ_x = 1/N Σ_n J_nᵀ Ḡ_y J_n.
+
+    Between a fan-out and its join several values carry curvature: Ḡ is then one joint matrix over all of them, kept as blocks.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor]):
+        root = nn.Sequential(model) if isinstance(model, nn.Linear) else model  # keep Linear a node
+        super().__init__(fx.symbolic_trace(root), garbage_collect_values=False)
+        self.N = len(inputs[0])
+        self.run(*inputs)
+
+    def fetch_args_kwargs_from_env(self, node: fx.Node) -> tuple[Any, Any]:
+        return tree_map_only(Tensor, Tensor.clone, super().fetch_args_kwargs_from_env(node))  # in-place modules
+
+    def width(self, node: fx.Node) -> int:
+        return sum(t.numel() for t in tree_leaves(self.env[node])) // self.N
+
+    def node_jacobians(self, node: fx.Node) -> dict[fx.Node, Tensor]:
+        """∂(value of the node)/∂(value of an argument) for each sample: [N, width, width of the argument]."""
+        arguments = [a for a in node.all_input_nodes if a.op != "get_attr" and has_tensors(self.env[a])]
+        before = dict(self.env)
+        leaves = {a: tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), self.env[a]) for a in arguments}
+        self.env.update(leaves)
+        value = torch.cat([t.reshape(self.N, -1) for t in tree_leaves(super().run_node(node))], 1)
+        self.env = before
+        flat = [t for a in arguments for t in tree_leaves(leaves[a])]
+        dense = iter([own_sample(d.reshape(*value.shape, *d.shape[1:])) for d in jacobian(value, flat)])
+        return {a: torch.cat([next(dense).flatten(2) for _ in tree_leaves(leaves[a])], 2) for a in arguments}
+
+    def run_backward(self, seed: Tensor) -> list[tuple[nn.Module, Tensor]]:
+        """seed: Σ_n H_n over the outputs [F, F] → the calls of Linear modules in forward order, each with Ḡ [R, O, R, O]."""
+        *body, output = self.module.graph.nodes
+        ends = output.args[0] if isinstance(output.args[0], tuple) else (output.args[0],)
+        G: dict[tuple[fx.Node, fx.Node], Tensor] = {}
+
+        def add(a: fx.Node, b: fx.Node, block: Tensor) -> None:
+            G[a, b] = G[a, b] + block if (a, b) in G else block
+
+        sizes = [self.width(end) for end in ends]
+        for a, rows in zip(ends, seed.split(sizes), strict=True):
+            for b, block in zip(ends, rows.split(sizes, 1), strict=True):
+                add(a, b, block)
+
+        found: list[tuple[nn.Module, Tensor]] = []
+        for y in reversed(body):
+            module = self.fetch_attr(y.target) if y.op == "call_module" else None
+            if isinstance(module, nn.Linear):
+                R, O = self.width(y) // module.out_features, module.out_features
+                found.append((module, G.get((y, y), torch.zeros(R * O, R * O)).reshape(R, O, R, O)))
+            if (y, y) not in G:
+                continue
+            own = G.pop((y, y))
+            others = {b: G.pop((y, b)) for b in [b for a, b in G if a is y]}
+            for a in others:
+                del G[a, y]
+            if y.op == "placeholder":
+                continue
+            J = self.node_jacobians(y)
+            for x, J_x in J.items():
+                for b, block in others.items():
+                    one_sided = J_x.mean(0).T @ block
+                    add(x, b, one_sided)
+                    add(b, x, one_sided.T)
+                for z, J_z in J.items():
+                    add(x, z, torch.einsum("nyx,yw,nwz->xz", J_x, own, J_z) / self.N)
+        return found[::-1]
+
+
+def has_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
