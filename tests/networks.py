@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from reference import Reference, contributions
 from torch import Tensor, nn
-from torch.nn import Flatten, GELU, Identity, Linear, ReLU, Sequential, Sigmoid, Tanh
+from torch.nn import GELU, Flatten, Identity, Linear, ReLU, Sequential, Sigmoid, Tanh
 
 
 class Wired(nn.Module):
@@ -75,6 +74,40 @@ def target_for(criterion: nn.Module, output: Tensor) -> Tensor:
     raise NotImplementedError(f"no targets for {type(criterion).__name__}: add them to target_for in {__file__}")
 
 
+class Revealed(nn.Module):
+    """network(x) + 0, with a parameter whose exact diagonal curvature shows S Sᵀ of every sample.
+
+    The zero is onehot(n) @ Pᵀ @ mix, P = 0 [pairs, N]: entry (k, l), n of P moves outputs k and l of sample n together, so that
+    its curvature is H_kk + H_ll + 2 H_kl. Whatever was drawn for the loss is thereby known, without knowing how.
+    """
+
+    mix: Tensor
+    onehot: Tensor
+
+    def __init__(self, network: nn.Module, x: Tensor):
+        super().__init__()
+        with torch.no_grad():
+            self.shape = network(x).shape
+        F = self.shape[1:].numel()
+        self.rows, self.columns = torch.triu_indices(F, F)
+        self.network = network
+        self.probe = Linear(len(x), len(self.rows), bias=False)
+        nn.init.zeros_(self.probe.weight)
+        self.register_buffer("mix", torch.eye(F)[self.rows] + torch.eye(F)[self.columns])
+        self.register_buffer("onehot", torch.eye(len(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x) + (self.probe(self.onehot) @ self.mix).view(self.shape)
+
+    def curvature(self, diagonal: Tensor) -> Tensor:
+        """[pairs, N] on P → H [N, F, F]."""
+        F = self.shape[1:].numel()
+        pairs = diagonal.double().cpu().new_zeros(F, F, diagonal.shape[1])
+        pairs[self.rows, self.columns] = pairs[self.columns, self.rows] = diagonal.double().cpu()
+        own = pairs.diagonal().T / 4
+        return ((pairs - own[:, None] - own[None]) / 2).permute(2, 0, 1)
+
+
 @dataclass(frozen=True)
 class Case:
     """A network with a loss at its output."""
@@ -101,6 +134,18 @@ class Case:
 def _reference(case: Case) -> Reference:
     loss = contributions(case.criterion(), case.target())
     return Reference(case.network.model(), [case.network.input()], [loss], case.unit())
+
+
+def around(name: str, layer: type[nn.Module], shape: tuple[int, ...], arguments: Mapping[str, Any]) -> Network:
+    """A network around one layer: parameters above it, and mixing below it."""
+
+    def build() -> nn.Module:
+        module = layer(**arguments)
+        first = Linear(shape[-1], shape[-1])
+        mixed = module(torch.zeros(1, *shape)).numel()
+        return Sequential(first, module, Flatten(), Linear(mixed, 3))
+
+    return Network(name, build, (4, *shape))
 
 
 # --- wiring ------------------------------------------------------------------------------------------------------

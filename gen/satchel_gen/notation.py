@@ -57,7 +57,7 @@ class IndexSum(Expr):
         return tuple(self.args[1].args)
 
     def _sympystr(self, printer: Any) -> str:
-        return f"Σ_{{{','.join(i.name for i in self.over)}}} {printer.parenthesize(self.body, 55)}"
+        return f"Σ_{{{','.join(i.name for i in self.over)}}} {printer.parenthesize(self.body, 45)}"
 
 
 def Sum(body: Expr, *over: Index) -> Expr:
@@ -106,7 +106,7 @@ class LogSumExp(Expr):
         return tuple(self.args[1].args)
 
     def _sympystr(self, printer: Any) -> str:
-        return f"logsumexp_{{{','.join(i.name for i in self.over)}}} {printer.parenthesize(self.body, 55)}"
+        return f"logsumexp_{{{','.join(i.name for i in self.over)}}} {printer.parenthesize(self.body, 45)}"
 
 
 class sigmoid(Function):

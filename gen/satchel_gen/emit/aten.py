@@ -23,9 +23,9 @@ _FUNCTIONS = {
 class AtenPrinter(StrPrinter):
     """Elementwise SymPy expressions as torch source; a function it does not know is refused by name."""
 
-    def __init__(self, names: Mapping[Expr, str], like: str = "") -> None:
+    def __init__(self, names: Mapping[Expr, str], like: str = "", scalars: frozenset[Expr] = frozenset()) -> None:
         super().__init__({"order": "none"})
-        self.names, self.like = names, like
+        self.names, self.like, self.scalars = names, like, scalars
 
     def emptyPrinter(self, expr: Expr) -> str:
         raise CalculusError(f"the ATen printer does not know {type(expr).__name__}: {expr}")
@@ -41,6 +41,14 @@ class AtenPrinter(StrPrinter):
 
     _print_exp = _print_log = _print_tanh = _print_sigmoid = _print_Abs = _print_sign = _print_erf = _print_Function
     _print_softplus = _print_sin = _print_cos = _print_Function
+
+    def _print_Add(self, expr: sympy.Add) -> str:
+        """Positive parts first: `input - lse`."""
+        negative = [part for part in expr.args if part.could_extract_minus_sign()]
+        text = " + ".join(self.parenthesize(part, 40) for part in expr.args if part not in negative)
+        for part in negative:
+            text += (" - " if text else "-") + self.parenthesize(-part, 45)
+        return text
 
     def _print_Extent(self, expr: Extent) -> str:
         return str(extent_symbol(expr.args[0]))
@@ -59,9 +67,12 @@ class AtenPrinter(StrPrinter):
     def _print_Pow(self, expr: Expr) -> str:
         base, exponent = expr.args
         text = self._print(base)
-        if base.is_number and exponent == sympy.Rational(1, 2):
+        scalar = base.is_number or isinstance(base, Extent) or base in self.scalars
+        if scalar and exponent == sympy.Rational(1, 2):
             return f"math.sqrt({text})"
-        if exponent == 2 and not isinstance(base, Extent):
+        if scalar and exponent.is_Integer and exponent > 0:
+            return f"{text}**{exponent}"
+        if exponent == 2:
             return f"{text}.square()" if _is_postfix(text) else f"torch.square({text})"
         if exponent == sympy.Rational(1, 2):
             return f"torch.sqrt({text})"
@@ -187,9 +198,11 @@ class Body:
 
     def _map(self, node: Map) -> str:
         names: dict[Expr, str] = {}
-        like = self(node.children[0]) if node.children else ""
+        like = self(node.children[0]) if node.children else next(iter(self.arguments))
         for read, child in zip(node.reads, node.children, strict=True):
-            names[read] = self._aligned(self._operand(child), child.axes, node.axes)
+            whole = isinstance(child, Map) and child.expr.is_Mul and node.expr.is_Mul and child.axes == node.axes[-len(child.axes) :]
+            text = self(child) if whole else self._operand(child)
+            names[read] = self._aligned(text, child.axes, node.axes)
             like = self(child) if names[read] == like else like
         for equal in node.expr.atoms(Equal):
             names[equal] = self._equal(equal, node.axes, like, names)
@@ -206,7 +219,7 @@ class Body:
             order = (index, value) if axes.index(index) < axes.index(value) else (value, index)
             return self._aligned(self.local("eye", eye) if axes != order else eye, order, axes)
         counter = self.local("classes", f"torch.arange({symbol}, device={like}.device)")
-        return f"({names[value]} == {self._aligned(counter, (index,), axes)})"
+        return f"({names[value]} == {self._aligned(counter, (index,), axes)}).to({like}.dtype)"
 
     def _aligned(self, text: str, own: Axes, axes: Axes) -> str:
         """A tensor broadcast against `axes`: trailing axes match by themselves, missing ones are inserted."""
@@ -268,7 +281,8 @@ def _letters(axes: Axes) -> dict[Index, str]:
     """One letter per index: its own where it is free."""
     letters: dict[Index, str] = {}
     for i in dict.fromkeys(axes):
-        own = i.name if len(i.name) == 1 and i.name not in letters.values() else ""
+        letter = i.name[0].upper() if i.name[1:].isdigit() else i.name
+        own = letter if len(letter) == 1 and letter not in letters.values() else ""
         letters[i] = own or next(c for c in ascii_lowercase if c not in letters.values() and c not in {j.name for j in axes})
     return letters
 
@@ -283,7 +297,7 @@ def unpack_extents(needed: set[sympy.Symbol], arguments: Mapping[str, Axes]) -> 
         if not found:
             continue
         missing -= set(found)
-        if len(names) == 1 or (len(found) == 1 and len(names) > 2):
+        if len(set(found)) == 1:
             lines.append(f"{found[0]} = {name}.shape[{names.index(found[0])}]")
         else:
             places = [str(s) if s in found and names.index(s) == k else "_" for k, s in enumerate(names)]

@@ -36,10 +36,18 @@ class _Formula(StrPrinter):
             text = f"{text} / {self.parenthesize(denominator, 55)}"
         return text
 
+    def _print_Add(self, expr: Any) -> str:
+        negative = [part for part in expr.args if part.could_extract_minus_sign()]
+        text = " + ".join(self.parenthesize(part, 40) for part in expr.args if part not in negative)
+        for part in negative:
+            text += (" − " if text else "−") + self.parenthesize(-part, 45)
+        return text
+
     def _print_Pow(self, expr: Any) -> str:
         base, exponent = expr.args
         if exponent == sympy.Rational(1, 2):
-            return f"√{self._print(base)}" if base.is_Symbol else f"√({self._print(base)})"
+            text = self._print(base)
+            return f"√{text}" if base.is_Symbol or base.is_Integer or isinstance(base, sympy.Indexed) else f"√({text})"
         if exponent.is_Integer and exponent > 0:
             return self.parenthesize(base, 70) + str(exponent).translate(_SUPERSCRIPT)
         return str(super()._print_Pow(expr)).replace("**", "^")

@@ -64,7 +64,7 @@ class TritonPrinter(Printer):
         shared, (rest,) = sympy.cse([expr], symbols=sympy.numbered_symbols("_shared"))
         for symbol, value in shared:
             self.values[symbol.name] = self.bind(value)
-        code = str(self.doprint(rest))
+        code = self._branch(rest)
         if name is None:
             return code
         self.lines.statements.append(f"{name} = {code}")
@@ -94,7 +94,7 @@ class TritonPrinter(Printer):
             dyadic = (int(expr.q) & (int(expr.q) - 1)) == 0
             return PRECEDENCE["Add"] if expr < 0 else PRECEDENCE["Atom"] if dyadic else PRECEDENCE["Mul"]
         if isinstance(expr, sympy.Pow):
-            return PRECEDENCE["Mul"]
+            return PRECEDENCE["Atom"] if expr.exp == sympy.Rational(1, 2) else PRECEDENCE["Mul"]
         return int(precedence(expr))
 
     def emptyPrinter(self, expr: object) -> str:
@@ -185,7 +185,7 @@ class TritonPrinter(Printer):
 
     def _print_number(self, expr: sympy.Expr) -> str:
         value = expr.evalf(30)
-        if not isinstance(value, sympy.Float):
+        if value != 0 and not isinstance(value, sympy.Float):  # SymPy keeps an exact zero
             raise self.refuse(f"the number {expr}")
         return repr(float(value))
 
@@ -237,7 +237,7 @@ class TritonPrinter(Printer):
         """A case of `tl.where`, which would round a bare number to float32."""
         if not value.is_number:
             return str(self._print(value))
-        number = str(self._print(sympy.Float(value, 17)))
+        number = self._print_number(value)
         exact = value.is_Rational and int(value.q) & (int(value.q) - 1) == 0 and abs(value.p) < 2**24
         return number if exact else f"tl.full((), {number}, COMPUTE)"
 
@@ -266,7 +266,7 @@ def _name(argument: sympy.Basic) -> str:
 
 def hoist(expr: sympy.Expr, inner: frozenset[str], name: Callable[[sympy.Expr], str]) -> sympy.Expr:
     """`expr` with every largest part that depends on no symbol in `inner` replaced by the symbol `name` gives it."""
-    if not isinstance(expr, sympy.Expr) or expr.is_Atom or expr.is_number:
+    if not isinstance(expr, sympy.Expr) or expr.is_number or expr.as_coeff_Mul()[1].is_Atom:
         return expr
     if not {_name(symbol) for symbol in expr.free_symbols} & inner:
         return sympy.Symbol(name(expr))

@@ -1,0 +1,224 @@
+"""Lowered rules as the functions of an emitted module: names, docstrings and statements, ready for a template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+from sympy import Expr
+
+from ..calculus.derive import Statement
+from ..calculus.terms import Term, terms
+from ..definitions.model import Loss, Normal
+from ..lowering.losses import LossRule, LoweredLoss
+from ..lowering.plan import Axes, Map, Node, calls, leaf, plan, size
+from ..lowering.rules import LoweredRule
+from ..lowering.squares import Variant
+from ..notation import Extent, LogSumExp, index_atoms, reads
+from .aten import Body, unpack_extents
+from .formula import render, render_formula
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One program in a choice by cost."""
+
+    function: str
+    flops: str
+    elements: str
+    calls: str
+    valid: str
+
+
+@dataclass(frozen=True)
+class Function:
+    """An emitted function. `choices`: its body picks the cheapest program; `total`: it accumulates block by block."""
+
+    name: str
+    formula: str
+    shapes: str
+    arguments: tuple[str, ...]
+    lines: tuple[str, ...] = ()
+    result: str = ""
+    note: str = ""
+    choices: tuple[Choice, ...] = ()
+    block: Block | None = None
+    entry: bool = True
+
+    @property
+    def signature(self) -> str:
+        return ", ".join(f"{name}: Tensor" for name in self.arguments)
+
+    @property
+    def body(self) -> tuple[object, ...]:
+        """What makes two functions the same."""
+        return (self.arguments, self.lines, self.result, self.choices, self.block)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Accumulation over blocks of columns and samples."""
+
+    columns: str
+    samples: str
+    each: str
+    shape: str
+    like: str
+    target: str
+    lines: tuple[str, ...]
+    summand: str
+
+
+def shape(axes: Axes) -> str:
+    return f"[{', '.join(_extent_name(i) for i in axes)}]"
+
+
+def _extent_name(index: sympy.Symbol) -> str:
+    return index.name.rstrip("0123456789").upper()
+
+
+def shapes_line(arguments: Mapping[str, Axes], result: Axes) -> str:
+    given = ", ".join(f"{name} {shape(axes)}" for name, axes in arguments.items())
+    return f"{given} → {shape(result)}" if given else f"→ {shape(result)}"
+
+
+def rule_functions(rule: LoweredRule) -> list[Function]:
+    """A rule's function, preceded by its programs where there is a choice."""
+    formula = render_formula(rule.formula)
+    shapes = shapes_line(rule.arguments, rule.formula.axes)
+    arguments = tuple(rule.arguments)
+    if len(rule.variants) == 1:
+        return [_straight(rule.name, formula, shapes, rule.arguments, rule.variants[0].tree)]
+    programs = [_program(rule, variant) for variant in rule.variants]
+    body = Body(dict(rule.arguments))
+    choices = tuple(_choice(rule, variant, body) for variant in rule.variants)
+    entry = Function(
+        rule.name, formula, shapes, arguments, tuple(unpack_extents(body.extents, rule.arguments)),
+        note="The cheapest program for the shapes.", choices=choices,
+    )  # fmt: skip
+    return [*programs, entry]
+
+
+def _straight(name: str, formula: str, shapes: str, arguments: Mapping[str, Axes], tree: Node) -> Function:
+    body = Body(dict(arguments))
+    result = body(tree)
+    lines = unpack_extents(body.extents, arguments) + body.lines
+    return Function(name, formula, shapes, tuple(arguments), tuple(lines), result)
+
+
+NOTES = {
+    "separated": "Of one summand, the square of a product is a product of squares.",
+    "per_sample": "By the individual products, stored whole.",
+    "blockwise": "By the individual products, in blocks that stay in cache.",
+    "gram": "By the Gram matrices of both operands.",
+}
+
+
+def _program(rule: LoweredRule, variant: Variant) -> Function:
+    name = f"{rule.name}_{variant.name}"
+    note = NOTES[variant.name]
+    arguments = tuple(rule.arguments)
+    if variant.blockwise:
+        block, lines = _block(rule, variant)
+        return Function(name, "", "", arguments, lines, note=note, block=block, entry=False)
+    body = Body(dict(rule.arguments))
+    result = body(variant.tree)
+    lines = unpack_extents(body.extents, rule.arguments) + body.lines
+    return Function(name, "", "", arguments, tuple(lines), result, note, entry=False)
+
+
+def _block(rule: LoweredRule, variant: Variant) -> tuple[Block, tuple[str, ...]]:
+    body = Body(dict(rule.arguments), slices={"v": "columns", "n": "samples"})
+    assert variant.inner is not None
+    each = body.scalar(sympy.Mul(*(Extent(i) for i in variant.inner.axes if i.name not in ("v", "n"))))
+    columns, samples = (body.scalar(Extent(i)) for name in ("v", "n") for i in variant.inner.axes if i.name == name)
+    out = rule.formula.axes
+    sizes = ", ".join(body.scalar(Extent(i)) for i in out)
+    summand = body(variant.tree)
+    target = "total[samples]" if any(i.name == "n" for i in out) else "total"
+    block = Block(columns, samples, each, sizes, next(iter(rule.arguments)), target, tuple(body.lines), summand)
+    return block, tuple(unpack_extents(body.extents, rule.arguments))
+
+
+def _choice(rule: LoweredRule, variant: Variant, body: Body) -> Choice:
+    moved, called = variant.elements, str(variant.calls)
+    if variant.blockwise:
+        assert variant.inner is not None
+        moved = sum((size(axes) for axes in rule.arguments.values()), sympy.Integer(0)) + size(rule.formula.axes)
+        each = sympy.Mul(*(Extent(i) for i in variant.inner.axes if i.name not in ("v", "n")))
+        v, n = (Extent(i) for name in ("v", "n") for i in variant.inner.axes if i.name == name)
+        called = f"{calls(variant.tree)} * block_count({body.scalar(v)}, {body.scalar(n)}, {body.scalar(each)})"
+    valid = " and ".join(f"{body.scalar(Extent(i))} == 1" for i in variant.unit)
+    return Choice(f"{rule.name}_{variant.name}", body.scalar(variant.flops), body.scalar(moved), called, valid)
+
+
+def loss_function(rule: LossRule, flat_columns: int = 0) -> Function:
+    """A rule of a loss: its intermediates, then one elementwise expression."""
+    arguments = {str(t.base): tuple(t.indices) for t in (*rule.explicit, *rule.operands)}
+    body = Body(dict(arguments))
+    for statement in rule.intermediates:
+        _emit_statement(body, statement)
+    result = body(_elementwise(rule.expr, rule.axes))
+    if set(rule.axes) - index_atoms(rule.expr):
+        result = f"({result}).expand({', '.join(body.scalar(Extent(i)) for i in rule.axes)})"
+    if flat_columns > 1:
+        result = f"({result}).flatten(0, {flat_columns - 1})"
+    lines = unpack_extents(body.extents, arguments) + body.lines
+    formula = f"{rule.name}[{', '.join(i.name for i in rule.axes)}] = {render(rule.expr)}"
+    return Function(rule.name, formula, shapes_line(arguments, rule.axes), tuple(arguments), tuple(lines), result)
+
+
+def _elementwise(expr: Expr, axes: Axes) -> Node:
+    accessed = tuple(reads(expr))
+    if len(accessed) == 1 and accessed[0] == expr and tuple(accessed[0].indices) == axes:
+        return leaf(accessed[0])
+    return Map(expr, accessed, tuple(leaf(read) for read in accessed), axes)
+
+
+def _emit_statement(body: Body, statement: Statement) -> None:
+    if isinstance(statement.value, LogSumExp):
+        read = statement.value.body
+        dims = [list(read.indices).index(i) for i in statement.value.over]
+        text = f"torch.logsumexp({read.base}, {dims[0] if len(dims) == 1 else tuple(dims)})"
+    else:
+        (term,) = _as_terms(statement)
+        text = body(plan(term, statement.axes))
+    body.lines.append(f"{statement.name} = {text}")
+
+
+def _as_terms(statement: Statement) -> Sequence[Term]:
+    found = terms(statement.value)
+    return [Term(statement.value)] if all(not t.sums for t in found) else found
+
+
+def sample_function(lowered: LoweredLoss) -> Function:
+    """Draws from the loss's distribution."""
+    rule, loss = lowered.draws, lowered.loss
+    arguments = {str(t.base): tuple(t.indices) for t in rule.operands}
+    body = Body(dict(arguments))
+    for statement in rule.intermediates:
+        _emit_statement(body, statement)
+    value = body(_elementwise(rule.expr, rule.axes))
+    if isinstance(loss.distribution, Normal):
+        result = f"normal({value}, math.sqrt({loss.distribution.variance}), mc_samples, generator)"
+        formula = f"ŷ ~ N({render(loss.distribution.mean)}, {render(loss.distribution.variance)})"
+    else:
+        result = f"categorical({value}, mc_samples, generator)"
+        formula = f"ŷ ~ p = {render(loss.distribution.probabilities)}"
+    shapes = f"{shapes_line(arguments, ())[:-2]}[M, {shape(tuple(loss.target.indices))[1:]}"
+    return Function("sample", formula, shapes, tuple(arguments), tuple(body.lines), result)
+
+
+def violation_function(loss: Loss) -> Function | None:
+    """Whether a target lies outside its domain."""
+    if loss.domain is None:
+        return None
+    lower, upper = loss.domain
+    name = str(loss.target.base)
+    arguments = {name: tuple(loss.target.indices), str(loss.input.base): tuple(loss.input.indices)}
+    body = Body(dict(arguments))
+    low, high = body.scalar(lower), body.scalar(upper)
+    lines = tuple(unpack_extents(body.extents, arguments))
+    formula = f"any target outside {low} ≤ y < {high}"
+    return Function("violation", formula, shapes_line(arguments, ()), tuple(arguments), lines, f"(({name} < {low}) | ({name} >= {high})).any()")

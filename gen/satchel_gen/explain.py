@@ -1,0 +1,122 @@
+"""The derivation of a rule, step by step, from the definition to the emitted function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import sympy
+
+from .calculus.instantiate import Instance
+from .definitions import DefinitionError, Definitions, Feature, Layer, Loss
+from .definitions import quantities as Q
+from .emit.formula import render, render_formula, render_term
+from .emit.functions import Function, loss_function, rule_functions, sample_function
+from .emit.triton import environment
+from .lowering.kernels import layer_kernels
+from .lowering.losses import lower_loss
+from .lowering.rules import LoweredRule, lower_layer
+from .lowering.support import PASSES
+
+_QUANTITIES = {q.name: q for q in (*Q.PASSES, *Q.PULLBACKS, *Q.OUTPUT_FACTORS, *Q.INPUT_FACTORS)}
+
+
+@dataclass(frozen=True)
+class Part:
+    text: str
+    heading: bool = False
+    code: bool = False
+
+
+def explain(definitions: Definitions, name: str, feature_name: str = "") -> Iterator[Part]:
+    """Headings, formulas and code, in the order in which they follow from each other. Raises DefinitionError for unknown names."""
+    known: dict[str, Layer | Loss] = {d.name: d for d in (*definitions.layers, *definitions.losses)}
+    features = {f.name: f for f in definitions.features}
+    if name not in known:
+        raise DefinitionError(f"no layer or loss {name!r}; defined are {', '.join(known)}")
+    if feature_name and feature_name not in features:
+        raise DefinitionError(f"no feature {feature_name!r}; defined are {', '.join(features)}")
+    definition = known[name]
+    yield Part(f"{name}, defined in {definition.source.file.name}:{definition.source.line}", heading=True)
+    for statement in definition.statements:
+        yield Part(f"  {statement}")
+    chosen = [features[feature_name]] if feature_name else list(features.values())
+    if isinstance(definition, Loss):
+        yield from _loss(definition)
+    else:
+        yield from _layer(definition, chosen)
+
+
+def _layer(layer: Layer, chosen: list[Feature]) -> Iterator[Part]:
+    yield Part("\nJacobians: deltas that stay unsolved are the structure", heading=True)
+    for wrt in (layer.input, *layer.parameters):
+        yield Part(f"  {_jacobian(layer, wrt)}")
+        structure = Instance(layer, wrt).structure
+        if structure is not None:
+            inner = ", ".join(i.name for i in structure.inner) or "none"
+            outer = ", ".join(i.name for i in structure.outer)
+            shared = ", ".join(i.name for i in structure.shared) or "none"
+            yield Part(f"    Kronecker: output factor over {outer}, input factor over {inner}, shared axes {shared}")
+    lowered = lower_layer(layer)
+    kernels = {kernel.rule.name: kernel for kernel in layer_kernels(lowered)}
+    for feature in chosen:
+        yield Part(f"\n{feature.name}: {feature.formula}", heading=True)
+        passes = dict.fromkeys(name for source in feature.needs for name in PASSES[source])
+        if "residual" in feature.needs:
+            passes["residual"] = None
+        for name in passes:
+            rule = lowered.passes[name]
+            if rule is None:
+                yield Part(f"  {name}: identically zero")
+            else:
+                yield from _rule(rule, kernels)
+        for quantities in feature.needs.values():
+            for parameter in lowered.parameters.values():
+                for quantity in quantities:
+                    if quantity.name in parameter:
+                        yield from _rule(parameter[quantity.name], kernels)
+
+
+def _jacobian(layer: Layer, wrt: sympy.Indexed) -> str:
+    instance = Instance(layer, wrt)
+    at = tuple(sympy.Symbol(f"{i.name}′") for i in instance.output_axes)
+    inner = [type(i)(f"{i.name}′", i.many) for i in instance.output_axes]
+    parts = instance._jacobian([(instance.batch,), tuple(inner), instance.wrt_axes])
+    left = ", ".join(map(str, (instance.batch, *at)))
+    return f"∂{layer.output.base}[{left}] / ∂{render(wrt)} = {' + '.join(map(render_term, parts))}"
+
+
+def _rule(rule: LoweredRule, kernels: dict) -> Iterator[Part]:
+    yield Part(f"\n  {render(_QUANTITIES[rule.quantity].value)}")
+    yield Part(f"  → {render_formula(rule.formula)}")
+    for variant in rule.variants:
+        if variant.name:
+            unit = f", where {', '.join(i.name.upper() for i in variant.unit)} = 1" if variant.unit else ""
+            yield Part(f"    {variant.name}: {sympy.sstr(variant.flops)} FLOPs{unit}")
+    if rule.name in kernels:
+        kernel = kernels[rule.name]
+        yield Part(f"    Triton: {type(kernel.program).__name__} program {kernel.program.name}")
+    for function in rule_functions(rule):
+        yield Part(code(function), code=True)
+
+
+def code(function: Function) -> str:
+    """The function as its template prints it."""
+    template = environment().from_string('{% from "functions.jinja" import function %}{{ function(f) }}')
+    return template.render(f=function).strip()
+
+
+def _loss(loss: Loss) -> Iterator[Part]:
+    lowered = lower_loss(loss)
+    derived = lowered.derived
+    yield Part("\nHessian at the data", heading=True)
+    yield Part("  " + " + ".join(render_term(term) for term in derived.hessian).replace("+ −", "− "))
+    yield Part("\nExact factor, checked: S Sᵀ = ∇²ℓ", heading=True)
+    yield Part(f"  S = {render(derived.exact_factor)}")
+    yield Part("\nEmitted functions", heading=True)
+    for rule in lowered.rules:
+        columns = len(lowered.columns) if rule.name == "exact_factor" else 0
+        yield Part(code(loss_function(rule, columns)), code=True)
+    yield Part(f"  sample: {sample_function(lowered).formula}")
+
+

@@ -1,0 +1,49 @@
+"""Which features a definition supports, read off the rules that were derived for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..definitions import Definitions, Feature
+from .kernels import layer_kernels
+from .losses import lower_loss
+from .rules import LoweredLayer, lower_layer
+
+#: Passes that a source's columns need of every layer above a parameter.
+PASSES = {"gradient": (), "input": (), "exact": ("vjp",), "mc": ("vjp",), "residual": ("vjp",), "diagonal": ("diagonal",),
+          "averaged": ("mean_vjp", "sandwich")}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One definition: its kind, its features (None: supported, else the reason why not), and the rules with a Triton kernel."""
+
+    name: str
+    kind: str
+    features: Mapping[str, str | None]
+    kernels: int
+    rules: int
+
+
+def support(definitions: Definitions) -> list[Row]:
+    """The support table, definitions × features."""
+    rows = []
+    for layer in definitions.layers:
+        lowered = lower_layer(layer)
+        missing = {f.name: _missing(lowered, f) for f in definitions.features}
+        rows.append(Row(layer.name, "layer", missing, len(layer_kernels(lowered)), len(lowered.rules)))
+    for loss in definitions.losses:
+        derived = lower_loss(loss)
+        rows.append(Row(loss.name, "loss", {f.name: None for f in definitions.features}, len(derived.rules), len(derived.rules)))
+    return rows
+
+
+def _missing(layer: LoweredLayer, feature: Feature) -> str | None:
+    passes = [name for source in feature.needs for name in PASSES[source] if layer.passes.get(name) is None]
+    if passes:
+        return f"no rule for {', '.join(passes)}"
+    for parameter, rules in layer.parameters.items():
+        if feature.kronecker and not any(name.startswith("output_factor") for name in rules):
+            return f"{parameter} has no Kronecker structure"
+    return None

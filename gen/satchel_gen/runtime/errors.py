@@ -1,0 +1,226 @@
+"""Every way to fail. Each message says where (layer, parameter, feature), why, and what to do about it.
+
+A class derives from `SatchelError` and from the builtin that a caller would catch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+class SatchelError(Exception):
+    """Base of all errors of this package."""
+
+    def __init__(self, where: str, reason: str, remedy: str) -> None:
+        super().__init__(f"{where}: {reason}. {remedy}.")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names)) or "no feature"
+
+
+# ---------------------------------------------------------------------------------------------------- the call itself
+
+
+class NotAnExtension(SatchelError, ValueError):
+    def __init__(self, given: object) -> None:
+        name = given.__name__ if isinstance(given, type) else type(given).__name__
+        remedy = f"Write {name}(), with parentheses" if isinstance(given, type) else "Pass features from the extensions module"
+        kind = "a class" if isinstance(given, type) else "not a feature"
+        super().__init__("backpack", f"expects instances of features, but {name} is {kind}", remedy)
+
+
+class NotAModule(SatchelError, TypeError):
+    def __init__(self, given: object) -> None:
+        super().__init__("extend", f"expects a torch.nn.Module, got {type(given).__name__}", "Pass the model or the loss module")
+
+
+class NothingReached(SatchelError, RuntimeError):
+    def __init__(self, features: Iterable[str]) -> None:
+        super().__init__(
+            _listed(features),
+            "the context ended without a backward through an extended module, so no field was computed",
+            "Call extend(model) before the forward pass, run it outside disable(), torch.no_grad and torch.compile, and call"
+            " backward inside the context",
+        )
+
+
+class LossNotExtended(SatchelError, RuntimeError):
+    def __init__(self, layer: str, parameter: str, features: Iterable[str], losses: Sequence[str]) -> None:
+        super().__init__(
+            f"{layer}, parameter {parameter!r}, {_listed(features)}",
+            "curvature starts at the loss, but this backward reaches the parameter without passing an extended loss",
+            f"Use extend() on a loss module ({', '.join(losses)}) and call backward on its value",
+        )
+
+
+class UnitUnknown(SatchelError, RuntimeError):
+    def __init__(self, parameter: str, feature: str) -> None:
+        super().__init__(
+            f"parameter {parameter!r}, {feature}",
+            'scaling="table5" needs the reduction of the loss, but no extended loss, or losses of different reductions, were seen',
+            'Use extend() on the loss module, or scaling="backpack"',
+        )
+
+
+# ------------------------------------------------------------------------------------------------- modules and nodes
+
+
+def _how_to_add(supported: Sequence[str]) -> str:
+    return (
+        f"Supported layers: {', '.join(supported)}. To add one, write its formula in definitions/layers and run"
+        " `make generate`; to leave its parameters out, set requires_grad to False or pass strict=False to backpack"
+    )
+
+
+class UnsupportedModule(SatchelError, NotImplementedError):
+    def __init__(self, module: str, parameter: str, node: str, features: Iterable[str], supported: Sequence[str]) -> None:
+        hint = " (compiled by torch.compile, which is not supported: use the plain model here)" if "Compiled" in node else ""
+        super().__init__(
+            f"{module}, parameter {parameter!r}, {_listed(features)}",
+            f"the parameter is used by {node}{hint}, which belongs to no layer with a definition",
+            _how_to_add(supported),
+        )
+
+
+class UnsupportedOption(SatchelError, NotImplementedError):
+    def __init__(self, where: str, option: str, value: object, supported: Sequence[object], features: Iterable[str]) -> None:
+        super().__init__(
+            f"{where}, {_listed(features)}",
+            f"the definition does not cover {option}={value!r}",
+            f"Supported: {', '.join(map(repr, supported))}",
+        )
+
+
+class NonlinearNode(SatchelError, NotImplementedError):
+    def __init__(self, node: str, features: Iterable[str]) -> None:
+        super().__init__(
+            _listed(features),
+            f"{node} is not linear and has no definition, so its second derivative is unknown",
+            "Use a module that has a definition instead of the functional form, or a GGN feature such as DiagGGNExact",
+        )
+
+
+class NodeFailed(SatchelError, RuntimeError):
+    def __init__(self, node: str) -> None:
+        super().__init__(
+            node,
+            "calling its backward ahead of autograd failed (the error above says why)",
+            "If the graph was freed by an earlier backward, pass retain_graph=True there; otherwise use a module that has a"
+            " definition",
+        )
+
+
+class CheckpointedRegion(SatchelError, NotImplementedError):
+    def __init__(self, where: str, features: Iterable[str]) -> None:
+        super().__init__(
+            f"{where}, {_listed(features)}",
+            "a region under torch.utils.checkpoint recomputes its tensors only once, so curvature cannot be passed through it",
+            "Turn checkpointing off for this backward, or bound memory by settings(memory_limit=…)",
+        )
+
+
+class InplaceOnView(SatchelError, NotImplementedError):
+    def __init__(self, layer: str) -> None:
+        super().__init__(
+            layer,
+            "it changes a part, or a permutation, of another tensor in place, so its input is not a node of the graph",
+            "Use inplace=False",
+        )
+
+
+class Overwritten(SatchelError, RuntimeError):
+    def __init__(self, layer: str, tensor: str) -> None:
+        super().__init__(
+            layer,
+            f"its {tensor} was changed in place after the forward pass",
+            "Use the out-of-place form of the operation (inplace=False), and update parameters after the backward",
+        )
+
+
+class GraphFreed(SatchelError, RuntimeError):
+    def __init__(self, layer: str) -> None:
+        super().__init__(
+            layer,
+            "an earlier backward has freed what the forward pass saved",
+            "Pass retain_graph=True to the earlier backward, or run the forward pass again",
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ samples
+
+
+class BatchAxisLost(SatchelError, ValueError):
+    def __init__(self, where: str, shape: Sequence[int], samples: int | None) -> None:
+        expected = "the samples along its first axis" if samples is None else f"{samples} samples along its first axis"
+        super().__init__(
+            where,
+            f"shape {tuple(shape)} does not have {expected}, as the rest of the network has",
+            "Keep the batch as the first axis of every layer; for a loss over positions use [N, C, positions] instead of"
+            " flattening them into the batch",
+        )
+
+
+class SamplesMixed(SatchelError, ValueError):
+    def __init__(self, node: str) -> None:
+        super().__init__(
+            node,
+            "mixes the samples of the batch (or moves the batch axis), so a sample has no gradient or curvature of its own",
+            "For batch normalisation use eval() (frozen statistics) or GroupNorm; keep the batch as the first axis",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- parameters
+
+
+class SequentialReuse(SatchelError, NotImplementedError):
+    def __init__(self, layer: str, parameter: str, features: Iterable[str]) -> None:
+        super().__init__(
+            f"{layer}, parameter {parameter!r}, {_listed(features)}",
+            "the parameter is used twice in sequence, so the Hessian holds a mixed term ∂²y/∂θ∂x that is not computed",
+            "Use a GGN feature such as DiagGGNExact, or separate parameters",
+        )
+
+
+class SharedByKinds(SatchelError, NotImplementedError):
+    def __init__(self, layers: Iterable[str], parameter: str, quantity: str) -> None:
+        super().__init__(
+            f"{_listed(layers)}, parameter {parameter!r}",
+            f"the parameter is shared in a way for which {quantity} is not defined (different kinds of layers, or no shared axis)",
+            "Use a feature made of individual gradients or diagonals, or separate parameters",
+        )
+
+
+class FieldMissing(SatchelError, RuntimeError):
+    def __init__(self, layer: str, parameter: str, features: Iterable[str]) -> None:
+        super().__init__(
+            f"{layer}, parameter {parameter!r}",
+            f"the backward ended without the quantities that {_listed(features)} need",
+            "Check that every use of the parameter gets a gradient from the loss",
+        )
+
+
+class MemoryLimit(SatchelError, MemoryError):
+    def __init__(self, features: Iterable[str], where: str, needed: int, limit: int) -> None:
+        super().__init__(
+            f"{where}, {_listed(features)}",
+            f"needs about {needed:,} bytes, above the memory limit of {limit:,}",
+            "Raise settings(memory_limit=…), or use KFLR or KFAC",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------- loss
+
+
+class NegativeScale(SatchelError, ValueError):
+    def __init__(self, loss: str, features: Iterable[str]) -> None:
+        super().__init__(
+            f"{loss}, {_listed(features)}",
+            "the gradient that arrives at the loss is negative or not finite; curvature of a negative multiple has no square root",
+            "Scale the loss by a positive, finite number (a GradScaler may have overflowed)",
+        )
+
+
+class TargetRefused(SatchelError, ValueError):
+    def __init__(self, loss: str, reason: str) -> None:
+        super().__init__(loss, reason, "Fix the targets, or use a loss whose definition covers them")

@@ -1,0 +1,132 @@
+"""How a factor passes a node without a definition: by the node's own backward, all columns at once.
+
+Does what autograd does around a node: absent gradients are None, a gradient takes the dtype of the output, and what comes
+back is reduced to the shape of the input that was broadcast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from .errors import NodeFailed
+from .plan import Step
+from .record import Edge
+from .torch_private import COLUMNWISE, is_python_function, node_outputs
+
+
+def pull(step: Step, columns: Mapping[int, Tensor]) -> dict[Edge, Tensor]:
+    """Columns [V, *output] by output number → columns [V, *input] by edge."""
+    present = {number: columns[number] for number in columns}
+    count = next(iter(present.values())).shape[0]
+    numbers = tuple(present)
+
+    def one(*column: Tensor) -> tuple[Tensor, ...]:
+        return _call(step, dict(zip(numbers, column, strict=True)))
+
+    try:
+        if count == 0 or step.node.name() in COLUMNWISE:
+            passed = _one_by_one(step, present, count)
+        else:
+            passed = _vectorised(one, present, count)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise NodeFailed(step.node.name()) from error
+    return _by_edge(step, passed)
+
+
+def _vectorised(one: Any, present: Mapping[int, Tensor], count: int) -> Sequence[Tensor]:
+    """By vmap; by a loop where an operation has no batching rule."""
+    try:
+        return torch.vmap(one)(*present.values())
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError):
+        results = [one(*(columns[v] for columns in present.values())) for v in range(count)]
+        return [torch.stack(parts) for parts in zip(*results, strict=True)]
+
+
+def _one_by_one(step: Step, present: Mapping[int, Tensor], count: int) -> Sequence[Tensor]:
+    if count == 0:
+        any_factor = next(iter(present.values()))
+        return [any_factor.new_zeros(0, *edge_shape(edge)) for _, edge in step.inputs]
+    results = [_call(step, {number: columns[v] for number, columns in present.items()}) for v in range(count)]
+    return [torch.stack(parts) for parts in zip(*results, strict=True)]
+
+
+def _by_edge(step: Step, passed: Sequence[Tensor]) -> dict[Edge, Tensor]:
+    """Sums what leads to the same edge: x + x."""
+    found: dict[Edge, Tensor] = {}
+    for (_, edge), columns in zip(step.inputs, passed, strict=True):
+        found[edge] = found[edge] + columns if edge in found else columns
+    return found
+
+
+def _call(step: Step, column: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
+    """One column through the node's backward. Calling a node runs no hooks."""
+    node, outputs = step.node, node_outputs(step.node)
+    python = is_python_function(node)
+    gradients: list[Tensor | None] = [None] * len(outputs)
+    for number, (shape, dtype, device) in enumerate(outputs):
+        if number in column:
+            gradients[number] = column[number].to(dtype).reshape(shape)
+        elif python:  # autograd gives a Function zeros where no gradient arrives
+            gradients[number] = torch.zeros(shape, dtype=dtype, device=device)
+    results = node.apply(*gradients) if python else node(*gradients)  # type: ignore[attr-defined, operator]
+    results = results if isinstance(results, tuple) else (results,)
+    any_column = next(iter(column.values()))
+    return tuple(_fit(results[position], edge_shape(edge), any_column) for position, edge in step.inputs)
+
+
+def _fit(result: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor:
+    if result is None:
+        return like.new_zeros(tuple(shape))
+    return result if result.shape == torch.Size(shape) else result.sum_to_size(tuple(shape))
+
+
+def edge_shape(edge: Edge) -> tuple[int, ...]:
+    """Shape of the gradient that an edge carries."""
+    node, output_nr = edge
+    return node_outputs(node)[output_nr][0]
+
+
+def is_linear(step: Step) -> bool:
+    """Whether the backward of a node depends on nothing that was differentiated: found by asking autograd, not by a list.
+
+    With a gradient v that requires grad, the graph of the result must lead to v alone.
+    """
+    with torch.enable_grad():
+        outputs = node_outputs(step.node)
+        probes = {n: torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for n, (shape, dtype, device) in
+                  enumerate(outputs)}  # fmt: skip
+        try:
+            results = _call(step, probes)
+        except (RuntimeError, ValueError) as error:
+            raise NodeFailed(step.node.name()) from error
+    ours = set(map(id, probes.values()))
+    stack: list[Node] = [result.grad_fn for result in results if result.grad_fn is not None]
+    seen: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in ours:
+            return False
+        following = [below for below, _ in node.next_functions if below is not None]
+        if leaf is None and not following:  # a node that refuses to be differentiated
+            return False
+        stack += following
+    return True
+
+
+def features(shape: Sequence[int]) -> int:
+    """Elements of one sample."""
+    return prod(shape[1:])

@@ -1,0 +1,151 @@
+"""What a forward pass leaves in `grad_fn.metadata`: its life is the graph's, nothing is stored on modules.
+
+A record holds weak references to the module and its parameters, and only the tensors that its rules read. It holds no tensor
+that is attached to its own node or one downstream, so there is no cycle.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from .axes import canonical
+from .errors import GraphFreed, Overwritten
+from .rules import Layer, Loss
+from .torch_private import version
+
+Edge: TypeAlias = tuple[Node, int]
+
+_KEY = "satchel"
+
+
+@dataclass(eq=False)
+class Mark:
+    """A module without a definition (`passes` False), or one that returned its input and so has no node of its own."""
+
+    name: str
+    module: weakref.ref[nn.Module]
+
+    @property
+    def where(self) -> str:
+        """How errors call the module."""
+        module = self.module()
+        return f"layer {self.name or '(root)'!r} ({type(module).__name__ if module is not None else 'deleted'})"
+
+
+@dataclass(eq=False)
+class _Kept(Mark):
+    """A module with a definition: the tensors that its rules read, with their versions."""
+
+    options: dict[str, Any]
+    node_shape: tuple[int, ...]
+    output_nr: int
+    edge: Edge | None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
+    freed: bool = False
+
+    def keep(self, **tensors: Tensor) -> None:
+        self.tensors.update(tensors)
+        self.versions.update({name: version(tensor) for name, tensor in tensors.items()})
+
+    def release(self) -> None:
+        """Drop the tensors, when autograd drops those that it saved."""
+        self.tensors.clear()
+        self.freed = True
+
+    def tensor(self, name: str) -> Tensor:
+        if self.freed:
+            raise GraphFreed(self.where)
+        tensor = self.tensors.get(name)  # absent where the operation itself overwrote it
+        if tensor is None or version(tensor) != self.versions[name]:
+            raise Overwritten(self.where, name)
+        return tensor
+
+
+@dataclass(eq=False)
+class Record(_Kept):
+    """One call of a layer. Its node receives the gradient of the output, reshaped to `node_shape`; `edge` leads to the input."""
+
+    definition: Layer = None  # type: ignore[assignment]
+    parameters: dict[str, weakref.ref[Tensor]] = field(default_factory=dict)
+    input_shape: tuple[int, ...] = ()
+    output_shape: tuple[int, ...] = ()
+    part_of_view: bool = False
+    checkpointed: bool = False
+
+    @property
+    def samples(self) -> int:
+        return self.output_shape[0]
+
+    def parameter(self, name: str) -> Tensor:
+        parameter = self.parameters[name]()
+        if parameter is None:
+            raise GraphFreed(self.where)
+        if version(parameter) != self.versions[name]:
+            raise Overwritten(self.where, f"parameter {name!r}")
+        return parameter
+
+    def operand(self, name: str) -> Any:
+        """An operand of a rule, canonical."""
+        if name == "input":
+            return canonical(self.tensor("input"), self.definition.input_axes)
+        if name == "output":
+            return canonical(self.tensor("output"), self.definition.output_axes)
+        return self.parameter(name) if name in self.parameters else self.options[name]
+
+    def trainable(self) -> dict[str, Tensor]:
+        """The parameters that autograd computes a gradient for."""
+        alive = {name: reference() for name, reference in self.parameters.items()}
+        return {name: p for name, p in alive.items() if p is not None and p.requires_grad}
+
+
+@dataclass(eq=False)
+class LossRecord(_Kept):
+    """One call of a loss."""
+
+    definition: Loss = None  # type: ignore[assignment]
+    input_shape: tuple[int, ...] = ()
+
+    @property
+    def where(self) -> str:
+        return super().where.replace("layer", "loss", 1).replace("'(root)' ", "")
+
+    def operand(self, name: str) -> Any:
+        """An operand of a rule, canonical."""
+        if name == "input":
+            return canonical(self.tensor("input"), self.definition.input_axes)
+        if name == "target":
+            return canonical(self.tensor("target"), self.definition.target_axes)
+        return self.options[name]
+
+
+Entry: TypeAlias = Mark | Record | LossRecord
+
+
+def entries(node: Node) -> list[Entry]:
+    """What the forward pass left on a node; later entries belong to modules further out."""
+    return node.metadata.get(_KEY, [])
+
+
+def attach(node: Node, entry: Entry) -> bool:
+    """Leave `entry` on `node`; whether it is the first."""
+    present = node.metadata.setdefault(_KEY, [])
+    present.append(entry)
+    return len(present) == 1
+
+
+def layer_record(node: Node) -> Record | None:
+    """The call of a layer whose output the node computes."""
+    return next((entry for entry in entries(node) if isinstance(entry, Record)), None)
+
+
+def alias(tensor: Tensor) -> Tensor:
+    """The same memory without the graph; shares the version counter."""
+    with torch.no_grad():
+        return tensor.detach()

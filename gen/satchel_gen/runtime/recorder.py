@@ -1,0 +1,178 @@
+"""The forward hook that `extend` adds: it leaves a record on the node that computes a module's output."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+
+from .backward import arrive
+from .record import Edge, Entry, LossRecord, Mark, Record, alias, attach, entries
+from .rules import Layer, Loss, registry
+from .torch_private import inside_checkpoint, inside_functorch, node_outputs, version, view_base
+
+_recording = True
+
+
+class disable:
+    """Inside `with disable():` forward passes leave no records."""
+
+    def __enter__(self) -> None:
+        global _recording
+        self._before, _recording = _recording, False
+
+    def __exit__(self, *exception: object) -> None:
+        global _recording
+        _recording = self._before
+
+
+class Recorder:
+    """Forward hook of one module. Holds the module's dotted name only, so modules stay picklable and copyable."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling() or not (_recording and torch.is_grad_enabled()) or inside_functorch():
+            return
+        definition = registry().definition(module)  # looked up here: a lazy module changes its class after `extend`
+        reference = weakref.ref(module)
+        if isinstance(output, Tensor) and output.requires_grad:
+            if isinstance(definition, Layer) and _plain_parameters(module, definition):
+                return self._layer(definition, reference, _argument(args, kwargs, 0, "input"), output)
+            if isinstance(definition, Loss):
+                target = _argument(args, kwargs, 1, "target")
+                return self._loss(definition, reference, _argument(args, kwargs, 0, "input"), target, output)
+        for node in {tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None}:
+            _attach(node, Mark(self.name, reference))
+
+    def _layer(self, layer: Layer, reference: weakref.ref[nn.Module], x: Tensor, output: Tensor) -> None:
+        module = reference()
+        inplace = getattr(module, "inplace", False) is True
+        if output is x and not inplace:  # Identity, Flatten of two axes: no node of its own
+            if output.grad_fn is not None:
+                _attach(output.grad_fn, Mark(self.name, reference))
+            return
+        node, output_nr, edge, part_of_view = _place(x, output, inplace)
+        present = {name: module._parameters[name] for name in layer.parameters}  # type: ignore[union-attr]
+        parameters = {name: parameter for name, parameter in present.items() if parameter is not None}
+        record = Record(
+            name=self.name,
+            module=reference,
+            options={name: getattr(module, name) for name in layer.options},
+            node_shape=node_outputs(node)[output_nr][0],
+            output_nr=output_nr,
+            edge=edge,
+            definition=layer,
+            parameters={name: weakref.ref(parameter) for name, parameter in parameters.items()},
+            input_shape=tuple(x.shape),
+            output_shape=tuple(output.shape),
+            part_of_view=part_of_view,
+            checkpointed=inside_checkpoint(),
+        )
+        record.versions.update({name: version(parameter) for name, parameter in parameters.items()})
+        trainable = record.trainable()
+        reads = layer.reads(trainable)
+        if "input" in reads:
+            if layer.inplace_from_output:  # right from the output, which autograd keeps anyway
+                record.keep(input=alias(output))
+            elif not inplace:
+                # Attached where a field can be differentiated; autograd has saved the same tensor then.
+                record.keep(input=x if trainable else alias(x))
+        if "output" in reads:
+            record.keep(output=alias(output))
+        _attach(node, record)
+
+    def _loss(self, loss: Loss, reference: weakref.ref[nn.Module], x: Tensor, target: Tensor, output: Tensor) -> None:
+        node, module = output.grad_fn, reference()
+        assert node is not None
+        record = LossRecord(
+            name=self.name,
+            module=reference,
+            options={name: getattr(module, name) for name in loss.options},
+            node_shape=tuple(output.shape),
+            output_nr=output.output_nr,
+            edge=_edge(x),
+            definition=loss,
+            input_shape=tuple(x.shape),
+        )
+        record.keep(input=alias(x), target=alias(target))
+        _attach(node, record)
+
+
+class _Arrival:
+    """Pre-hook of a node with entries. Holds them, not the node."""
+
+    def __init__(self, present: list[Entry]) -> None:
+        self.present = present
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        arrive(self.present, gradients)
+
+
+def _attach(node: Node, entry: Entry) -> None:
+    if attach(node, entry):
+        node.register_prehook(_Arrival(entries(node)))
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Tensor:
+    return args[position] if len(args) > position else kwargs[name]
+
+
+def _plain_parameters(module: nn.Module, layer: Layer) -> bool:
+    """Whether the parameters are leaves of the module: parametrised or swapped ones belong to other nodes."""
+    return all(
+        name in module._parameters and ((parameter := module._parameters[name]) is None or parameter.is_leaf)
+        for name in layer.parameters
+    )
+
+
+def _whole_view(tensor: Tensor) -> Tensor | None:
+    """The tensor that `tensor` is a reshaped view of, element for element."""
+    base = view_base(tensor)
+    if base is None or tensor.numel() != base.numel() or not (tensor.is_contiguous() and base.is_contiguous()):
+        return None
+    return base
+
+
+def _edge(x: Tensor) -> Edge | None:
+    """Where the gradient of an input goes, past reshapes (which only geometry needs)."""
+    if not x.requires_grad:
+        return None
+    base = _whole_view(x) if x.grad_fn is not None else None
+    edge = get_gradient_edge(x if base is None or not base.requires_grad else base)
+    return edge.node, edge.output_nr
+
+
+def _place(x: Tensor, output: Tensor, inplace: bool) -> tuple[Node, int, Edge | None, bool]:
+    """The node that receives the output's gradient, the edge to the input, and whether the output is only a part of the node's.
+
+    An in-place operation on a view makes autograd rebuild the view's node above the node of its base. So where the output is
+    all of a base, the base's node is taken: it stays in the graph.
+    """
+    base, holder, part_of_view = view_base(output), output, False
+    if base is not None and (inplace or (base is not x and base is not view_base(x))):
+        whole = _whole_view(output)
+        holder, part_of_view = (output, inplace) if whole is None else (whole, False)
+    node = holder.grad_fn
+    assert node is not None
+    if not inplace:
+        return node, holder.output_nr, _edge(x), part_of_view
+    before, output_nr = node.next_functions[0]
+    return node, holder.output_nr, None if before is None else (before, output_nr), part_of_view
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dictionaries."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from _tensors(value)

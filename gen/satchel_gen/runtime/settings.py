@@ -1,0 +1,65 @@
+"""What a user may set: the memory that curvature may take, the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+BACKENDS = ("auto", "aten", "triton")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """memory_limit: bytes that one sweep of a curvature factor may hold, or None for no limit. A factor that needs more is
+    passed through the network in several ranges of its columns; KFRA's averaged matrix cannot be split and is an error.
+
+    backend: "aten" (plain torch ops), "triton", or "auto": triton on GPU tensors, aten elsewhere.
+    """
+
+    memory_limit: int | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
+        if self.memory_limit is not None and not self.memory_limit > 0:
+            raise ValueError(f"memory_limit must be a positive number of bytes or None; got {self.memory_limit!r}")
+
+
+_current = Settings()
+
+
+def current() -> Settings:
+    return _current
+
+
+class settings:
+    """Change settings for good, `satchel.settings(memory_limit=2**30)`, or inside a `with` block.
+
+    Raises ValueError for a value out of range and TypeError for a setting that does not exist.
+    """
+
+    def __init__(self, **changes: Any) -> None:
+        global _current
+        unknown = changes.keys() - {field.name for field in fields(Settings)}
+        if unknown:
+            known = ", ".join(field.name for field in fields(Settings))
+            raise TypeError(f"no setting {', '.join(sorted(unknown))}; settings are {known}")
+        self._before = _current
+        _current = replace(_current, **changes)
+
+    def __enter__(self) -> Settings:
+        return _current
+
+    def __exit__(self, *exception: object) -> None:
+        global _current
+        _current = self._before
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force the backend, "aten" or "triton", inside a `with` block."""
+    with settings(backend=name):
+        yield

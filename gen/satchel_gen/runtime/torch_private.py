@@ -1,0 +1,90 @@
+"""The private names of torch that the engine stands on, each behind a function of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.autograd.graph import Node, get_gradient_edge
+
+#: Nodes whose vmapped backward is wrong without an error (they read the geometry of a batched tensor): called column by column.
+COLUMNWISE = ("CdistBackward0", "torch::autograd::CopySlices", "AsStridedBackward0")
+
+
+def graph_task() -> int:
+    """Number of the backward that runs in this thread, -1 outside."""
+    return torch._C._current_graph_task_id()
+
+
+def current_node() -> Node:
+    """The node whose pre-hook runs."""
+    node = torch._C._current_autograd_node()
+    assert node is not None
+    return node
+
+
+def keeps_graph() -> bool:
+    """Whether the running backward retains the graph."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Run `callback` when the running backward is done; it is not called if a node raises."""
+    Variable._execution_engine.queue_callback(callback)
+
+
+def accumulator(parameter: Tensor) -> Node:
+    """The node that adds to `parameter.grad`."""
+    return get_gradient_edge(parameter).node
+
+
+def computes_gradient_of(parameter: Tensor) -> bool:
+    """Whether the running backward computes a leaf's gradient: `backward(inputs=…)` and `autograd.grad` leave others out."""
+    try:
+        return torch._C._will_engine_execute_node(accumulator(parameter))
+    except RuntimeError:  # torch refuses to tell for a leaf that autograd.grad asks for
+        return True
+
+
+def node_outputs(node: Node) -> Sequence[tuple[tuple[int, ...], torch.dtype, torch.device]]:
+    """Shape, dtype and device of each gradient that `node` receives."""
+    return [(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata]  # type: ignore[attr-defined]
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor was changed in place."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def view_base(tensor: Tensor) -> Tensor | None:
+    """The tensor that `tensor` is a differentiable view of."""
+    return tensor._base if tensor._is_view() else None
+
+
+def inside_functorch() -> bool:
+    """Whether vmap, grad, jvp or functionalisation from torch.func is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def inside_checkpoint() -> bool:
+    """Whether a non-reentrant checkpointed region runs: its saved tensors may be unpacked only once."""
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
+def is_python_function(node: Node) -> bool:
+    """A `torch.autograd.Function`, which is called by `apply`."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def is_reentrant_checkpoint(node: Node) -> bool:
+    return node.name() == "CheckpointFunctionBackward"
+
+
+def is_accumulator(node: Node) -> bool:
+    return node.name() == "torch::autograd::AccumulateGrad"
+
+

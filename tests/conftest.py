@@ -1,0 +1,138 @@
+"""What all tests share: which definitions, precisions and backends there are, one pass of the package, and one measure of agreement."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from networks import NETWORKS, Case, Network, Revealed, around
+from torch import Tensor, nn
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+torch.set_num_threads(1)
+
+import satchel  # noqa: E402
+from satchel import backpack, extend, extensions  # noqa: E402
+from satchel_gen.definitions import load  # noqa: E402
+
+DEFINITIONS = load()
+FEATURES = [getattr(extensions, definition.name) for definition in DEFINITIONS.features]
+LOSSES = [getattr(nn, definition.module.rpartition(".")[2]) for definition in DEFINITIONS.losses]
+LAYER_NETWORKS = [
+    around(f"{definition.name}_{k}", getattr(nn, definition.module.rpartition(".")[2]), example.shape, example.arguments)
+    for definition in DEFINITIONS.layers
+    for k, example in enumerate(definition.examples)
+]
+#: Needs that pass only defined layers and linear ops.
+SECOND_DERIVATIVES = {"residual", "diagonal", "averaged"}
+NEEDS_DEFINITIONS = {definition.name for definition in DEFINITIONS.features if SECOND_DERIVATIVES & set(definition.needs)}
+#: Relative to the largest entry of the reference.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+CHOICES: dict[str, Sequence[Any]] = {
+    "network": [*NETWORKS, *LAYER_NETWORKS],
+    "loss": LOSSES,
+    "reduction": ["mean", "sum"],
+    "dtype": [torch.float64, torch.float32],
+    "backend": ["aten", "triton", *(["gpu"] if GPU else [])],
+    "feature": FEATURES,
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """An argument named like a choice takes all its values, unless the test says which."""
+    said = {name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[0].split(",")}
+    for name, values in CHOICES.items():
+        if name in metafunc.fixturenames and name not in said:
+            metafunc.parametrize(name, values, ids=[getattr(v, "name", getattr(v, "__name__", str(v))) for v in values])
+
+
+def is_sampled(feature: type) -> bool:
+    return "mc_samples" in inspect.signature(feature).parameters
+
+
+class Pass:
+    """One forward and backward of an extended model with some features."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, backend: str, *features: Any, reveal: bool = False, **options: Any):
+        device = "cuda" if backend == "gpu" else "cpu"
+        network = case.network.model()
+        target = case.target().to(device)
+        model: nn.Module = Revealed(network, case.network.input()) if reveal else network
+        self.model = extend(model.to(device, dtype))
+        self.network = network
+        self.loss = extend(case.criterion())
+        self.features = features
+        x = case.network.input().to(device, dtype)  # keeps the strides
+        loss = self.loss(self.model(x), target.to(dtype) if target.is_floating_point() else target)
+        with satchel.backend("aten" if backend == "aten" else "triton"), backpack(*features, **options):
+            loss.backward()
+
+    def fields(self, feature: Any) -> dict[str, Any]:
+        named = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        return {name: getattr(p, feature.field) for name, p in named.items()}
+
+
+@pytest.fixture
+def run() -> type[Pass]:
+    return Pass
+
+
+Agree = Callable[..., None]
+
+
+@pytest.fixture
+def agree(request: pytest.FixtureRequest) -> Agree:
+    """Compare the fields of all parameters with a reference, by the largest error relative to the largest entry.
+
+    A reference that vanishes next to those of the other parameters is zero by symmetry: its error is relative to theirs.
+    """
+
+    def check(actual: dict[str, Any], expected: dict[str, Any], tolerance: float | None = None) -> None:
+        assert set(actual) == set(expected)
+        rows = {name: (as_list(actual[name]), as_list(expected[name])) for name in expected}
+        largest: dict[int, float] = {}
+        for name, (values, wanted) in rows.items():
+            assert [v.shape for v in values] == [w.shape for w in wanted], name
+            for k, w in enumerate(wanted):
+                largest[k] = max(largest.get(k, 0.0), w.abs().max().item() if w.numel() else 0.0)
+        for name, (values, wanted) in rows.items():
+            for k, (value, want) in enumerate(zip(values, wanted, strict=True)):
+                limit = TOLERANCE[value.dtype] if tolerance is None else tolerance
+                size = want.abs().max().item() if want.numel() else 0.0
+                scale = size if size > 1e-9 * largest[k] else largest[k] or 1.0
+                error = ((value.double().cpu() - want.cpu()).abs().max().item() if want.numel() else 0.0) / scale
+                if tolerance is None:
+                    request.node.user_properties.append(("error", (str(value.dtype), error)))
+                assert error <= limit, f"{name}[{k}]: relative error {error:.1e} > {limit:.0e}\n{value}\n{want}"
+
+    return check
+
+
+def as_list(value: Any) -> list[Tensor]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+# --- the errors seen, over all workers ----------------------------------------------------------------------------
+
+worst: dict[str, tuple[float, str]] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    for name, value in report.user_properties if report.when == "call" else []:
+        if name == "error":
+            dtype, error = value
+            worst[dtype] = max(worst.get(dtype, (-1.0, "")), (error, report.nodeid))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for dtype, (error, test) in sorted(worst.items()):
+        terminalreporter.write_line(f"largest relative error, {dtype}: {error:.1e} ({test})")
+    if not GPU:
+        terminalreporter.write_line("no GPU: nothing ran on one; Triton kernels ran in the interpreter")

@@ -1,0 +1,238 @@
+"""Every feature of every parameter against dense autograd: networks × losses × reductions × precisions × backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEFINITIONS, FEATURES, LOSSES, NEEDS_DEFINITIONS, Agree, Pass, is_sampled
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from networks import NETWORKS, Case, Network
+from satchel import backpack, extend, extensions
+from satchel.registry import REGISTRY
+from torch import nn
+
+EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
+SAMPLED = [feature for feature in FEATURES if is_sampled(feature)]
+KRONECKER = [feature for feature in FEATURES if "approximation" in feature().__dict__]
+MEAN_SQUARE = Case(next(n for n in NETWORKS if n.name == "sequence"), nn.MSELoss, "mean")
+
+
+def defined(network: Network, feature: type) -> bool:
+    return network.nonlinear is None or feature.__name__ not in NEEDS_DEFINITIONS
+
+
+def expected(case: Case, feature: type, **options: Any) -> dict[str, Any]:
+    reference = case.reference()
+    return {name: reference.field(feature.__name__, name, **options) for name in reference.parameters}
+
+
+def by_name(*names: str) -> Any:
+    return pytest.mark.parametrize("network", [n for n in NETWORKS if n.name in names], ids=lambda n: n.name)
+
+
+# --- agreement ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feature", EXACT)
+def test_field(network: Network, loss: Any, reduction: str, dtype: torch.dtype, feature: Any, agree: Agree) -> None:
+    """Alone in its pass."""
+    if not defined(network, feature):
+        pytest.skip("refused: see test_errors.py")
+    case = Case(network, loss, reduction)
+    agree(Pass(case, dtype, "aten", feature()).fields(feature), expected(case, feature))
+
+
+def test_fields_together(
+    network: Network, loss: Any, reduction: str, dtype: torch.dtype, backend: str, agree: Agree
+) -> None:
+    """All in one pass, where they share what they need; the sampled ones for the samples that were drawn."""
+    case = Case(network, loss, reduction)
+    features = [feature for feature in FEATURES if defined(network, feature)]
+    for feature in features:
+        if not is_sampled(feature):
+            continue
+    done = Pass(case, dtype, backend, *(feature() for feature in features if not is_sampled(feature)))
+    for feature in features:
+        if not is_sampled(feature):
+            agree(done.fields(feature), expected(case, feature))
+
+
+@pytest.mark.parametrize("mc_samples", [1, 3])
+def test_sampled_fields(
+    network: Network, loss: Any, reduction: str, dtype: torch.dtype, mc_samples: int, agree: Agree
+) -> None:
+    """What was drawn is read off a probe at the output (see ``Revealed``): given that, the fields are exact."""
+    case = Case(network, loss, reduction)
+    done = Pass(case, dtype, "aten", *(feature(mc_samples=mc_samples) for feature in SAMPLED), reveal=True)
+    drawn = done.model.curvature(done.model.probe.weight.diag_ggn_mc)
+    for feature in SAMPLED:
+        agree(done.fields(feature), expected(case, feature, curvature=drawn))
+
+
+@by_name("relu", "long_sequence", "siamese", "attention", "inplace_sequence")
+def test_sampled_fields_on_backends(network: Network, loss: Any, dtype: torch.dtype, backend: str, agree: Agree) -> None:
+    case = Case(network, loss, "mean")
+    done = Pass(case, dtype, backend, *(feature() for feature in SAMPLED), reveal=True)
+    drawn = done.model.curvature(done.model.probe.weight.diag_ggn_mc)
+    for feature in SAMPLED:
+        agree(done.fields(feature), expected(case, feature, curvature=drawn))
+
+
+@by_name("relu", "sequence", "siamese", "branches")
+@pytest.mark.parametrize("feature", EXACT)
+def test_field_on_backends(
+    network: Network, loss: Any, dtype: torch.dtype, backend: str, feature: Any, agree: Agree
+) -> None:
+    case = Case(network, loss, "sum")
+    agree(Pass(case, dtype, backend, feature()).fields(feature), expected(case, feature))
+
+
+def test_gradient_is_untouched(network: Network, loss: Any, reduction: str, agree: Agree) -> None:
+    features = [feature for feature in FEATURES if defined(network, feature)]
+    case = Case(network, loss, reduction)
+    done = Pass(case, torch.float64, "aten", *(feature() for feature in features))
+    gradients = {name: p.grad for name, p in done.network.named_parameters() if p.requires_grad}
+    agree(gradients, {name: g.sum(0) for name, g in case.reference().gradients.items()})
+
+
+@by_name("frozen_first", "frozen_middle", "frozen_last", "frozen_some")
+def test_frozen_parameters_have_no_fields(network: Network, feature: Any) -> None:
+    done = Pass(Case(network, nn.MSELoss, "mean"), torch.float64, "aten", feature())
+    for p in done.network.parameters():
+        assert hasattr(p, feature.field) == p.requires_grad
+
+
+# --- options -----------------------------------------------------------------------------------------------------
+
+
+@by_name("relu", "bias_free", "one_sample", "sequence", "siamese", "skip")
+@pytest.mark.parametrize("feature", EXACT)
+def test_table5(network: Network, loss: Any, reduction: str, feature: Any, agree: Agree) -> None:
+    case = Case(network, loss, reduction)
+    done = Pass(case, torch.float64, "aten", feature(scaling="table5"))
+    agree(done.fields(feature), expected(case, feature, scaling="table5"))
+
+
+@by_name("relu", "sequence")
+@pytest.mark.parametrize("feature", SAMPLED)
+def test_table5_sampled(network: Network, loss: Any, reduction: str, feature: Any, agree: Agree) -> None:
+    case = Case(network, loss, reduction)
+    extensions_ = {feature(scaling="table5"), extensions.DiagGGNMC()} if feature is not extensions.DiagGGNMC else None
+    torch.manual_seed(0)
+    done = Pass(case, torch.float64, "aten", *(extensions_ or {extensions.DiagGGNMC()}), reveal=True)
+    drawn = done.model.curvature(done.model.probe.weight.diag_ggn_mc)
+    if extensions_ is None:
+        torch.manual_seed(0)
+        done = Pass(case, torch.float64, "aten", feature(scaling="table5"))
+    agree(done.fields(feature), expected(case, feature, scaling="table5", curvature=drawn))
+
+
+@by_name("relu", "sequence", "grid", "siamese", "siamese_distant", "recurrent", "tied_parallel", "broadcast", "one_position")
+@pytest.mark.parametrize("approximation", ["backpack", "expand", "reduce"])
+def test_approximation(network: Network, loss: Any, approximation: str, agree: Agree) -> None:
+    case = Case(network, loss, "mean")
+    done = Pass(case, torch.float64, "aten", extensions.KFLR(approximation=approximation))
+    agree(done.fields(extensions.KFLR), expected(case, extensions.KFLR, approximation=approximation))
+    sampled = Pass(
+        case, torch.float64, "aten", extensions.KFAC(approximation=approximation), extensions.DiagGGNMC(), reveal=True
+    )
+    drawn = sampled.model.curvature(sampled.model.probe.weight.diag_ggn_mc)
+    wanted = expected(case, extensions.KFAC, approximation=approximation, curvature=drawn)
+    agree(sampled.fields(extensions.KFAC), wanted)
+
+
+@by_name("relu", "sequence", "siamese", "tied_sequential")
+@pytest.mark.parametrize("subsampling", [[0], [3, 1], [2, 2], [], [4, 3, 2, 1, 0]])
+def test_subsampling(network: Network, subsampling: list[int], dtype: torch.dtype, backend: str, agree: Agree) -> None:
+    """Only the listed samples, in that order, still scaled by the whole batch."""
+    case = Case(network, nn.CrossEntropyLoss, "mean")
+    done = Pass(case, dtype, backend, extensions.BatchGrad(subsampling=subsampling), extensions.SumGradSquared())
+    agree(done.fields(extensions.BatchGrad), expected(case, extensions.BatchGrad, subsampling=subsampling))
+    agree(done.fields(extensions.SumGradSquared), expected(case, extensions.SumGradSquared))
+
+
+# --- what must hold without a reference ---------------------------------------------------------------------------
+
+
+@by_name("sequence", "skip", "nested", "broadcast")
+def test_kfra_of_one_sample_is_exact(network: Network, loss: Any, agree: Agree) -> None:
+    """The average over one sample is no approximation: KFRA is KFLR with positions summed."""
+    one = Network("one", network.build, (1, *network.shape[1:]))
+    kfra, kflr = extensions.KFRA(), extensions.KFLR(approximation="backpack")
+    done = Pass(Case(one, loss, "sum"), torch.float64, "aten", kfra, kflr)
+    agree(done.fields(kfra), done.fields(kflr))
+
+
+@by_name("sigmoid_tanh", "sequence", "double_skip", "recurrent")
+def test_several_extensions_of_a_kind_keep_the_last_options(network: Network) -> None:
+    case = Case(network, nn.MSELoss, "mean")
+    together = Pass(case, torch.float64, "aten", extensions.BatchL2Grad(), extensions.BatchGrad(), extensions.Variance())
+    for p in together.network.parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.batch_l2, p.grad_batch.flatten(1).square().sum(1))
+            torch.testing.assert_close(p.variance, p.grad_batch.var(0, correction=0))
+
+
+def test_every_definition_is_emitted_and_tested() -> None:
+    assert {layer.name for layer in REGISTRY.layers} == {d.name for d in DEFINITIONS.layers}
+    assert {loss.name for loss in REGISTRY.losses} == {d.name for d in DEFINITIONS.losses}
+    assert set(REGISTRY.extensions) == set(FEATURES)
+    assert {loss.module for loss in REGISTRY.losses} == set(LOSSES)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batch=st.integers(1, 5),
+    extra=st.lists(st.integers(1, 3), max_size=2),
+    widths=st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    activations=st.lists(st.sampled_from([nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Identity]), min_size=3, max_size=3),
+    bias=st.booleans(),
+    loss=st.sampled_from(LOSSES),
+    reduction=st.sampled_from(["mean", "sum"]),
+    feature=st.sampled_from(EXACT),
+)
+def test_shapes(
+    agree: Agree,
+    batch: int,
+    extra: list[int],
+    widths: list[int],
+    activations: list[Any],
+    bias: bool,
+    loss: Any,
+    reduction: str,
+    feature: Any,
+) -> None:
+    def build() -> nn.Module:
+        layers: list[nn.Module] = []
+        for k, (i, o) in enumerate(zip(widths, widths[1:], strict=False)):
+            layers += [nn.Linear(i, o, bias=bias), activations[k]()]
+        return nn.Sequential(*layers[:-1])
+
+    case = Case(Network("drawn", build, (batch, *extra, widths[0])), loss, reduction)
+    agree(Pass(case, torch.float64, "aten", feature()).fields(feature), expected(case, feature))
+
+
+def test_dtype_and_ownership_of_fields(feature: Any, dtype: torch.dtype) -> None:
+    """Fields have their parameter's precision, share no memory with anything, and carry no graph."""
+    case = MEAN_SQUARE
+    done = Pass(case, dtype, "aten", feature())
+    seen: set[int] = {p.data_ptr() for p in done.model.parameters()} | {p.grad.data_ptr() for p in done.model.parameters()}
+    for value in done.fields(feature).values():
+        for tensor in value if isinstance(value, list) else [value]:
+            assert tensor.dtype == dtype and not tensor.requires_grad and tensor.is_contiguous()
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            assert tensor.data_ptr() not in seen
+            seen.add(tensor.data_ptr())
+
+
+def test_extend_twice_is_extend_once(feature: Any) -> None:
+    case = MEAN_SQUARE
+    model = extend(extend(case.network.model()))
+    loss = extend(extend(case.criterion()))
+    counts: list[nn.Module] = []
+    with backpack(feature(), extension_hook=counts.append):
+        loss(model(case.network.input()), case.target()).backward()
+    assert len(counts) == len({id(m) for m in counts})
