@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -19,6 +19,12 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from digits_checks import exact_fields
+from digits_figure import draw
+from kfac_optimizer import KFACOptimizer
 from satchel import backpack, extend
 from satchel.extensions import (
     KFAC,
@@ -32,12 +38,6 @@ from satchel.extensions import (
     SumGradSquared,
     Variance,
 )
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-
-from digits_checks import exact_fields
-from digits_figure import draw
-from kfac_optimizer import KFACOptimizer
 
 FEATURES = {
     "grad_batch": BatchGrad(),
@@ -53,24 +53,27 @@ FEATURES = {
 }
 SAMPLED = {"diag_ggn_mc": "diag_ggn_exact", "kfac": "kflr"}  # a Monte-Carlo estimate and what it estimates
 
-# Every optimizer has momentum 0.9 (Adam: its first moment) and otherwise its usual settings; each is tuned over the same learning rates.
+# All have momentum 0.9 (Adam: its first moment) and their usual settings; each is tuned over the same learning rates.
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
     "KFAC": lambda parameters, lr: KFACOptimizer(parameters, lr=lr),
     "Adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
     "SGD": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
 }
-LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+LEARNING_RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 TUNING_SEED_OFFSET = 1000  # the seeds that are shown are not the one that chose the learning rates
 TARGETS = (0.1, 0.01)
 
-console = Console()
-
 
 class Split(NamedTuple):
-    """Standardised images [N, 64] and their digits [N]."""
+    """Centred images [N, 64] and their digits [N]."""
 
     x: Tensor
     y: Tensor
+
+
+class Data(NamedTuple):
+    train: Split
+    test: Split
 
 
 @dataclass
@@ -86,19 +89,19 @@ class Run:
     @property
     def score(self) -> float:
         """The mean of log(loss) over the run: low early and low at the end both count."""
-        return mean(math.log(max(loss, 1e-12)) for loss in self.losses) if math.isfinite(self.losses[-1]) else math.inf
+        return mean(math.log(loss) for loss in self.losses) if math.isfinite(self.losses[-1]) else math.inf
 
     def steps_to(self, target: float) -> int | None:
         return next((step for step, loss in enumerate(self.losses) if loss <= target), None)
 
 
-def load() -> tuple[Split, Split]:
+def load() -> Data:
     """1,437 images to train on and 360 to test with."""
     images, digits = load_digits(return_X_y=True)
     x, y = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(digits)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y = x[order] - x.mean(), y[order]
-    return Split(x[:1437], y[:1437]), Split(x[1437:], y[1437:])
+    return Data(Split(x[:1437], y[:1437]), Split(x[1437:], y[1437:]))
 
 
 def mlp() -> nn.Sequential:
@@ -106,26 +109,24 @@ def mlp() -> nn.Sequential:
 
 
 def batches(data: Split, epochs: int, size: int = 128) -> Iterator[Split]:
+    """Full batches in a new random order each epoch; the incomplete last one is dropped."""
     for _ in range(epochs):
         for chosen in torch.randperm(len(data.x)).split(size)[:-1]:
             yield Split(data.x[chosen], data.y[chosen])
 
 
-def train(
-    name: str, lr: float, train_set: Split, test_set: Split, epochs: int, seed: int, measure: bool = False
-) -> Run:
+def train(name: str, lr: float, data: Data, epochs: int, seed: int, measure: bool = False) -> Run:
     """The seed gives all optimizers the same initial weights and the same batches."""
     torch.manual_seed(seed)
     model, loss_fn = extend(mlp()), extend(nn.CrossEntropyLoss())
     optimizer = OPTIMIZERS[name](list(model.parameters()), lr)
-    torch.manual_seed(seed)
     run, spent = Run(lr), 0.0
-    for batch in list(batches(train_set, epochs)):
-        run.losses.append(evaluate(model, loss_fn, train_set))
+    for batch in list(batches(data.train, epochs)):
+        run.losses.append(evaluate(model, loss_fn, data.train))
         if not math.isfinite(run.losses[-1]):
             return run
         if measure:
-            run.signal_to_noise.append(signal_to_noise(model, loss_fn, train_set))
+            run.signal_to_noise.append(signal_to_noise(model, loss_fn, data.train))
         start = time.perf_counter()
         optimizer.zero_grad()
         loss = loss_fn(model(batch.x), batch.y)
@@ -137,9 +138,9 @@ def train(
         optimizer.step()
         spent += time.perf_counter() - start
     run.milliseconds = 1000 * spent / len(run.losses)
-    run.losses.append(evaluate(model, loss_fn, train_set))
+    run.losses.append(evaluate(model, loss_fn, data.train))
     with torch.no_grad():
-        run.accuracy = (model(test_set.x).argmax(1) == test_set.y).float().mean().item()
+        run.accuracy = (model(data.test.x).argmax(1) == data.test.y).float().mean().item()
     return run
 
 
@@ -148,20 +149,17 @@ def evaluate(model: nn.Module, loss_fn: nn.Module, data: Split) -> float:
     return float(loss_fn(model(data.x), data.y))
 
 
-def weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def weights(model: nn.Module) -> dict[str, Any]:
+    """The weight matrices. Any: a type checker cannot know the fields that a backward pass leaves."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 2}
 
 
 def signal_to_noise(model: nn.Module, loss_fn: nn.Module, data: Split) -> list[float]:
-    """‖mean_n g_n‖² / Σ var_n g_n for each weight matrix; `variance` is that of the g_n / N, so both are scaled by 1/N²."""
+    """‖mean_n g_n‖² / Σ var_n g_n for each weight matrix. `variance` is that of g_n / N: both are scaled by 1/N²."""
     model.zero_grad()
     with backpack(Variance()):
         loss_fn(model(data.x), data.y).backward()
-    return [
-        float((p.grad / len(data.x)).square().sum() / p.variance.sum())
-        for p in weights(model).values()
-        if p.grad is not None
-    ]
+    return [float((p.grad / len(data.x)).square().sum() / p.variance.sum()) for p in weights(model).values()]
 
 
 def curvature(seed: int, data: Split) -> dict[str, Tensor]:
@@ -173,31 +171,24 @@ def curvature(seed: int, data: Split) -> dict[str, Tensor]:
     return {name: p.diag_ggn_exact.flatten() for name, p in weights(model).items()}
 
 
-def tune(
-    train_set: Split, test_set: Split, grid: tuple[float, ...], epochs: int, seed: int, tick: Callable[[], None]
-) -> dict[str, float]:
+def tune(data: Data, grid: list[float], epochs: int, seed: int, tick: Callable[[], None]) -> dict[str, float]:
+    """The learning rate of each optimizer's best run."""
     best = {}
     for name in OPTIMIZERS:
         runs = []
         for lr in grid:
-            runs.append(train(name, lr, train_set, test_set, epochs, seed + TUNING_SEED_OFFSET))
+            runs.append(train(name, lr, data, epochs, seed))
             tick()
         best[name] = min(runs, key=lambda run: run.score).lr
     return best
 
 
 def race_table(runs: dict[str, list[Run]]) -> Table:
-    """Means over the seeds."""
+    """Means over the seeds; a dash where a seed did not get there."""
     table = Table(title="Training on digits", box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for column in (
-        "learning rate",
-        *(f"steps to {target:g}" for target in TARGETS),
-        "loss at end",
-        "test acc.",
-        "ms/step",
-    ):
-        table.add_column(column, justify="right")
+    table.add_column("optimizer")
+    for column in ("rate", *(f"steps to {target:g}" for target in TARGETS), "loss", "accuracy", "ms/step"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, repeats in runs.items():
         reached = []
         for target in TARGETS:
@@ -215,7 +206,7 @@ def race_table(runs: dict[str, list[Run]]) -> Table:
 
 
 def feature_table(data: Split, seed: int, samples: int = 32) -> tuple[Table, bool]:
-    """All ten features of one batch in float64, from one backward pass, against loops of plain autograd; and whether all agree."""
+    """All ten features of one batch in float64, from one backward pass, and whether they agree with plain autograd."""
     torch.manual_seed(seed)
     plain, x, y = mlp().double(), data.x[:samples].double(), data.y[:samples]
     expected = exact_fields(plain, nn.CrossEntropyLoss(), x, y)
@@ -260,45 +251,40 @@ def main(
 ) -> None:
     """Train on digits with KFAC, SGD and Adam, and look at all ten features."""
     torch.set_num_threads(1)  # the matrices are too small to share
-    train_set, test_set = load()
+    console = Console()
+    data = load()
     grid, seeds = LEARNING_RATES, range(seed, seed + 3)
     if quick:
-        grid, seeds, epochs = LEARNING_RATES[2:5], range(seed, seed + 1), min(epochs, 2)
+        grid, seeds, epochs = grid[2:5], seeds[:1], min(epochs, 2)
 
-    table, agree = feature_table(train_set, seed)
+    table, agree = feature_table(data.train, seed)
     console.print(table)
-    console.print(
-        "checked: max |difference| / max |expected|, against loops of plain autograd in float64;\n"
-        "≈ for 1,000 Monte-Carlo samples, against the exact counterpart.\n"
-    )
+    console.print("checked: max |difference| / max |expected|, against loops of plain autograd;")
+    console.print("≈ for 1,000 Monte-Carlo samples, against the exact counterpart.\n", highlight=False)
     if not agree:
         raise typer.Exit(1)
 
-    bar = Progress(
-        TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    )
-    with bar:
+    columns = (TextColumn("{task.description:23}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
         tuning = bar.add_task("choosing learning rates", total=len(OPTIMIZERS) * len(grid))
         racing = bar.add_task("training", total=len(OPTIMIZERS) * len(seeds))
-        rates = tune(train_set, test_set, grid, epochs, seed, lambda: bar.advance(tuning))
+        rates = tune(data, grid, epochs, seed + TUNING_SEED_OFFSET, lambda: bar.advance(tuning))
         runs: dict[str, list[Run]] = {name: [] for name in OPTIMIZERS}
         for name, lr in rates.items():
             for s in seeds:
-                bar.update(racing, description=f"training with {name}")
-                runs[name].append(train(name, lr, train_set, test_set, epochs, s, measure=name == "KFAC" and s == seed))
+                runs[name].append(train(name, lr, data, epochs, s, measure=name == "KFAC" and s == seed))
                 bar.advance(racing)
     console.print(race_table(runs))
-    console.print(
-        f"Means over {len(seeds)} seed(s) of the loss on the whole training set. All learning rates are chosen from\n"
-        f"{', '.join(map(str, grid))} on a seed of their own, by the mean log loss over the run.\n"
-    )
+    console.print(f"Loss on the whole training set, mean over {len(seeds)} seed(s).", highlight=False)
+    console.print(f"Rates chosen from {', '.join(map(str, grid))},", highlight=False)
+    console.print("on a seed of their own, by the mean of log(loss) over the run.\n")
 
     layers = list(weights(mlp()))
     draw(
         out,
         losses={name: [run.losses for run in repeats] for name, repeats in runs.items()},
         signal_to_noise=dict(zip(layers, zip(*runs["KFAC"][0].signal_to_noise, strict=True), strict=True)),
-        curvature=curvature(seed, train_set),
+        curvature=curvature(seed, data.train),
     )
     console.print(f"Wrote {out}")
 

@@ -36,22 +36,15 @@ def per_sample_gradients(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor
 def output_jacobians(model: nn.Module, x: Tensor) -> list[Tensor]:
     """∂f_n/∂θ, one backward pass for each sample and output: [N, C, *θ]."""
     parameters = list(model.parameters())
-    rows = [[torch.autograd.grad(f, parameters, retain_graph=True) for f in model(sample)] for sample in x]
-    return [
-        torch.stack([torch.stack([row[index] for row in sample]) for sample in rows])
-        for index in range(len(parameters))
-    ]
+    rows = [torch.autograd.grad(f, parameters, retain_graph=True) for sample in x for f in model(sample)]
+    return [torch.stack(column).view(len(x), -1, *column[0].shape) for column in zip(*rows, strict=True)]
 
 
 def loss_hessians(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """∇²ℓ_n / N with respect to the network's output: [N, C, C]."""
     outputs = model(x).detach()
-    return torch.stack(
-        [
-            torch.func.hessian(lambda f, target=target: loss(f, target) / len(x))(f)
-            for f, target in zip(outputs, y, strict=True)
-        ]
-    )
+    hessian = torch.func.hessian(lambda f, target: loss(f, target) / len(x))
+    return torch.stack([hessian(f, target) for f, target in zip(outputs, y, strict=True)])
 
 
 def hessian_diagonal(loss: Tensor, parameters: list[nn.Parameter], rows: int = 256) -> list[Tensor]:
@@ -69,7 +62,7 @@ def hessian_diagonal(loss: Tensor, parameters: list[nn.Parameter], rows: int = 2
 
 
 def kflr(model: nn.Sequential, x: Tensor, jacobians: list[Tensor], hessians: Tensor) -> list[list[Tensor]]:
-    """B = Σ_n J_nᵀ ∇²ℓ_n J_n at the layer's output (where a bias's Jacobian is the layer's own), A = mean_n a_n a_nᵀ."""
+    """B = Σ_n J_nᵀ ∇²ℓ_n J_n at the layer's output, whose Jacobian is that of the bias; A = mean_n a_n a_nᵀ."""
     fields: list[list[Tensor]] = []
     biases = iter(jacobians[1::2])
     for module in model:

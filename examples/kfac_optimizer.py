@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 class KFACOptimizer(Optimizer):
     """θ ← θ − lr·v with v ← momentum·v + B̂⁻¹ G Â⁻¹ (a bias: B̂⁻¹ g).
 
-    `loss.backward()` must run inside `backpack(KFAC())`, which leaves `weight.kfac = [B, A]` and `bias.kfac = [B]`, with the curvature
-    approximated by B ⊗ A. Â and B̂ are running averages of the factors, damped by Martens and Grosse's split:
-    Â = A + π√λ·I, B̂ = B + √λ/π·I, π² = (tr A / dim A) / (tr B / dim B), so that both are damped relative to their own scale.
+    `loss.backward()` must run inside `backpack(KFAC())`, which leaves `weight.kfac = [B, A]` and `bias.kfac = [B]`,
+    with the curvature approximated by B ⊗ A. Â and B̂ are running averages of the factors, damped by the split of
+    Martens and Grosse, Â = A + π√λ·I and B̂ = B + √λ/π·I with π² = (tr A / dim A) / (tr B / dim B): each is damped
+    relative to its own scale.
 
-    Source: Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015, sections 5 and 6.3.
+    Source: Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015,
+    sections 5 and 6.3.
     """
 
     def __init__(

@@ -32,6 +32,7 @@ LAYER_NETWORKS = [
 #: Needs that pass only defined layers and linear ops.
 SECOND_DERIVATIVES = {"residual", "diagonal", "averaged"}
 NEEDS_DEFINITIONS = {definition.name for definition in DEFINITIONS.features if SECOND_DERIVATIVES & set(definition.needs)}
+NEEDS_MIXED_TERM = {definition.name for definition in DEFINITIONS.features if "residual" in definition.needs}
 #: Relative to the largest entry of the reference.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -51,6 +52,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, values in CHOICES.items():
         if name in metafunc.fixturenames and name not in said:
             metafunc.parametrize(name, values, ids=[getattr(v, "name", getattr(v, "__name__", str(v))) for v in values])
+
+
+def is_defined(network: Network, feature: type) -> bool:
+    """Whether the feature is defined on the network; otherwise it must be refused."""
+    if network.in_sequence and feature.__name__ in NEEDS_MIXED_TERM:
+        return False
+    return network.nonlinear is None or feature.__name__ not in NEEDS_DEFINITIONS
 
 
 def is_sampled(feature: type) -> bool:

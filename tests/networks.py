@@ -44,6 +44,7 @@ class Network:
     """``build`` is called under a fixed seed. ``shape`` of the input, batch first; ``permute`` leaves it non-contiguous.
 
     nonlinear: how autograd calls the op without a definition that stops DiagHessian and KFRA; None when there is none.
+    in_sequence: a parameter is used on the output of another of its uses, so the Hessian has a mixed term.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Network:
     shape: tuple[int, ...] = (5, 4)
     nonlinear: str | None = None
     strided: bool = False
+    in_sequence: bool = False
 
     def model(self) -> nn.Module:
         with torch.random.fork_rng():
@@ -286,12 +288,12 @@ NETWORKS = (
     Network("nested", lambda: Wired(nested, a=Linear(4, 6), act=Tanh(), b=Linear(6, 7), c=Linear(6, 7), head=Linear(7, 3))),
     Network("siamese", lambda: Wired(siamese, a=Linear(4, 6), act=Tanh(), head=Linear(6, 3)), (5, 2, 4)),
     Network("siamese_distant", lambda: Wired(siamese_distant, a=Linear(4, 6), act=Sigmoid(), head=Linear(6, 3)), (5, 2, 4)),
-    Network("recurrent", lambda: Wired(recurrent, a=Linear(4, 4), act=Tanh(), head=Linear(4, 3))),
-    Network("recurrent_relu", lambda: Wired(recurrent, a=Linear(4, 4), act=ReLU(), head=Linear(4, 3)), (5, 2, 4)),
-    Network("linear_recurrent", lambda: Wired(linear_recurrent, a=Linear(4, 4))),
+    Network("recurrent", lambda: Wired(recurrent, a=Linear(4, 4), act=Tanh(), head=Linear(4, 3)), in_sequence=True),
+    Network("recurrent_relu", lambda: Wired(recurrent, a=Linear(4, 4), act=ReLU(), head=Linear(4, 3)), (5, 2, 4), in_sequence=True),
+    Network("linear_recurrent", lambda: Wired(linear_recurrent, a=Linear(4, 4)), in_sequence=True),
     Network("tied_parallel", lambda: Wired(tied_parallel, **tied(Linear(4, 6), Linear(4, 6)), act=Tanh(), sigmoid=Sigmoid(), head=Linear(6, 3))),
-    Network("tied_sequential", lambda: Wired(tied_sequential, **tied(Linear(4, 4), Linear(4, 4, bias=False)), act=Tanh(), head=Linear(4, 3))),
-    Network("tied_in_a_row", lambda: Wired(autoencoder_like, **tied(Linear(4, 4), Linear(4, 4)), head=Linear(4, 3)), (5, 2, 4)),
+    Network("tied_sequential", lambda: Wired(tied_sequential, **tied(Linear(4, 4), Linear(4, 4, bias=False)), act=Tanh(), head=Linear(4, 3)), in_sequence=True),
+    Network("tied_in_a_row", lambda: Wired(autoencoder_like, **tied(Linear(4, 4), Linear(4, 4)), head=Linear(4, 3)), (5, 2, 4), in_sequence=True),
     Network("functional", lambda: Wired(functional, a=Linear(4, 6), act=Tanh(), head=Linear(8, 3))),
     Network("broadcast", lambda: Wired(broadcast, a=Linear(4, 6), act=Tanh(), b=Linear(4, 6), c=Linear(4, 6), head=Linear(6, 3)), (5, 2, 4)),
     Network("split", lambda: Wired(split, a=Linear(4, 6), act=Tanh(), head=Linear(3, 2))),

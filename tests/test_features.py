@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEFINITIONS, FEATURES, LOSSES, NEEDS_DEFINITIONS, Agree, Pass, is_sampled
+from conftest import DEFINITIONS, FEATURES, LOSSES, Agree, Pass, is_defined, is_sampled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS, Case, Network
@@ -16,12 +16,7 @@ from torch import nn
 
 EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
 SAMPLED = [feature for feature in FEATURES if is_sampled(feature)]
-KRONECKER = [feature for feature in FEATURES if "approximation" in feature().__dict__]
 MEAN_SQUARE = Case(next(n for n in NETWORKS if n.name == "sequence"), nn.MSELoss, "mean")
-
-
-def defined(network: Network, feature: type) -> bool:
-    return network.nonlinear is None or feature.__name__ not in NEEDS_DEFINITIONS
 
 
 def expected(case: Case, feature: type, **options: Any) -> dict[str, Any]:
@@ -39,7 +34,7 @@ def by_name(*names: str) -> Any:
 @pytest.mark.parametrize("feature", EXACT)
 def test_field(network: Network, loss: Any, reduction: str, dtype: torch.dtype, feature: Any, agree: Agree) -> None:
     """Alone in its pass."""
-    if not defined(network, feature):
+    if not is_defined(network, feature):
         pytest.skip("refused: see test_errors.py")
     case = Case(network, loss, reduction)
     agree(Pass(case, dtype, "aten", feature()).fields(feature), expected(case, feature))
@@ -48,16 +43,12 @@ def test_field(network: Network, loss: Any, reduction: str, dtype: torch.dtype, 
 def test_fields_together(
     network: Network, loss: Any, reduction: str, dtype: torch.dtype, backend: str, agree: Agree
 ) -> None:
-    """All in one pass, where they share what they need; the sampled ones for the samples that were drawn."""
+    """All in one pass, where they share what they need."""
     case = Case(network, loss, reduction)
-    features = [feature for feature in FEATURES if defined(network, feature)]
+    features = [feature for feature in EXACT if is_defined(network, feature)]
+    done = Pass(case, dtype, backend, *(feature() for feature in features))
     for feature in features:
-        if not is_sampled(feature):
-            continue
-    done = Pass(case, dtype, backend, *(feature() for feature in features if not is_sampled(feature)))
-    for feature in features:
-        if not is_sampled(feature):
-            agree(done.fields(feature), expected(case, feature))
+        agree(done.fields(feature), expected(case, feature))
 
 
 @pytest.mark.parametrize("mc_samples", [1, 3])
@@ -91,7 +82,7 @@ def test_field_on_backends(
 
 
 def test_gradient_is_untouched(network: Network, loss: Any, reduction: str, agree: Agree) -> None:
-    features = [feature for feature in FEATURES if defined(network, feature)]
+    features = [feature for feature in FEATURES if is_defined(network, feature)]
     case = Case(network, loss, reduction)
     done = Pass(case, torch.float64, "aten", *(feature() for feature in features))
     gradients = {name: p.grad for name, p in done.network.named_parameters() if p.requires_grad}
@@ -117,17 +108,12 @@ def test_table5(network: Network, loss: Any, reduction: str, feature: Any, agree
 
 
 @by_name("relu", "sequence")
-@pytest.mark.parametrize("feature", SAMPLED)
-def test_table5_sampled(network: Network, loss: Any, reduction: str, feature: Any, agree: Agree) -> None:
+def test_table5_sampled(network: Network, loss: Any, reduction: str, agree: Agree) -> None:
     case = Case(network, loss, reduction)
-    extensions_ = {feature(scaling="table5"), extensions.DiagGGNMC()} if feature is not extensions.DiagGGNMC else None
-    torch.manual_seed(0)
-    done = Pass(case, torch.float64, "aten", *(extensions_ or {extensions.DiagGGNMC()}), reveal=True)
-    drawn = done.model.curvature(done.model.probe.weight.diag_ggn_mc)
-    if extensions_ is None:
-        torch.manual_seed(0)
-        done = Pass(case, torch.float64, "aten", feature(scaling="table5"))
-    agree(done.fields(feature), expected(case, feature, scaling="table5", curvature=drawn))
+    done = Pass(case, torch.float64, "aten", *(feature(scaling="table5") for feature in SAMPLED), reveal=True)
+    drawn = done.model.curvature(done.model.probe.weight.diag_ggn_mc) * case.network.shape[0] / case.unit()
+    for feature in SAMPLED:
+        agree(done.fields(feature), expected(case, feature, scaling="table5", curvature=drawn))
 
 
 @by_name("relu", "sequence", "grid", "siamese", "siamese_distant", "recurrent", "tied_parallel", "broadcast", "one_position")
@@ -167,13 +153,14 @@ def test_kfra_of_one_sample_is_exact(network: Network, loss: Any, agree: Agree) 
 
 
 @by_name("sigmoid_tanh", "sequence", "double_skip", "recurrent")
-def test_several_extensions_of_a_kind_keep_the_last_options(network: Network) -> None:
-    case = Case(network, nn.MSELoss, "mean")
-    together = Pass(case, torch.float64, "aten", extensions.BatchL2Grad(), extensions.BatchGrad(), extensions.Variance())
-    for p in together.network.parameters():
-        if p.requires_grad:
-            torch.testing.assert_close(p.batch_l2, p.grad_batch.flatten(1).square().sum(1))
-            torch.testing.assert_close(p.variance, p.grad_batch.var(0, correction=0))
+def test_moments_are_those_of_the_individual_gradients(network: Network) -> None:
+    features = [extensions.BatchL2Grad(), extensions.BatchGrad(), extensions.Variance(), extensions.SumGradSquared()]
+    done = Pass(Case(network, nn.MSELoss, "mean"), torch.float64, "aten", *features)
+    for p in done.network.parameters():
+        torch.testing.assert_close(p.grad_batch.sum(0), p.grad)
+        torch.testing.assert_close(p.batch_l2, p.grad_batch.flatten(1).square().sum(1))
+        torch.testing.assert_close(p.sum_grad_squared, p.grad_batch.square().sum(0))
+        torch.testing.assert_close(p.variance, p.grad_batch.var(0, correction=0))
 
 
 def test_every_definition_is_emitted_and_tested() -> None:

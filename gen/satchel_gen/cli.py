@@ -112,7 +112,7 @@ def explain(layer: str, feature: Annotated[str, typer.Argument()] = "") -> None:
             if part.code:
                 console.print(Syntax(part.text, "python", background_color="default", word_wrap=True))
             else:
-                console.print(part.text, style="bold" if part.heading else None, highlight=False, markup=False)
+                console.print(part.text, style="bold" if part.heading else None, highlight=False, markup=False, soft_wrap=True)
     except DefinitionError as error:
         _fail(str(error))
 

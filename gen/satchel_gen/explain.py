@@ -12,6 +12,7 @@ from .definitions import DefinitionError, Definitions, Feature, Layer, Loss
 from .definitions import quantities as Q
 from .emit.formula import render, render_formula, render_term
 from .emit.functions import Function, loss_function, rule_functions, sample_function
+from .emit.package import format_files
 from .emit.triton import environment
 from .lowering.kernels import layer_kernels
 from .lowering.losses import lower_loss
@@ -103,7 +104,7 @@ def _rule(rule: LoweredRule, kernels: dict) -> Iterator[Part]:
 def code(function: Function) -> str:
     """The function as its template prints it."""
     template = environment().from_string('{% from "functions.jinja" import function %}{{ function(f) }}')
-    return template.render(f=function).strip()
+    return format_files({"code.py": template.render(f=function)})["code.py"]
 
 
 def _loss(loss: Loss) -> Iterator[Part]:

@@ -47,6 +47,7 @@ class IndexSum(Expr):
     """Σ over whole index ranges: `IndexSum(body, Tuple(i, j))`. Written `Sum(body, i, j)`."""
 
     is_commutative = True
+    precedence = 45  # between a sum and a product: Σ_i a b + c is (Σ_i a b) + c
 
     @property
     def body(self) -> Expr:

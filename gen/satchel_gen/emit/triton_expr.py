@@ -265,8 +265,13 @@ def _name(argument: sympy.Basic) -> str:
 
 
 def hoist(expr: sympy.Expr, inner: frozenset[str], name: Callable[[sympy.Expr], str]) -> sympy.Expr:
-    """`expr` with every largest part that depends on no symbol in `inner` replaced by the symbol `name` gives it."""
-    if not isinstance(expr, sympy.Expr) or expr.is_number or expr.as_coeff_Mul()[1].is_Atom:
+    """`expr` with every largest part that depends on no symbol in `inner` replaced by the symbol `name` gives it.
+
+    Sums of scaled symbols stay: they cost no more than what would replace them, and (f - max) - tail must not be reordered.
+    """
+    if not isinstance(expr, sympy.Expr) or all(term.as_coeff_Mul()[1].is_Atom for term in sympy.Add.make_args(expr)):
+        return expr
+    if expr.is_number:
         return expr
     if not {_name(symbol) for symbol in expr.free_symbols} & inner:
         return sympy.Symbol(name(expr))

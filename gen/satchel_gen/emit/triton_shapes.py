@@ -481,11 +481,17 @@ def row(definition: str, program: Row) -> Context:
 
     before = [line for read in per_row for line in load(read, "row_inside")]
     stages: list[Context] = []
+    parts: dict[str, sympy.Expr] = {}
     for stage in program.stages:
-        stages += _stage(stage.name, stage.kind, *tile(stage.expr), lines)
+        loops = _stage(stage.name, stage.kind, *tile(_replaced(stage.expr, parts)), lines)
+        if stage.kind == "logsumexp":
+            peak, tail = loops[0]["name"], f"{stage.name}_tail"
+            parts[stage.name] = sympy.Symbol(peak) + sympy.Symbol(tail)
+            printer.values |= {peak: peak, tail: tail}
+        stages += loops
     lines.statements = [line for read in per_column for line in load(read, "row_inside")]
     tiled = frozenset({read.symbol for read in per_tile} | {k})
-    expr = hoist(sympy.sympify(program.expr), tiled, _namer(printer, lines))
+    expr = hoist(_replaced(program.expr, parts), tiled, _namer(printer, lines))
     column_lines = lines.statements
     statements, result = tile(expr)
     decode_rows = decode("row", [(a,) for a in row_axes], single, index_names)
@@ -512,6 +518,12 @@ def row(definition: str, program: Row) -> Context:
     }  # fmt: skip
 
 
+def _replaced(expr: sympy.Expr, parts: Mapping[str, sympy.Expr]) -> sympy.Expr:
+    """A logsumexp as maximum plus tail: (f - max) - tail keeps the digits that f - (max + tail) loses."""
+    expr = sympy.sympify(expr)
+    return expr.xreplace({symbol: parts[symbol.name] for symbol in expr.free_symbols if symbol.name in parts})
+
+
 def _compared_only(read: Read, expressions: Iterable[sympy.Expr]) -> bool:
     """Whether a tensor holds indices: it occurs in deltas and nowhere else."""
     bare = [
@@ -534,7 +546,7 @@ def _stage(name: str, kind: str, statements: list[str], value: str, lines: Lines
     return [
         greatest | {"name": peak, "reduced": f"tl.maximum({peak}, {highest.format(value)})"},
         {
-            "name": mass, "initial": "0.0", "statements": statements, "after": [f"{name} = {peak} + tl.log({mass})"],
+            "name": mass, "initial": "0.0", "statements": statements, "after": [f"{name}_tail = tl.log({mass})"],
             "reduced": f"{mass} + tl.sum(tl.where(inside, {shifted}, 0.0), axis=0, keep_dims=True)",
         },
     ]  # fmt: skip

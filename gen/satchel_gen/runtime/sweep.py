@@ -1,0 +1,67 @@
+"""A sweep passes the columns of a factor from edge to edge over a plan, and shows them to each layer that has parameters.
+
+Autograd runs a node after all its consumers, and so does a plan: what the consumers passed back is summed at their edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import Tensor
+
+from .axes import canonical
+from .evaluate import evaluate
+from .passing import edge_shape, pull
+from .plan import Plan, Step
+from .record import Edge, Record
+
+
+def sweep(plan: Plan, start: Mapping[Edge, Tensor], visit: Callable[[Step, Tensor], None]) -> None:
+    """Pass columns [V, *edge] from the edges of `start`; `visit` gets each layer with wanted parameters and its columns.
+
+    The columns that `visit` gets are canonical, [V, *output]; those of one space, so what arrives at an edge twice is summed.
+    """
+    live = dict(start)
+    for step in plan.steps:
+        columns = take(live, step)
+        if not columns:
+            continue
+        if step.record is None:
+            passed = pull(step, columns)
+        else:
+            factor = at_output(step.record, columns[step.record.output_nr], lead=1)
+            if step.parameters:
+                visit(step, factor)
+            passed = {edge: through(step.record, factor, edge) for _, edge in step.inputs}
+        add(live, passed)
+
+
+def chunks(factor: Tensor, size: int) -> Iterator[Tensor]:
+    """Ranges of at most `size` columns."""
+    return iter(factor.split(max(1, size)) if factor.shape[0] else [factor])
+
+
+def take(live: dict[Edge, Tensor], step: Step) -> dict[int, Tensor]:
+    """Remove what has arrived at a node, by output number."""
+    return {edge[1]: live.pop(edge) for edge in [edge for edge in live if edge[0] is step.node]}
+
+
+def add(live: dict[Edge, Tensor], passed: Mapping[Edge, Tensor]) -> None:
+    for edge, columns in passed.items():
+        live[edge] = live[edge] + columns if edge in live else columns
+
+
+def at_output(record: Record, tensor: Tensor, lead: int) -> Tensor:
+    """A factor [*lead, *node] as the layer's canonical output."""
+    return canonical(tensor.reshape(*tensor.shape[:lead], *record.output_shape), record.definition.output_axes, lead)
+
+
+def at_edge(tensor: Tensor, edge: Edge, lead: int) -> Tensor:
+    """A layer's canonical input as the edge's gradient."""
+    return tensor.reshape(*tensor.shape[:lead], *edge_shape(edge))
+
+
+def through(record: Record, factor: Tensor, edge: Edge) -> Tensor:
+    """Canonical columns at a layer's output → columns at its input's edge, Jᵀv."""
+    layer = record.definition
+    return at_edge(evaluate(layer.vjp, layer, record.operand, factor), edge, lead=1)

@@ -1,0 +1,130 @@
+"""What a parameter gets from its uses: one, several by layers of one kind, or several by any layers.
+
+Uses of a parameter sum before they are squared. Where the layers are of one kind and have an axis that any number of positions
+share, uses are more positions: their tensors are joined along it. Otherwise individual pullbacks are summed and then reduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .axes import starred
+from .errors import SharedByKinds
+from .evaluate import evaluate
+from .record import Record
+from .rules import Layer, registry
+
+PER_SAMPLE = "per_sample"
+
+
+@dataclass(frozen=True)
+class Use:
+    """A parameter of a layer's call, and the canonical tensor at its output: columns [V, *output], or one [*output], or none."""
+
+    record: Record
+    name: str
+    factor: Tensor | None = None
+
+    @property
+    def layer(self) -> Layer:
+        return self.record.definition
+
+    def offers(self, quantity: str) -> bool:
+        return quantity in self.layer.parameters[self.name]
+
+
+def quantities(
+    uses: Sequence[Use], names: Iterable[str], *extra: Tensor, lead: int = 1, differentiable: bool = False
+) -> dict[str, Tensor]:
+    """The quantities `names` of one parameter. `lead` counts the axes in front of the factors' output axes.
+
+    Once the individual pullback is there, what is a reduction of it is computed from it.
+    """
+    names = [name for name in names if all(use.offers(name) for use in uses)]
+    found: dict[str, Tensor] = {}
+    if len(uses) > 1 and not _joinable(uses):
+        found[PER_SAMPLE] = reduce(add, (_one(use, PER_SAMPLE, use.factor, differentiable) for use in uses))
+    elif PER_SAMPLE in names:
+        found[PER_SAMPLE] = _joined(uses, PER_SAMPLE, (), lead, differentiable)
+    reductions = registry().reductions
+    for name in names:
+        if name in found:
+            continue
+        if PER_SAMPLE in found and name in reductions:
+            found[name] = reductions[name](found[PER_SAMPLE], *extra)
+        elif len(uses) == 1 or _joinable(uses):
+            found[name] = _joined(uses, name, extra, lead, differentiable)
+        else:
+            raise SharedByKinds([use.record.where for use in uses], uses[0].name, name)
+    return {name: found[name] for name in names}
+
+
+def summed(uses: Sequence[Use], name: str) -> Tensor:
+    """A quantity that is additive over uses."""
+    return reduce(add, (_one(use, name, use.factor) for use in uses))
+
+
+def _one(use: Use, name: str, factor: Tensor | None, differentiable: bool = False) -> Tensor:
+    rule = use.layer.parameters[use.name][name]
+    return evaluate(rule, use.layer, use.record.operand, factor, differentiable=differentiable)
+
+
+def _joined(uses: Sequence[Use], name: str, extra: Sequence[Tensor], lead: int, differentiable: bool) -> Tensor:
+    """The quantity of uses joined along their shared axis (of one use, as it is)."""
+    first = uses[0]
+    rule = first.layer.parameters[first.name][name]
+    factors = [use.factor for use in uses if use.factor is not None]
+    arguments = [*([join(factors, first.layer.output_axes, lead)] if factors else []), *extra]
+
+    def operand(operand: str) -> Any:
+        if operand not in ("input", "output"):
+            return first.record.operand(operand)
+        axes = first.layer.input_axes if operand == "input" else first.layer.output_axes
+        return join([use.record.operand(operand) for use in uses], axes, 0)
+
+    return evaluate(rule, first.layer, operand, *arguments, differentiable=differentiable)
+
+
+def join(tensors: Sequence[Tensor], axes: Sequence[str], lead: int) -> Tensor:
+    """Concatenate canonical tensors along their starred axis."""
+    star = starred(axes)
+    return tensors[0] if len(tensors) == 1 or star is None else torch.cat(_promoted(tensors), lead + star)
+
+
+def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
+    wide = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return [tensor.to(wide) for tensor in tensors]
+
+
+def _joinable(uses: Sequence[Use]) -> bool:
+    """Whether the uses differ in nothing but their positions."""
+    first = uses[0]
+    layer = first.layer
+    shared = starred(layer.input_axes), starred(layer.output_axes)
+    # With no other axis than the starred one beside the batch, it holds features, not positions.
+    if None in shared or len(layer.input_axes) < 3 or len(layer.output_axes) < 3:
+        return False
+    return all(
+        use.layer is layer
+        and use.name == first.name
+        and use.record.samples == first.record.samples
+        and use.record.options == first.record.options
+        and _same_parameters(use.record, first.record)
+        for use in uses
+    )
+
+
+def _same_parameters(one: Record, other: Record) -> bool:
+    """Rules may read any parameter of the layer, but those with a factor read none: only names must agree where both exist."""
+    return one.parameters.keys() >= {} or one.parameters.keys() == other.parameters.keys()
+
+
+def by_parameter(steps: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return list(steps.items())

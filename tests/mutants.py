@@ -1,0 +1,121 @@
+"""Breaks the definitions, rules, templates and engine on purpose, one at a time, and shows that the suite notices each.
+
+    make mutants            all of them
+    make mutants ARGS=sign  those whose name contains "sign"
+
+A mutant changes one string in a copy of the repository, regenerates, and runs the tests named beside it until one fails.
+A mutant that survives, or whose text is no longer found, fails the script.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+FEATURES = "tests/test_features.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` → `new` in one file."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str = FEATURES
+
+
+GEN = "gen/satchel_gen"
+MUTANTS = [
+    Mutant("definition: sign of a sigmoid", f"{GEN}/definitions/layers/sigmoid.py", "sigmoid(z))", "1 - sigmoid(z))"),
+    Mutant("definition: kink of ReLU", f"{GEN}/definitions/layers/relu.py", "z > 0", "z > 1"),
+    Mutant("definition: scale of tanh", f"{GEN}/definitions/layers/tanh.py", "tanh(z))", "2 * tanh(z))"),
+    Mutant("definition: index of the weight", f"{GEN}/definitions/layers/linear.py", "Sum(W[o, i] * x[n, r, i], i) + b[o]",
+           "Sum(W[o, i] * x[n, r, i], i) + 2 * b[o]"),
+    Mutant("definition: scale of the squared error", f"{GEN}/definitions/losses/mse_loss.py", "(f[n, j] - y[n, j]) ** 2",
+           "(f[n, j] - y[n, j]) ** 2 / 2"),
+    Mutant("definition: variance of the likelihood", f"{GEN}/definitions/losses/mse_loss.py", "Rational(1, 2)", "Rational(1, 1)",
+           "tests/test_monte_carlo.py"),
+    Mutant("definition: sign of the cross-entropy", f"{GEN}/definitions/losses/cross_entropy_loss.py", "lse[n, r] - Sum(",
+           "lse[n, r] + Sum("),
+    Mutant("feature: variance without its 1/N", f"{GEN}/definitions/features/variance.py",
+           "value=SUM_OF_SQUARES.symbol / SAMPLES", "value=SUM_OF_SQUARES.symbol"),
+    Mutant("feature: table5 scale of the second moment", f"{GEN}/definitions/features/sum_grad_squared.py", "UNIT**2 *", "UNIT *"),
+    Mutant("feature: norm instead of its square", f"{GEN}/definitions/features/batch_l2_grad.py", "value=SQUARED_NORM.symbol",
+           "value=sqrt(SQUARED_NORM.symbol)"),
+    Mutant("quantity: input factor over positions", f"{GEN}/definitions/quantities.py",
+           'Sum(a[n, q, i] * a[n, q, i2], n, q) / (N * extent(q)))', 'Sum(a[n, q, i] * a[n, q, i2], n, q) / N)'),
+    Mutant("quantity: averaging of KFRA", f"{GEN}/definitions/quantities.py", "G[y, y2], n, y, y2) / N", "G[y, y2], n, y, y2)"),
+    Mutant("quantity: square of the residual's diagonal", f"{GEN}/definitions/quantities.py",
+           "DIAGONAL_SUM = Quantity(\"diagonal_sum\", (p,), Sum(J[n, y, p] ** 2 * d[n, y], n, y))",
+           "DIAGONAL_SUM = Quantity(\"diagonal_sum\", (p,), Sum(J[n, y, p] * d[n, y], n, y))"),
+    Mutant("calculus: derivative of logsumexp", f"{GEN}/calculus/derive.py", "sympy.exp(body - value)", "sympy.exp(value - body)",
+           "tests/test_calculus.py"),
+    Mutant("calculus: derivative of a sigmoid", f"{GEN}/notation.py", "return value * (1 - value)", "return value * (1 + value)",
+           "tests/test_calculus.py"),
+    Mutant("lowering: square left out", f"{GEN}/lowering/squares.py", "term.factor * inner.factor**2", "term.factor * inner.factor",
+           "tests/test_programs.py"),
+    Mutant("printer: transposed operand", f"{GEN}/emit/aten.py", "'' if b == (*over, *columns) else '.T'",
+           "'.T' if b == (*over, *columns) else ''"),
+    Mutant("template: accumulation over blocks", "templates/functions.jinja", "{{ f.block.target }} += ", "{{ f.block.target }} -= ",
+           "tests/test_programs.py"),
+    Mutant("runtime: blocks skip the last samples", f"{GEN}/runtime/cost.py", "for sample in range(0, samples, long)",
+           "for sample in range(0, samples - long + 1, long)", "tests/test_programs.py"),
+]  # fmt: skip
+
+
+def killed(mutant: Mutant) -> tuple[bool, str]:
+    """Whether the generator or a test fails, and on what."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "repository"
+        ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis")
+        shutil.copytree(ROOT, root, ignore=ignored)
+        path = root / mutant.file
+        text = path.read_text()
+        if text.count(mutant.old) != 1:
+            return False, f"{mutant.old!r} occurs {text.count(mutant.old)} times in {mutant.file}"
+        path.write_text(text.replace(mutant.old, mutant.new))
+        paths = os.pathsep.join(str(root / part) for part in ("generated", "gen", "tests"))
+        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        made = _run(["-m", "satchel_gen", "generate"], root, environment)
+        if made.returncode:
+            return True, "refused by the generator: " + _last(made.stdout)
+        tested = _run(["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", mutant.tests], root, environment)
+        return tested.returncode == 1, _last("\n".join(l for l in tested.stdout.splitlines() if l.startswith("FAILED")) or tested.stdout)
+
+
+def _run(arguments: list[str], root: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True)
+
+
+def _last(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1][:110] if lines else "no output"
+
+
+def main(selection: str = "") -> int:
+    chosen = [mutant for mutant in MUTANTS if selection in mutant.name]
+    table = Table("mutant", "killed", "by", title="Mutation check")
+    survivors = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for mutant, (dead, reason) in zip(chosen, pool.map(killed, chosen), strict=True):
+            table.add_row(mutant.name, "[green]yes[/]" if dead else "[bold red]NO[/]", reason)
+            survivors += not dead
+    Console(width=200).print(table)
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed")
+    return 1 if survivors or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

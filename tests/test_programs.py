@@ -1,0 +1,91 @@
+"""The programs of squared sums: all agree, and each is chosen where it is predicted to be cheapest."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import pytest
+import torch
+from satchel.runtime import cost
+from satchel_gen.definitions import load
+from satchel_gen.lowering.rules import LoweredRule, lower_layer
+
+CHOICES: list[tuple[str, LoweredRule]] = [
+    (layer.name.lower(), rule) for layer in load().layers for rule in lower_layer(layer).rules if len(rule.variants) > 1
+]
+IDS = [f"{layer}-{rule.name}" for layer, rule in CHOICES]
+SHAPES = [
+    {"V": 1, "N": 3, "R": 1, "O": 4, "I": 5}, {"V": 2, "N": 5, "R": 7, "O": 3, "I": 4}, {"V": 3, "N": 1, "R": 2, "O": 1, "I": 6},
+    {"V": 2, "N": 9, "R": 3, "O": 8, "I": 2},
+]  # fmt: skip
+
+
+def operands(rule: LoweredRule, extents: dict[str, int]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [[extents[i.name.upper()] for i in axes] for axes in rule.arguments.values()]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def emitted(layer: str, name: str):
+    return getattr(importlib.import_module(f"satchel.layers.{layer}"), name)
+
+
+@pytest.mark.parametrize("extents", SHAPES, ids=str)
+@pytest.mark.parametrize(("layer", "rule"), CHOICES, ids=IDS)
+def test_all_programs_agree_with_the_stored_pullback(layer, rule, extents, monkeypatch):
+    monkeypatch.setattr(cost, "machine", cost.Machine(cache_elements=16))  # several blocks even at these shapes
+    arguments = operands(rule, extents)
+    reference = emitted(layer, f"{rule.name}_per_sample")(*arguments)
+    for variant in rule.variants:
+        if variant.unit and extents["R"] > 1:
+            continue
+        torch.testing.assert_close(emitted(layer, f"{rule.name}_{variant.name}")(*arguments), reference, rtol=1e-12, atol=1e-12)
+        with cost.forced(variant.name):
+            torch.testing.assert_close(emitted(layer, rule.name)(*arguments), reference, rtol=1e-12, atol=1e-12)
+
+
+#: Where each program must win: by far the fewest operations, or the least memory.
+EXPECTED = {
+    "separated": {"V": 1, "N": 64, "R": 1, "O": 64, "I": 64},
+    "per_sample": {"V": 1, "N": 4, "R": 64, "O": 8, "I": 8},
+    "blockwise": {"V": 1, "N": 256, "R": 64, "O": 256, "I": 256},
+    "gram": {"V": 1, "N": 64, "R": 4, "O": 512, "I": 512},
+}
+
+
+@pytest.mark.parametrize("program", EXPECTED)
+@pytest.mark.parametrize(("layer", "rule"), CHOICES, ids=IDS)
+def test_each_program_is_chosen_where_it_is_cheapest(layer, rule, program, monkeypatch):
+    if program not in {variant.name for variant in rule.variants}:
+        pytest.skip(f"{rule.name} has no {program} program: not all of its axes are summed")
+    chosen = []
+    original = cost.cheapest
+
+    def spy(*programs):
+        chosen.append(original(*programs).__name__.removeprefix(f"{rule.name}_"))
+        return lambda *_: torch.zeros(())
+
+    monkeypatch.setattr(importlib.import_module(f"satchel.layers.{layer}"), "cheapest", spy)
+    shapes = [[EXPECTED[program][i.name.upper()] for i in axes] for axes in rule.arguments.values()]
+    emitted(layer, rule.name)(*(torch.empty(shape, device="meta") for shape in shapes))
+    assert chosen == [program]
+
+
+@pytest.mark.parametrize(("columns", "samples", "each"), [(1, 1, 1), (3, 5, 7), (2, 9, 10**9), (4, 3, 1 << 16)])
+def test_blocks_cover_every_column_and_sample_once(columns, samples, each):
+    seen = torch.zeros(columns, samples)
+    parts = list(cost.blocks(columns, samples, each))
+    for c, s in parts:
+        assert seen[c, s].numel() * each <= max(cost.machine.cache_elements, each)
+        seen[c, s] += 1
+    assert (seen == 1).all() and len(parts) == cost.block_count(columns, samples, each)
+
+
+def test_counts_are_what_the_shapes_say():
+    """2·(columns · samples · positions · outputs · inputs) for the stored product, and its square."""
+    _, rule = next(c for c in CHOICES if c[1].name.endswith("sum_of_squares") and "signed" not in c[1].name)
+    variant = next(v for v in rule.variants if v.name == "per_sample")
+    extents = {"V": 2, "N": 3, "R": 5, "O": 7, "I": 11}
+    value = variant.flops.subs({s: extents[s.name] for s in variant.flops.free_symbols})
+    assert value == 2 * math.prod(extents.values()) + 2 * 2 * 3 * 7 * 11
