@@ -186,7 +186,7 @@ def tune(data: Data, grid: list[float], epochs: int, seed: int, tick: Callable[[
 def race_table(runs: dict[str, list[Run]]) -> Table:
     """Means over the seeds; a dash where a seed did not get there."""
     table = Table(title="Training on digits", box=box.SIMPLE_HEAD)
-    table.add_column("optimizer")
+    table.add_column("", no_wrap=True)
     for column in ("rate", *(f"steps to {target:g}" for target in TARGETS), "loss", "accuracy", "ms/step"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, repeats in runs.items():

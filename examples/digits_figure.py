@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,7 +19,7 @@ from matplotlib.axes import Axes
 DASHED, DOTTED = (0, (5, 1.5)), (0, (1.5, 1.2))
 OPTIMIZER_STYLES = {"KFAC": ("#0072B2", "-"), "Adam": ("#D55E00", DASHED), "SGD": ("#767676", DOTTED)}
 LAYER_STYLES = (("#C98A00", "-"), ("#009E73", DASHED), ("#7B4FA3", DOTTED))
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10.5,
     "axes.spines.right": False,
     "axes.spines.top": False,

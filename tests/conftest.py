@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from networks import NETWORKS, Case, Network, Revealed, around
 from torch import Tensor, nn
+
+from networks import NETWORKS, Case, Network, Revealed, around
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -25,13 +26,17 @@ DEFINITIONS = load()
 FEATURES = [getattr(extensions, definition.name) for definition in DEFINITIONS.features]
 LOSSES = [getattr(nn, definition.module.rpartition(".")[2]) for definition in DEFINITIONS.losses]
 LAYER_NETWORKS = [
-    around(f"{definition.name}_{k}", getattr(nn, definition.module.rpartition(".")[2]), example.shape, example.arguments)
+    around(
+        f"{definition.name}_{k}", getattr(nn, definition.module.rpartition(".")[2]), example.shape, example.arguments
+    )
     for definition in DEFINITIONS.layers
     for k, example in enumerate(definition.examples)
 ]
 #: Needs that pass only defined layers and linear ops.
 SECOND_DERIVATIVES = {"residual", "diagonal", "averaged"}
-NEEDS_DEFINITIONS = {definition.name for definition in DEFINITIONS.features if SECOND_DERIVATIVES & set(definition.needs)}
+NEEDS_DEFINITIONS = {
+    definition.name for definition in DEFINITIONS.features if SECOND_DERIVATIVES & set(definition.needs)
+}
 NEEDS_MIXED_TERM = {definition.name for definition in DEFINITIONS.features if "residual" in definition.needs}
 #: Relative to the largest entry of the reference.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -68,7 +73,9 @@ def is_sampled(feature: type) -> bool:
 class Pass:
     """One forward and backward of an extended model with some features."""
 
-    def __init__(self, case: Case, dtype: torch.dtype, backend: str, *features: Any, reveal: bool = False, **options: Any):
+    def __init__(
+        self, case: Case, dtype: torch.dtype, backend: str, *features: Any, reveal: bool = False, **options: Any
+    ):
         device = "cuda" if backend == "gpu" else "cpu"
         network = case.network.model()
         target = case.target().to(device)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sympy import Function, Piecewise, Rational, exp, sqrt, symbols, tanh
+
 import satchel_gen
 from satchel_gen.emit.triton import render_kernels
 from satchel_gen.lowering.programs import (
@@ -21,7 +23,6 @@ from satchel_gen.lowering.programs import (
     Row,
     Stage,
 )
-from sympy import Function, Piecewise, Rational, exp, sqrt, symbols, tanh
 
 v, x, d, f, w, y, W = symbols("v x d f w y W")
 lse, peak, f_v = symbols("lse peak f_v")

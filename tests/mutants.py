@@ -92,7 +92,9 @@ def killed(mutant: Mutant) -> tuple[bool, str]:
         if made.returncode:
             return True, "refused by the generator: " + _last(made.stdout)
         tested = _run(["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", mutant.tests], root, environment)
-        return tested.returncode == 1, _last("\n".join(l for l in tested.stdout.splitlines() if l.startswith("FAILED")) or tested.stdout)
+        return tested.returncode == 1, _last(
+            "\n".join(l for l in tested.stdout.splitlines() if l.startswith("FAILED")) or tested.stdout
+        )
 
 
 def _run(arguments: list[str], root: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from reference import Reference, contributions
 from torch import Tensor, nn
 from torch.nn import GELU, Flatten, Identity, Linear, ReLU, Sequential, Sigmoid, Tanh
+
+from reference import Reference, contributions
 
 
 class Wired(nn.Module):
@@ -62,7 +63,9 @@ class Network:
     def input(self) -> Tensor:
         generator = torch.Generator().manual_seed(2)
         if self.strided:
-            return torch.randn(*self.shape[::-1], 2, generator=generator)[..., 0].permute(*reversed(range(len(self.shape))))
+            return torch.randn(*self.shape[::-1], 2, generator=generator)[..., 0].permute(
+                *reversed(range(len(self.shape)))
+            )
         return torch.randn(self.shape, generator=generator)
 
 
@@ -252,7 +255,9 @@ NETWORKS = (
     Network("sigmoid_tanh", lambda: Sequential(Linear(4, 6), Sigmoid(), Linear(6, 2), Tanh(), Linear(2, 3))),
     Network("linear_linear", lambda: Sequential(Linear(4, 6), Linear(6, 3))),
     Network("tanh_relu_sigmoid", lambda: Sequential(Linear(4, 6), Tanh(), ReLU(), Linear(6, 3), Sigmoid())),
-    Network("stacked_activations", lambda: Sequential(Linear(4, 6), Sigmoid(), Tanh(), Linear(6, 2), Tanh(), Sigmoid())),
+    Network(
+        "stacked_activations", lambda: Sequential(Linear(4, 6), Sigmoid(), Tanh(), Linear(6, 2), Tanh(), Sigmoid())
+    ),
     Network("activation_first", lambda: Sequential(Tanh(), Linear(4, 6), ReLU(), Identity(), Linear(6, 3))),
     Network("bias_free", lambda: Sequential(Linear(4, 6, bias=False), ReLU(), Linear(6, 3, bias=False))),
     Network("one_feature", lambda: Sequential(Linear(1, 1), Tanh(), Linear(1, 2)), (5, 1)),
@@ -264,43 +269,125 @@ NETWORKS = (
     Network("one_sample_sequence", lambda: Sequential(Linear(4, 6), Tanh(), Linear(6, 3)), (1, 2, 4)),
     Network("grid", lambda: Sequential(Linear(5, 6), Tanh(), Linear(6, 4)), (3, 2, 4, 5)),
     Network("strided_sequence", lambda: Sequential(Linear(4, 6), Tanh(), Linear(6, 3)), (5, 2, 4), strided=True),
-    Network("long_sequence", lambda: Sequential(Linear(2, 3), Tanh(), Wired(mean_pool, a=Linear(3, 2), act=ReLU(), head=Linear(2, 4))), (3, 11, 2)),
-    Network("classes_first", lambda: Wired(lambda m, x: m.b(m.act(m.a(x))).permute(0, 2, 1), a=Linear(4, 6), act=ReLU(), b=Linear(6, 3)), (5, 2, 4)),
-    Network("flatten", lambda: Sequential(Linear(3, 4), Sigmoid(), Flatten(), Linear(8, 6), ReLU(), Identity(), Linear(6, 5)), (7, 2, 3)),
+    Network(
+        "long_sequence",
+        lambda: Sequential(Linear(2, 3), Tanh(), Wired(mean_pool, a=Linear(3, 2), act=ReLU(), head=Linear(2, 4))),
+        (3, 11, 2),
+    ),
+    Network(
+        "classes_first",
+        lambda: Wired(lambda m, x: m.b(m.act(m.a(x))).permute(0, 2, 1), a=Linear(4, 6), act=ReLU(), b=Linear(6, 3)),
+        (5, 2, 4),
+    ),
+    Network(
+        "flatten",
+        lambda: Sequential(Linear(3, 4), Sigmoid(), Flatten(), Linear(8, 6), ReLU(), Identity(), Linear(6, 5)),
+        (7, 2, 3),
+    ),
     Network("flatten_first", lambda: Sequential(Flatten(), Linear(6, 4), Tanh(), Flatten(), Linear(4, 5)), (7, 2, 3)),
     Network("flatten_some", lambda: Sequential(Linear(3, 4), Flatten(1, 2), Tanh(), Linear(4, 2)), (5, 2, 3, 3)),
     Network("inplace", lambda: Sequential(Linear(4, 6), ReLU(inplace=True), Linear(6, 3))),
     Network("inplace_bias_free", lambda: Sequential(Linear(4, 6, bias=False), ReLU(inplace=True), Linear(6, 3))),
     Network("inplace_sequence", lambda: Sequential(Linear(4, 6), ReLU(inplace=True), Linear(6, 3)), (5, 2, 4)),
-    Network("inplace_sequence_bias_free", lambda: Sequential(Linear(4, 6, bias=False), ReLU(True), Linear(6, 3)), (5, 2, 4)),
-    Network("inplace_after_flatten", lambda: Sequential(Linear(3, 4), Flatten(), ReLU(inplace=True), Linear(8, 5)), (7, 2, 3)),
-    Network("inplace_after_identity", lambda: Sequential(Linear(3, 4), Identity(), ReLU(inplace=True), Linear(4, 5)), (7, 2, 3)),
+    Network(
+        "inplace_sequence_bias_free", lambda: Sequential(Linear(4, 6, bias=False), ReLU(True), Linear(6, 3)), (5, 2, 4)
+    ),
+    Network(
+        "inplace_after_flatten",
+        lambda: Sequential(Linear(3, 4), Flatten(), ReLU(inplace=True), Linear(8, 5)),
+        (7, 2, 3),
+    ),
+    Network(
+        "inplace_after_identity",
+        lambda: Sequential(Linear(3, 4), Identity(), ReLU(inplace=True), Linear(4, 5)),
+        (7, 2, 3),
+    ),
     Network("inplace_last", lambda: Sequential(Linear(4, 6), Tanh(), Linear(6, 3), ReLU(inplace=True)), (5, 2, 4)),
     Network("frozen_first", lambda: Sequential(frozen(Linear(4, 6)), Tanh(), Linear(6, 3))),
     Network("frozen_middle", lambda: Sequential(Linear(4, 6), Tanh(), frozen(Linear(6, 2)), Tanh(), Linear(2, 3))),
     Network("frozen_last", lambda: Sequential(Linear(4, 6), Sigmoid(), frozen(Linear(6, 3)))),
     Network("frozen_some", lambda: Sequential(frozen(Linear(4, 6), "weight"), Tanh(), frozen(Linear(6, 3), "bias"))),
     Network("skip", lambda: Wired(skip, a=Linear(4, 6), act=Tanh(), b=Linear(6, 6), head=Linear(6, 3))),
-    Network("skip_relu", lambda: Wired(skip, a=Linear(4, 6), act=ReLU(), b=Linear(6, 6, bias=False), head=Linear(6, 3))),
-    Network("skip_sequence", lambda: Wired(skip, a=Linear(4, 6), act=Sigmoid(), b=Linear(6, 6), head=Linear(6, 3)), (5, 2, 4)),
-    Network("double_skip", lambda: Wired(double_skip, a=Linear(4, 6), act=Tanh(), sigmoid=Sigmoid(), b=Linear(6, 6), identity=Identity(), head=Linear(6, 3))),
-    Network("branches", lambda: Wired(branches, a=Linear(4, 6), act=Tanh(), sigmoid=Sigmoid(), b=Linear(4, 2), head=Linear(10, 3))),
-    Network("nested", lambda: Wired(nested, a=Linear(4, 6), act=Tanh(), b=Linear(6, 7), c=Linear(6, 7), head=Linear(7, 3))),
+    Network(
+        "skip_relu", lambda: Wired(skip, a=Linear(4, 6), act=ReLU(), b=Linear(6, 6, bias=False), head=Linear(6, 3))
+    ),
+    Network(
+        "skip_sequence",
+        lambda: Wired(skip, a=Linear(4, 6), act=Sigmoid(), b=Linear(6, 6), head=Linear(6, 3)),
+        (5, 2, 4),
+    ),
+    Network(
+        "double_skip",
+        lambda: Wired(
+            double_skip,
+            a=Linear(4, 6),
+            act=Tanh(),
+            sigmoid=Sigmoid(),
+            b=Linear(6, 6),
+            identity=Identity(),
+            head=Linear(6, 3),
+        ),
+    ),
+    Network(
+        "branches",
+        lambda: Wired(branches, a=Linear(4, 6), act=Tanh(), sigmoid=Sigmoid(), b=Linear(4, 2), head=Linear(10, 3)),
+    ),
+    Network(
+        "nested", lambda: Wired(nested, a=Linear(4, 6), act=Tanh(), b=Linear(6, 7), c=Linear(6, 7), head=Linear(7, 3))
+    ),
     Network("siamese", lambda: Wired(siamese, a=Linear(4, 6), act=Tanh(), head=Linear(6, 3)), (5, 2, 4)),
-    Network("siamese_distant", lambda: Wired(siamese_distant, a=Linear(4, 6), act=Sigmoid(), head=Linear(6, 3)), (5, 2, 4)),
+    Network(
+        "siamese_distant", lambda: Wired(siamese_distant, a=Linear(4, 6), act=Sigmoid(), head=Linear(6, 3)), (5, 2, 4)
+    ),
     Network("recurrent", lambda: Wired(recurrent, a=Linear(4, 4), act=Tanh(), head=Linear(4, 3)), in_sequence=True),
-    Network("recurrent_relu", lambda: Wired(recurrent, a=Linear(4, 4), act=ReLU(), head=Linear(4, 3)), (5, 2, 4), in_sequence=True),
+    Network(
+        "recurrent_relu",
+        lambda: Wired(recurrent, a=Linear(4, 4), act=ReLU(), head=Linear(4, 3)),
+        (5, 2, 4),
+        in_sequence=True,
+    ),
     Network("linear_recurrent", lambda: Wired(linear_recurrent, a=Linear(4, 4)), in_sequence=True),
-    Network("tied_parallel", lambda: Wired(tied_parallel, **tied(Linear(4, 6), Linear(4, 6)), act=Tanh(), sigmoid=Sigmoid(), head=Linear(6, 3))),
-    Network("tied_sequential", lambda: Wired(tied_sequential, **tied(Linear(4, 4), Linear(4, 4, bias=False)), act=Tanh(), head=Linear(4, 3)), in_sequence=True),
-    Network("tied_in_a_row", lambda: Wired(autoencoder_like, **tied(Linear(4, 4), Linear(4, 4)), head=Linear(4, 3)), (5, 2, 4), in_sequence=True),
+    Network(
+        "tied_parallel",
+        lambda: Wired(
+            tied_parallel, **tied(Linear(4, 6), Linear(4, 6)), act=Tanh(), sigmoid=Sigmoid(), head=Linear(6, 3)
+        ),
+    ),
+    Network(
+        "tied_sequential",
+        lambda: Wired(tied_sequential, **tied(Linear(4, 4), Linear(4, 4, bias=False)), act=Tanh(), head=Linear(4, 3)),
+        in_sequence=True,
+    ),
+    Network(
+        "tied_in_a_row",
+        lambda: Wired(autoencoder_like, **tied(Linear(4, 4), Linear(4, 4)), head=Linear(4, 3)),
+        (5, 2, 4),
+        in_sequence=True,
+    ),
     Network("functional", lambda: Wired(functional, a=Linear(4, 6), act=Tanh(), head=Linear(8, 3))),
-    Network("broadcast", lambda: Wired(broadcast, a=Linear(4, 6), act=Tanh(), b=Linear(4, 6), c=Linear(4, 6), head=Linear(6, 3)), (5, 2, 4)),
+    Network(
+        "broadcast",
+        lambda: Wired(broadcast, a=Linear(4, 6), act=Tanh(), b=Linear(4, 6), c=Linear(4, 6), head=Linear(6, 3)),
+        (5, 2, 4),
+    ),
     Network("split", lambda: Wired(split, a=Linear(4, 6), act=Tanh(), head=Linear(3, 2))),
     Network("mean_pool", lambda: Wired(mean_pool, a=Linear(4, 6), act=Sigmoid(), head=Linear(6, 3)), (5, 2, 4)),
     Network("gelu", lambda: Sequential(Linear(4, 6), GELU(), Linear(6, 3)), nonlinear="Gelu"),
-    Network("activations", lambda: Wired(activations, a=Linear(4, 6), b=Linear(6, 2), head=Linear(2, 3)), nonlinear="Softmax"),
-    Network("gated", lambda: Wired(gated, a=Linear(4, 6), b=Linear(4, 6), sigmoid=Sigmoid(), head=Linear(6, 3)), nonlinear="Mul"),
-    Network("attention", lambda: Wired(attention, q=Linear(4, 6), k=Linear(4, 6), v=Linear(4, 4), head=Linear(4, 3)), (5, 2, 4), nonlinear="Bmm"),
+    Network(
+        "activations",
+        lambda: Wired(activations, a=Linear(4, 6), b=Linear(6, 2), head=Linear(2, 3)),
+        nonlinear="Softmax",
+    ),
+    Network(
+        "gated",
+        lambda: Wired(gated, a=Linear(4, 6), b=Linear(4, 6), sigmoid=Sigmoid(), head=Linear(6, 3)),
+        nonlinear="Mul",
+    ),
+    Network(
+        "attention",
+        lambda: Wired(attention, q=Linear(4, 6), k=Linear(4, 6), v=Linear(4, 4), head=Linear(4, 3)),
+        (5, 2, 4),
+        nonlinear="Bmm",
+    ),
     Network("normalised", lambda: Wired(normalised, a=Linear(4, 6), head=Linear(6, 3)), nonlinear=""),
 )

@@ -9,10 +9,11 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
+from sympy import Abs, Piecewise, Rational, erf, exp, log, pi, sign, sqrt, tanh
+
 from satchel_gen.calculus.terms import CalculusError
 from satchel_gen.emit.aten import AtenPrinter
 from satchel_gen.notation import sigmoid, softplus
-from sympy import Abs, Piecewise, Rational, erf, exp, log, pi, sign, sqrt, tanh
 
 z = sympy.Symbol("z", real=True)
 EXPRESSIONS = [

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import sympy
 import torch
+from sympy import Rational, exp, log, sqrt, tanh
+
 from satchel_gen.calculus.derive import Statement, jacobian, total_jacobian, vjp
 from satchel_gen.calculus.evaluate import evaluate, evaluate_statements
 from satchel_gen.calculus.kronecker import kronecker
 from satchel_gen.calculus.terms import CalculusError, Term, contract, terms
 from satchel_gen.notation import Equal, Fresh, LogSumExp, Sum, extent, indices, sigmoid, softplus, tensors
-from sympy import Rational, exp, log, sqrt, tanh
 
 n, i, j, k, m = indices("n i j k m")
 x, y, W, U, mu, var, s, z, t = tensors("x y W U mu var s z t")

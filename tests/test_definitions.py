@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from satchel_gen.definitions import DefinitionError, Feature, Layer, Statement, Sum, indices, load, tensors
 from satchel_gen.definitions.quantities import GRADIENT, SUM_OF_SQUARES
 
@@ -18,7 +19,7 @@ def test_every_file_defines_something():
 
 
 def test_only_refuses_unknown_names():
-    with pytest.raises(DefinitionError, match="Linaer.*Linear"):
+    with pytest.raises(DefinitionError, match=r"Linaer.*Linear"):
         load().only({"Linaer"})
 
 
@@ -44,7 +45,13 @@ def test_a_parameter_cannot_depend_on_the_sample():
 def test_a_feature_must_use_what_it_needs():
     with pytest.raises(DefinitionError, match="but its formulas use"):
         Feature(
-            "Wrong", "wrong", {"gradient": (SUM_OF_SQUARES, GRADIENT)}, GRADIENT.symbol, formula="", shape="", reference=""
+            "Wrong",
+            "wrong",
+            {"gradient": (SUM_OF_SQUARES, GRADIENT)},
+            GRADIENT.symbol,
+            formula="",
+            shape="",
+            reference="",
         )
 
 

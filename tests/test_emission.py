@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from satchel_gen.definitions import load
 from satchel_gen.emit import package
 
@@ -99,7 +100,13 @@ def test_list_and_explain():
     for definition in (*load().layers, *load().losses, *load().features):
         assert definition.name in listed.stdout
     explained = run("explain", "Linear", "SumGradSquared")
-    for step in ("Σ_{i} input[n, r, i] weight[o, i]", "δ(o, o′) input[n, r′, i]", "weight_sum_of_squares[o, i]", "blockwise", "def weight"):
+    for step in (
+        "Σ_{i} input[n, r, i] weight[o, i]",
+        "δ(o, o′) input[n, r′, i]",
+        "weight_sum_of_squares[o, i]",
+        "blockwise",
+        "def weight",
+    ):
         assert step in explained.stdout, step
     assert run("explain", "Lin").returncode == 1
 

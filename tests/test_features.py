@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEFINITIONS, FEATURES, LOSSES, Agree, Pass, is_defined, is_sampled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
+
+from conftest import DEFINITIONS, FEATURES, LOSSES, Agree, Pass, is_defined, is_sampled
 from networks import NETWORKS, Case, Network
 from satchel import backpack, extend, extensions
 from satchel.registry import REGISTRY
-from torch import nn
+from satchel.runtime.cost import forced
 
 EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
 SAMPLED = [feature for feature in FEATURES if is_sampled(feature)]
@@ -64,7 +66,9 @@ def test_sampled_fields(
 
 
 @by_name("relu", "long_sequence", "siamese", "attention", "inplace_sequence")
-def test_sampled_fields_on_backends(network: Network, loss: Any, dtype: torch.dtype, backend: str, agree: Agree) -> None:
+def test_sampled_fields_on_backends(
+    network: Network, loss: Any, dtype: torch.dtype, backend: str, agree: Agree
+) -> None:
     case = Case(network, loss, "mean")
     done = Pass(case, dtype, backend, *(feature() for feature in SAMPLED), reveal=True)
     drawn = done.model.curvature(done.model.probe.weight.diag_ggn_mc)
@@ -116,7 +120,9 @@ def test_table5_sampled(network: Network, loss: Any, reduction: str, agree: Agre
         agree(done.fields(feature), expected(case, feature, scaling="table5", curvature=drawn))
 
 
-@by_name("relu", "sequence", "grid", "siamese", "siamese_distant", "recurrent", "tied_parallel", "broadcast", "one_position")
+@by_name(
+    "relu", "sequence", "grid", "siamese", "siamese_distant", "recurrent", "tied_parallel", "broadcast", "one_position"
+)
 @pytest.mark.parametrize("approximation", ["backpack", "expand", "reduce"])
 def test_approximation(network: Network, loss: Any, approximation: str, agree: Agree) -> None:
     case = Case(network, loss, "mean")
@@ -138,6 +144,16 @@ def test_subsampling(network: Network, subsampling: list[int], dtype: torch.dtyp
     done = Pass(case, dtype, backend, extensions.BatchGrad(subsampling=subsampling), extensions.SumGradSquared())
     agree(done.fields(extensions.BatchGrad), expected(case, extensions.BatchGrad, subsampling=subsampling))
     agree(done.fields(extensions.SumGradSquared), expected(case, extensions.SumGradSquared))
+
+
+@by_name("relu", "sequence", "long_sequence", "grid", "siamese", "flatten")
+@pytest.mark.parametrize("program", ["per_sample", "separated", "gram", "blockwise"])
+def test_every_program(network: Network, loss: Any, dtype: torch.dtype, program: str, agree: Agree) -> None:
+    """The choice by cost changes no value: each program in turn, wherever it is valid."""
+    case = Case(network, loss, "mean")
+    with forced(program):
+        for feature in EXACT:
+            agree(Pass(case, dtype, "aten", feature()).fields(feature), expected(case, feature))
 
 
 # --- what must hold without a reference ---------------------------------------------------------------------------
@@ -206,7 +222,9 @@ def test_dtype_and_ownership_of_fields(feature: Any, dtype: torch.dtype) -> None
     """Fields have their parameter's precision, share no memory with anything, and carry no graph."""
     case = MEAN_SQUARE
     done = Pass(case, dtype, "aten", feature())
-    seen: set[int] = {p.data_ptr() for p in done.model.parameters()} | {p.grad.data_ptr() for p in done.model.parameters()}
+    seen: set[int] = {p.data_ptr() for p in done.model.parameters()} | {
+        p.grad.data_ptr() for p in done.model.parameters()
+    }
     for value in done.fields(feature).values():
         for tensor in value if isinstance(value, list) else [value]:
             assert tensor.dtype == dtype and not tensor.requires_grad and tensor.is_contiguous()

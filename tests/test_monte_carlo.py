@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from conftest import FEATURES, LOSSES, Pass, is_sampled
 from networks import NETWORKS, Case, Network
 from satchel import backpack, extend
 from satchel.extensions import KFAC, DiagGGNExact, DiagGGNMC
 from satchel.registry import REGISTRY
-from torch import Tensor, nn
 
 SAMPLED = [feature for feature in FEATURES if is_sampled(feature)]
 BY_NAME = {network.name: network for network in NETWORKS}
@@ -52,7 +53,9 @@ def moments(case: Case, J: Tensor) -> Moments:
     return Moments(mean.sum(0), 2 * mean.square().sum(0))
 
 
-@pytest.mark.parametrize("name", ["sigmoid_tanh", "one_position", "siamese", "frozen_some", "mean_pool", "split", "sequence"])
+@pytest.mark.parametrize(
+    "name", ["sigmoid_tanh", "one_position", "siamese", "frozen_some", "mean_pool", "split", "sequence"]
+)
 def test_mean_is_the_fisher(name: str, loss: Any, reduction: str) -> None:
     """z-test of every entry: |value − E| ≤ 5 standard errors."""
     case, M = Case(BY_NAME[name], loss, reduction), 4000

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from satchel.runtime import cost
 from satchel_gen.definitions import load
 from satchel_gen.lowering.rules import LoweredRule, lower_layer
@@ -40,7 +41,9 @@ def test_all_programs_agree_with_the_stored_pullback(layer, rule, extents, monke
     for variant in rule.variants:
         if variant.unit and extents["R"] > 1:
             continue
-        torch.testing.assert_close(emitted(layer, f"{rule.name}_{variant.name}")(*arguments), reference, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            emitted(layer, f"{rule.name}_{variant.name}")(*arguments), reference, rtol=1e-12, atol=1e-12
+        )
         with cost.forced(variant.name):
             torch.testing.assert_close(emitted(layer, rule.name)(*arguments), reference, rtol=1e-12, atol=1e-12)
 

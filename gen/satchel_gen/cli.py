@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,7 +18,11 @@ from .emit import package as emitted
 from .explain import explain as explanation
 from .lowering.support import support
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Layers, losses and features from mathematics to PyTorch and Triton.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Layers, losses and features from mathematics to PyTorch and Triton.",
+)
 console = Console()
 
 Out = Annotated[Path, typer.Option(help="Folder that the package is written to.")]
@@ -33,7 +37,7 @@ def _definitions(only: str = "") -> Definitions:
         _fail(str(error))
 
 
-def _fail(message: str) -> typer.Exit:  # type: ignore[return]
+def _fail(message: str) -> NoReturn:
     console.print(f"[bold red]error[/] {message}", highlight=False, soft_wrap=True)
     raise typer.Exit(1)
 
@@ -51,7 +55,6 @@ def _render(definitions: Definitions, package: str) -> dict[str, str]:
             return emitted.render(definitions, package, show)
     except (CalculusError, DefinitionError) as error:
         _fail(str(error))
-        raise
 
 
 @app.command()
@@ -86,7 +89,13 @@ def list_(only: Only = "", markdown: Annotated[bool, typer.Option(help="As a Mar
     features = [feature.name for feature in definitions.features]
     rows = support(definitions)
     cells = [
-        [row.name, row.kind, *("✓" if row.features[name] is None else "–" for name in features), "✓", f"{row.kernels} of {row.rules} rules"]
+        [
+            row.name,
+            row.kind,
+            *("✓" if row.features[name] is None else "–" for name in features),
+            "✓",
+            f"{row.kernels} of {row.rules} rules",
+        ]
         for row in rows
     ]
     header = ["definition", "kind", *features, "aten", "triton kernels"]
@@ -112,7 +121,9 @@ def explain(layer: str, feature: Annotated[str, typer.Argument()] = "") -> None:
             if part.code:
                 console.print(Syntax(part.text, "python", background_color="default", word_wrap=True))
             else:
-                console.print(part.text, style="bold" if part.heading else None, highlight=False, markup=False, soft_wrap=True)
+                console.print(
+                    part.text, style="bold" if part.heading else None, highlight=False, markup=False, soft_wrap=True
+                )
     except DefinitionError as error:
         _fail(str(error))
 

@@ -14,7 +14,7 @@ from .emit.formula import render, render_formula, render_term
 from .emit.functions import Function, loss_function, rule_functions, sample_function
 from .emit.package import format_files
 from .emit.triton import environment
-from .lowering.kernels import layer_kernels
+from .lowering.kernels import KernelRule, layer_kernels
 from .lowering.losses import lower_loss
 from .lowering.rules import LoweredRule, lower_layer
 from .lowering.support import PASSES
@@ -87,7 +87,7 @@ def _jacobian(layer: Layer, wrt: sympy.Indexed) -> str:
     return f"∂{layer.output.base}[{left}] / ∂{render(wrt)} = {' + '.join(map(render_term, parts))}"
 
 
-def _rule(rule: LoweredRule, kernels: dict) -> Iterator[Part]:
+def _rule(rule: LoweredRule, kernels: dict[str, KernelRule]) -> Iterator[Part]:
     yield Part(f"\n  {render(_QUANTITIES[rule.quantity].value)}")
     yield Part(f"  → {render_formula(rule.formula)}")
     for variant in rule.variants:
@@ -119,5 +119,3 @@ def _loss(loss: Loss) -> Iterator[Part]:
         columns = len(lowered.columns) if rule.name == "exact_factor" else 0
         yield Part(code(loss_function(rule, columns)), code=True)
     yield Part(f"  sample: {sample_function(lowered).formula}")
-
-

@@ -100,9 +100,7 @@ def vjp(
             at = fresh.all(statement.axes)
             onto = tuple(target_axes)
             cot = bar.xreplace(dict(zip(axes, at, strict=True)))
-            pulled = [
-                contract(Term(cot) * term.summed(at)) for term in jacobian(statement, read_name, at, onto, fresh)
-            ]
+            pulled = [contract(Term(cot) * term.summed(at)) for term in jacobian(statement, read_name, at, onto, fresh)]
             if pulled:
                 known = adjoints.setdefault(read_name, (onto, []))
                 known[1].extend(pulled)
@@ -150,7 +148,12 @@ def total_derivative(
 
 
 def total_jacobian(
-    statement: Statement, name: str, at: Sequence[Index], wrt: Sequence[Index], statements: Sequence[Statement], fresh: Fresh
+    statement: Statement,
+    name: str,
+    at: Sequence[Index],
+    wrt: Sequence[Index],
+    statements: Sequence[Statement],
+    fresh: Fresh,
 ) -> list[Term]:
     """d target[at] / d name[wrt] through the named intermediates of the statement."""
     derivative = jacobian(statement, name, at, wrt, fresh)

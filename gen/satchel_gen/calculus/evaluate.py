@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import sympy
@@ -13,7 +14,7 @@ from ..notation import Equal, Extent, Index, LogSumExp, reads
 from .derive import Statement
 from .terms import Term, terms
 
-Array = NDArray[np.float64]
+Array = NDArray[Any]
 Axes = tuple[Index, ...]
 
 _FUNCTIONS = {
@@ -23,9 +24,7 @@ _FUNCTIONS = {
 }
 
 
-def evaluate(
-    parts: Sequence[Term], axes: Axes, tensors: Mapping[str, Array], extents: Mapping[str, int]
-) -> Array:
+def evaluate(parts: Sequence[Term], axes: Axes, tensors: Mapping[str, Array], extents: Mapping[str, int]) -> Array:
     """Σ of terms over a grid of all their indices."""
     total = np.zeros([_extent(i, extents) for i in axes])
     for term in parts:

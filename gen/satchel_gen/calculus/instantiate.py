@@ -49,7 +49,13 @@ class Instance:
             self.structure = self._kronecker()
         if self.structure is not None:
             found = self.structure
-            self.groups |= {"q": found.shared, "q2": found.shared, "o": found.outer, "o2": found.outer, "i": found.inner}
+            self.groups |= {
+                "q": found.shared,
+                "q2": found.shared,
+                "o": found.outer,
+                "o2": found.outer,
+                "i": found.inner,
+            }
             self.groups["i2"] = found.inner
             self.resolvers |= {"s": self._cotangent, "a": self._input, "averaged": self._averaged}
 
@@ -76,7 +82,9 @@ class Instance:
         return [
             derivative
             for term in self._jacobian([(n,), at, first])
-            for derivative in total_derivative(term, str(self.wrt.base), (n, *second), self.layer.statements, self.fresh)
+            for derivative in total_derivative(
+                term, str(self.wrt.base), (n, *second), self.layer.statements, self.fresh
+            )
         ]
 
     def _cotangent(self, groups: Sequence[Axes]) -> list[Term]:
@@ -134,7 +142,9 @@ class Instance:
         if isinstance(expr, sympy.Pow) and expr.exp == 2 and expr.has(Indexed):
             base = self.instantiate(expr.base, scope)
             if len(base) > 1:
-                raise CalculusError(f"{self.layer.source}: {self.layer.name}: the square of a Jacobian of several terms")
+                raise CalculusError(
+                    f"{self.layer.source}: {self.layer.name}: the square of a Jacobian of several terms"
+                )
             return [term.squared() for term in base]
         if expr.has(Indexed):
             raise CalculusError(f"no rule to put a layer into {expr}")

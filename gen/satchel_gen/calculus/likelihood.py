@@ -68,7 +68,9 @@ def _gradient(loss: Loss, axes: Axes, fresh: Fresh) -> list[Term]:
     parts = [contract(part.summed(at)) for part in parts]
     for part in parts:
         if part.sums or part.deltas:
-            raise CalculusError(f"{loss.source}: {loss.name}: the gradient {part} is not elementwise after intermediates")
+            raise CalculusError(
+                f"{loss.source}: {loss.name}: the gradient {part} is not elementwise after intermediates"
+            )
     return parts
 
 
@@ -127,4 +129,6 @@ def _verify(found: Likelihood, twins: Axes) -> None:
     square = factor.reshape(-1, shape[0], width)
     product = np.einsum("vna,vnb->nab", square, square)
     if not np.allclose(product, hessian.reshape(shape[0], width, width), rtol=1e-9, atol=1e-9):
-        raise CalculusError(f"{loss.source}: {loss.name}: the factor {found.exact_factor} does not square to the Hessian")
+        raise CalculusError(
+            f"{loss.source}: {loss.name}: the factor {found.exact_factor} does not square to the Hessian"
+        )

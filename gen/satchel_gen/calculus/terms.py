@@ -130,7 +130,9 @@ def terms(expr: Expr) -> list[Term]:
     if isinstance(expr, sympy.Mul):
         product = [Term(ONE)]
         for part in expr.args:
-            product = [left * right for left in product for right in (terms(part) if part.has(IndexSum) else [Term(part)])]
+            product = [
+                left * right for left in product for right in (terms(part) if part.has(IndexSum) else [Term(part)])
+            ]
         return product
     if expr.has(IndexSum):
         raise CalculusError(f"a sum inside {expr.func.__name__} must be a named intermediate: {expr}")

@@ -36,11 +36,15 @@ class Definitions:
         """The layers and losses of these names (all where empty), with every feature."""
         known = {d.name for d in (*self.layers, *self.losses)}
         if names - known:
-            raise DefinitionError(f"unknown: {', '.join(sorted(names - known))}; defined are {', '.join(sorted(known))}")
+            raise DefinitionError(
+                f"unknown: {', '.join(sorted(names - known))}; defined are {', '.join(sorted(known))}"
+            )
         if not names:
             return self
         return Definitions(
-            tuple(d for d in self.layers if d.name in names), tuple(d for d in self.losses if d.name in names), self.features
+            tuple(d for d in self.layers if d.name in names),
+            tuple(d for d in self.losses if d.name in names),
+            self.features,
         )
 
 
@@ -54,14 +58,17 @@ def load() -> Definitions:
                     known = found[type(value)].setdefault(value.name, value)
                     if known is not value:
                         raise DefinitionError(f"{value.source}: {value.name} is already defined at {known.source}")
-    layers, losses, features = (tuple(found[kind][name] for name in sorted(found[kind])) for kind in (Layer, Loss, Feature))
+    layers, losses, features = (
+        tuple(found[kind][name] for name in sorted(found[kind])) for kind in (Layer, Loss, Feature)
+    )
     return Definitions(layers, losses, features)  # type: ignore[arg-type]
 
 
 def _modules(folder: str) -> list[ModuleType]:
     package = importlib.import_module(f".{folder}", __package__)
     return [
-        importlib.import_module(f"{package.__name__}.{info.name}") for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda i: i.name)
+        importlib.import_module(f"{package.__name__}.{info.name}")
+        for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda i: i.name)
     ]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Example:
     """A sample for the generic tests: constructor arguments and the shape of one sample (without the batch axis)."""
 
     shape: tuple[int, ...]
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Refused:
 
     shape: tuple[int, ...]
     mentions: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,17 @@ Distribution = Categorical | Normal
 
 
 class _Validated:
-    """Shared checks of layers and losses."""
+    """Shared checks of definitions."""
 
+    name: str
     source: Source
 
     def _fail(self, reason: str) -> None:
         raise DefinitionError(f"{self.source}: {type(self).__name__} {getattr(self, 'name', '')}: {reason}")
 
-    def _check_statements(self, statements: tuple[Statement, ...], known: Mapping[str, tuple[Index, ...]], batch: Index) -> None:
+    def _check_statements(
+        self, statements: tuple[Statement, ...], known: Mapping[str, tuple[Index, ...]], batch: Index
+    ) -> None:
         if not statements:
             self._fail("has no statement")
         ranks = {name: len(axes) for name, axes in known.items()}
@@ -104,7 +108,9 @@ class _Validated:
             unbound = {s for s in statement.value.free_symbols if not isinstance(s, Index | IndexedBase | Indexed)}
             unbound = {s for s in unbound if str(s) not in ranks}
             if unbound:
-                self._fail(f"unbound symbol {', '.join(sorted(map(str, unbound)))} in the statement of {statement.target}")
+                self._fail(
+                    f"unbound symbol {', '.join(sorted(map(str, unbound)))} in the statement of {statement.target}"
+                )
             if statement.name in ranks:
                 self._fail(f"{statement.name!r} is defined twice")
             ranks[statement.name] = len(statement.axes)
@@ -130,11 +136,11 @@ class Layer(_Validated):
     statements: tuple[Statement, ...]
     parameters: tuple[Indexed, ...] = ()
     module: str = ""
-    options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    options: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     examples: tuple[Example, ...] = (Example((3,)),)
     refused: tuple[Refused, ...] = ()
     approximation: str = "expand"
-    source: Source = field(default_factory=_caller)
+    source: Source = dataclasses.field(default_factory=_caller)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "module", self.module or f"torch.nn.{self.name}")
@@ -172,10 +178,10 @@ class Loss(_Validated):
     distribution: Distribution
     module: str = ""
     domain: tuple[Expr, Expr] | None = None
-    options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    options: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     examples: tuple[Example, ...] = (Example((3,)),)
     refused: tuple[Refused, ...] = ()
-    source: Source = field(default_factory=_caller)
+    source: Source = dataclasses.field(default_factory=_caller)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "module", self.module or f"torch.nn.{self.name}")
@@ -221,7 +227,7 @@ class Feature(_Validated):
     reference: str
     table5: Expr | None = None
     options: tuple[str, ...] = ()
-    source: Source = field(default_factory=_caller)
+    source: Source = dataclasses.field(default_factory=_caller)
 
     def __post_init__(self) -> None:
         declared = {q.name for quantities in self.needs.values() for q in quantities}

@@ -8,8 +8,9 @@ structure, found by `calculus.kronecker`. There, s[v, n, q, o] is the factor and
 
 from __future__ import annotations
 
-from satchel_gen.notation import Sum, extent, indices, tensors
 from sympy import Symbol
+
+from satchel_gen.notation import Sum, extent, indices, tensors
 
 from .model import Quantity
 
@@ -37,7 +38,9 @@ PULLBACKS = (PER_SAMPLE, GRADIENT, SUM_OF_SQUARES, SQUARED_NORM, SIGNED_SUM_OF_S
 
 # Kronecker factors, for the three ways to treat shared axes (Eschenhagen et al., 2023; "backpack" as in Dangel et al., 2020).
 OUTPUT_FACTOR_EXPAND = Quantity("output_factor_expand", (o, o2), Sum(s[v, n, q, o] * s[v, n, q, o2], v, n, q))
-OUTPUT_FACTOR_REDUCE = Quantity("output_factor_reduce", (o, o2), Sum(Sum(s[v, n, q, o], q) * Sum(s[v, n, q, o2], q), v, n))
+OUTPUT_FACTOR_REDUCE = Quantity(
+    "output_factor_reduce", (o, o2), Sum(Sum(s[v, n, q, o], q) * Sum(s[v, n, q, o2], q), v, n)
+)
 INPUT_FACTOR_EXPAND = Quantity("input_factor_expand", (i, i2), Sum(a[n, q, i] * a[n, q, i2], n, q) / (N * extent(q)))
 INPUT_FACTOR_REDUCE = Quantity(
     "input_factor_reduce", (i, i2), Sum(Sum(a[n, q, i], q) * Sum(a[n, q, i2], q), n) / (N * extent(q) ** 2)

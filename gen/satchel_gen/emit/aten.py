@@ -98,7 +98,13 @@ class AtenPrinter(StrPrinter):
         return f"{self.like}.new_tensor({float(value)!r})" if value.is_number else self._print(value)
 
     def _print_relational(self, expr: Expr) -> str:
-        sign = {"StrictGreaterThan": ">", "GreaterThan": ">=", "StrictLessThan": "<", "LessThan": "<=", "Equality": "=="}
+        sign = {
+            "StrictGreaterThan": ">",
+            "GreaterThan": ">=",
+            "StrictLessThan": "<",
+            "LessThan": "<=",
+            "Equality": "==",
+        }
         return f"{self._print(expr.args[0])} {sign[type(expr).__name__]} {self._print(expr.args[1])}"
 
     _print_StrictGreaterThan = _print_GreaterThan = _print_StrictLessThan = _print_LessThan = _print_relational
@@ -200,7 +206,12 @@ class Body:
         names: dict[Expr, str] = {}
         like = self(node.children[0]) if node.children else next(iter(self.arguments))
         for read, child in zip(node.reads, node.children, strict=True):
-            whole = isinstance(child, Map) and child.expr.is_Mul and node.expr.is_Mul and child.axes == node.axes[-len(child.axes) :]
+            whole = (
+                isinstance(child, Map)
+                and child.expr.is_Mul
+                and node.expr.is_Mul
+                and child.axes == node.axes[-len(child.axes) :]
+            )
             text = self(child) if whole else self._operand(child)
             names[read] = self._aligned(text, child.axes, node.axes)
             like = self(child) if names[read] == like else like
@@ -253,10 +264,10 @@ class Body:
             return f"({product}).sum({_tuple([a.index(i) for i in over])})"
         if not batch and len(over) == 1 and len(columns) == 1 and out == (*rows, *columns) and a == (*rows, *over):
             return f"{self._operand(left)} @ {self._operand(right)}{'' if b == (*over, *columns) else '.T'}"
-        if not batch and len(rows) == len(columns) == 1 and out == (*rows, *columns):
-            if a == (*over, *rows) and b == (*over, *columns):
-                parts = [self._flattened(part, len(over)) for part in (left, right)]
-                return f"{parts[0]}.T @ {parts[1]}"
+        grouped = a == (*over, *rows) and b == (*over, *columns)
+        if grouped and len(rows) == len(columns) == 1 and out == (*rows, *columns):
+            parts = [self._flattened(part, len(over)) for part in (left, right)]
+            return f"{parts[0]}.T @ {parts[1]}"
         if len(over) == 1 and len(columns) == 1 and rows and b[:-2] == batch and out[-2:] == (rows[-1], columns[0]):
             lead = a[:-2]
             if lead == out[:-2] and lead[len(lead) - len(batch) :] == batch:
@@ -283,7 +294,9 @@ def _letters(axes: Axes) -> dict[Index, str]:
     for i in dict.fromkeys(axes):
         letter = i.name[0].upper() if i.name[1:].isdigit() else i.name
         own = letter if len(letter) == 1 and letter not in letters.values() else ""
-        letters[i] = own or next(c for c in ascii_lowercase if c not in letters.values() and c not in {j.name for j in axes})
+        letters[i] = own or next(
+            c for c in ascii_lowercase if c not in letters.values() and c not in {j.name for j in axes}
+        )
     return letters
 
 

@@ -26,7 +26,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 DTYPES = ("float32", "tf32", "bfloat16", "float64")
 POINTERS = {"float32": "*fp32", "tf32": "*fp32", "bfloat16": "*bf16", "float64": "*fp64"}
 
@@ -84,7 +89,9 @@ def compile_one(job: Job) -> Usage:
     read = _nvidia_usage if target.backend == "cuda" else _amd_usage
     registers, spills = read(compiled.asm)
     shown = " ".join(f"{name.removeprefix('BLOCK_').removeprefix('BLOCK')}{size}" for name, size in blocks.items())
-    return Usage(job.kernel, job.target, job.dtype, f"{shown} warps{warps}", registers, compiled.metadata.shared, spills)
+    return Usage(
+        job.kernel, job.target, job.dtype, f"{shown} warps{warps}", registers, compiled.metadata.shared, spills
+    )
 
 
 _LOADED: dict[Path, ModuleType] = {}
@@ -142,7 +149,9 @@ def _integer_pointers(source: str) -> set[str]:
     """The pointers that are loaded without a conversion to the accumulation type: those to indices."""
     loads = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign)]
     bare = [load for load in loads if isinstance(load, ast.Call) and ast.unparse(load.func) == "tl.load"]
-    return {name.id for load in bare for name in ast.walk(load) if isinstance(name, ast.Name) and name.id.endswith("_ptr")}
+    return {
+        name.id for load in bare for name in ast.walk(load) if isinstance(name, ast.Name) and name.id.endswith("_ptr")
+    }
 
 
 def _nvidia_usage(asm: Mapping[str, Any]) -> tuple[int, int]:
@@ -159,11 +168,18 @@ def _nvidia_usage(asm: Mapping[str, Any]) -> tuple[int, int]:
 
 def _amd_usage(asm: Mapping[str, Any]) -> tuple[int, int]:
     """Vector registers per thread, and spilled registers, as the assembler states them."""
-    count = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|[sv]gpr_spill_count):\s+(\d+)", asm["amdgcn"])}
+    count = {
+        name: int(value) for name, value in re.findall(r"\.(vgpr_count|[sv]gpr_spill_count):\s+(\d+)", asm["amdgcn"])
+    }
     return count["vgpr_count"], count["vgpr_spill_count"] + count["sgpr_spill_count"]
 
 
 def table(usages: Iterable[Usage]) -> str:
     """The usages as a Markdown table."""
-    rows = [f"| {u.kernel} | {u.target} | {u.dtype} | {u.blocks} | {u.registers} | {u.shared} | {u.spills} |" for u in usages]
-    return "\n".join(["| kernel | target | dtype | tiles | registers | shared | spills |", "|---|---|---|---|---|---|---|", *rows])
+    rows = [
+        f"| {u.kernel} | {u.target} | {u.dtype} | {u.blocks} | {u.registers} | {u.shared} | {u.spills} |"
+        for u in usages
+    ]
+    return "\n".join(
+        ["| kernel | target | dtype | tiles | registers | shared | spills |", "|---|---|---|---|---|---|---|", *rows]
+    )

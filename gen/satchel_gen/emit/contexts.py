@@ -52,7 +52,15 @@ class _Uses:
 
     def uses(self, word: str) -> bool:
         text = self.extra + " ".join(
-            " ".join([*f.lines, f.result, "widened " * f.entry, "Program " * bool(f.choices), "blocks " * (f.block is not None)])
+            " ".join(
+                [
+                    *f.lines,
+                    f.result,
+                    "widened " * f.entry,
+                    "Program " * bool(f.choices),
+                    "blocks " * (f.block is not None),
+                ]
+            )
             for f in self.functions
         )
         if any(f.block is not None for f in self.functions):
@@ -180,7 +188,11 @@ def loss_context(lowered: LoweredLoss) -> LossContext:
     if violation is not None:
         functions.append(violation)
         rules["violation"] = RuleContext("violation", violation.arguments, None)
-        text = f"{violation.formula.removeprefix('any ')}, {render(loss.domain[1])} the number of classes" if loss.domain else ""
+        text = (
+            f"{violation.formula.removeprefix('any ')}, {render(loss.domain[1])} the number of classes"
+            if loss.domain
+            else ""
+        )
     sample = sample_function(lowered)
     return LossContext(
         name=loss.name,
@@ -261,6 +273,13 @@ _OPTION_TEXTS = {
 
 def feature_context(feature: Feature) -> dict[str, Any]:
     """The context of extension.py.jinja."""
+    context = _feature_context(feature)
+    printed = f"{context['value']} {context['table5']}"
+    context["uses_torch"] = "generator" in feature.options or len(context["summands"]) > 1 or "torch." in printed
+    return context
+
+
+def _feature_context(feature: Feature) -> dict[str, Any]:
     curvature = set(feature.needs) - {"gradient", "input"}
     context: dict[str, Any] = {
         "name": feature.name, "field": feature.field, "file": module_name(feature), "formula": feature.formula,
@@ -285,16 +304,27 @@ def feature_context(feature: Feature) -> dict[str, Any]:
     context |= {"value_text": feature.formula, "table5_text": _table5_text(feature)}
     symbols = {q.symbol: f'q["{q.name}"]' for quantities in feature.needs.values() for q in quantities}
     if "subsampling" in feature.options:
-        context["locals"] = ['individual = q["per_sample"][0]', "if self.subsampling is not None:", "    individual = individual[list(self.subsampling)]"]
+        context["locals"] = [
+            'individual = q["per_sample"][0]',
+            "if self.subsampling is not None:",
+            "    individual = individual[list(self.subsampling)]",
+        ]
         symbols = dict.fromkeys(symbols, "individual")
     names = {**symbols, sympy.Symbol("N"): "sizes.N", sympy.Symbol("u"): "sizes.u"}
-    context |= {"value": _scalar_print(feature.value, names), "table5": _scalar_print(feature.table5 or feature.value, names)}
+    context |= {
+        "value": _scalar_print(feature.value, names),
+        "table5": _scalar_print(feature.table5 or feature.value, names),
+    }
     return context
 
 
 def _table5_text(feature: Feature) -> str:
+    """The formula with quantities in the field's notation."""
+    notation = {"sum_of_squares": "Σ_n g_n²", "squared_norm": "‖g_n‖²", "per_sample": "g_n", "gradient": "(Σ_n g_n)"}
     text = render(feature.table5) if feature.table5 is not None else ""
-    return text.replace("sum_of_squares", "Σ_n g_n²").replace("squared_norm", "‖g_n‖²").replace("per_sample", "g_n").replace("gradient", "(Σ_n g_n)")
+    for name, symbol in notation.items():
+        text = text.replace(name, symbol)
+    return text
 
 
 def _scalar_print(expr: Expr, names: Mapping[sympy.Symbol, str]) -> str:
@@ -330,5 +360,8 @@ def _reduction(quantity: Quantity, value: Expr) -> Function:
 
 def table(layers: tuple[Layer, ...], losses: tuple[Loss, ...]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """File and constant of every definition, for the registry."""
-    named = [[{"name": d.name, "file": module_name(d), "constant": module_name(d).upper()} for d in group] for group in (layers, losses)]
+    named = [
+        [{"name": d.name, "file": module_name(d), "constant": module_name(d).upper()} for d in group]
+        for group in (layers, losses)
+    ]
     return named[0], named[1]

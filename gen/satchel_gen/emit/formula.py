@@ -27,7 +27,9 @@ class _Formula(StrPrinter):
     def _print_Mul(self, expr: Any) -> str:
         constant, rest = expr.as_coeff_Mul()
         numerator, denominator = rest.as_numer_denom()
-        parts = [self.parenthesize(a, sympy.printing.precedence.PRECEDENCE["Mul"]) for a in numerator.as_ordered_factors()]
+        parts = [
+            self.parenthesize(a, sympy.printing.precedence.PRECEDENCE["Mul"]) for a in numerator.as_ordered_factors()
+        ]
         head = "−" if constant < 0 else ""
         if abs(constant) != 1:
             parts.insert(0, str(abs(constant)))

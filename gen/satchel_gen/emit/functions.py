@@ -221,4 +221,11 @@ def violation_function(loss: Loss) -> Function | None:
     low, high = body.scalar(lower), body.scalar(upper)
     lines = tuple(unpack_extents(body.extents, arguments))
     formula = f"any target outside {low} ≤ y < {high}"
-    return Function("violation", formula, shapes_line(arguments, ()), tuple(arguments), lines, f"(({name} < {low}) | ({name} >= {high})).any()")
+    return Function(
+        "violation",
+        formula,
+        shapes_line(arguments, ()),
+        tuple(arguments),
+        lines,
+        f"(({name} < {low}) | ({name} >= {high})).any()",
+    )

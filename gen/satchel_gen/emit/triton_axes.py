@@ -94,7 +94,9 @@ def used(names: Iterable[str], code: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys(names) if name in words)
 
 
-def decode(index: str, axes: Sequence[Group], sizes: Mapping[Group, str], names: Mapping[Group, str]) -> dict[Group, str]:
+def decode(
+    index: str, axes: Sequence[Group], sizes: Mapping[Group, str], names: Mapping[Group, str]
+) -> dict[Group, str]:
     """Statements that take a flat index over several groups apart, by group: `n = row // R`, `r = row % R`."""
     statements = {}
     for position, group in enumerate(axes):
@@ -102,5 +104,5 @@ def decode(index: str, axes: Sequence[Group], sizes: Mapping[Group, str], names:
         code = f"{index} // ({product(after)})" if len(after) > 1 else f"{index} // {after[0]}" if after else index
         if position:
             code += f" % {sizes[group]}"
-        statements[group] = f"{names[group]} = {code}"
+        statements[group] = f"{names[group]} = tl.cast({code}, tl.int64)" if widen else f"{names[group]} = {code}"
     return statements

@@ -153,7 +153,12 @@ class TritonPrinter(Printer):
             above.append(self.parenthesize(coefficient, PRECEDENCE["Mul"]))
         for factor in sympy.Mul(*factors).as_ordered_factors():
             base, exponent = factor.as_base_exp()
-            if not isinstance(factor, sympy.Function) and exponent.is_Rational and exponent.is_negative and not factor.is_number:
+            if (
+                not isinstance(factor, sympy.Function)
+                and exponent.is_Rational
+                and exponent.is_negative
+                and not factor.is_number
+            ):
                 below.append(self.parenthesize(base**-exponent, PRECEDENCE["Mul"] + 1))
             else:
                 above.append(self.parenthesize(factor, PRECEDENCE["Mul"]))

@@ -14,8 +14,32 @@ from .triton_expr import DELTAS, Lines, TritonPrinter, hoist
 
 Context = dict[str, Any]
 KERNEL_NAMES = frozenset(
-    """out out_ptr start lane inside base element size columns column row rows row_inside step steps step_start part parts
-    total product value k k_inside first""".split()
+    [
+        "out",
+        "out_ptr",
+        "start",
+        "lane",
+        "inside",
+        "base",
+        "element",
+        "size",
+        "columns",
+        "column",
+        "row",
+        "rows",
+        "row_inside",
+        "step",
+        "steps",
+        "step_start",
+        "part",
+        "parts",
+        "total",
+        "product",
+        "value",
+        "k",
+        "k_inside",
+        "first",
+    ]
 )
 
 
@@ -74,7 +98,9 @@ def _delta_axes(expr: sympy.Expr, axes: Axes) -> tuple[str, ...]:
 
 
 def _extent_axes(expr: sympy.Expr) -> list[str]:
-    return [str(getattr(e.args[0], "name", e.args[0])) for e in expr.atoms(sympy.Function) if e.func.__name__ == "Extent"]
+    return [
+        str(getattr(e.args[0], "name", e.args[0])) for e in expr.atoms(sympy.Function) if e.func.__name__ == "Extent"
+    ]
 
 
 def _used_in(read: Read, expr: sympy.Expr) -> bool:
@@ -112,14 +138,15 @@ def pointwise(definition: str, program: Pointwise) -> Context:
         loads[bool(outer)] += [f"{value} = {value} * {value}"] if read.square else []
     single = {(axis,): names.extent(axis) for axis in out}
     index_names = {(axis,): axes[axis] for axis in out}
-    decode_rest = decode("element", [(a,) for a in rest], single, index_names)
-    decode_loop = decode("column", [(a,) for a in loop], single, index_names)
+    decode_rest = decode("element", [(a,) for a in rest], single, index_names, widen=False)
+    decode_loop = decode("index", [(a,) for a in loop], single, index_names)
     column = (axes[loop[0]] if len(loop) == 1 else "column") if loop else ""
     before = [decode_rest[(axis,)] for axis in rest if axis in indexed]
     before = ["element = start + lane", *before] if before else []
     if len(rest) == 1 and before:
         before = [f"{axes[rest[0]]} = start + lane"]
     inside = [decode_loop[(axis,)] for axis in loop if axis in indexed] if len(loop) > 1 else []
+    inside = ["column = tl.cast(index, tl.int64)", *inside] if inside else []
     moving = frozenset({read.symbol for read in program.reads if set(read.axes) & set(loop)} | set(loop))
     lines = Lines(set(KERNEL_NAMES) | {names.value(read) for read in program.reads} | set(axes.values()))
     printer = _printer(definition, program, names, axes, lines)
@@ -141,6 +168,7 @@ def pointwise(definition: str, program: Pointwise) -> Context:
     return {
         "name": program.name, "doc": program.doc, "pointers": _used_pointers(program, code), "sizes": tuple(sizes),
         "before": before, "inside": inside, "column": column, "result": result,
+        "loop": _range(column, "columns", 1, any("index" in line for line in inside)),
         "launch": launch | {"operands": [p.removesuffix("_ptr") for p in _used_pointers(program, code)]},
     }  # fmt: skip
 
@@ -155,7 +183,12 @@ def _used_pointers(program: Program, code: Iterable[str]) -> list[str]:
 
 
 def _printer(
-    definition: str, program: Pointwise | Row, names: Names, axes: Mapping[str, str], lines: Lines, stages: Iterable[str] = ()
+    definition: str,
+    program: Pointwise | Row,
+    names: Names,
+    axes: Mapping[str, str],
+    lines: Lines,
+    stages: Iterable[str] = (),
 ) -> TritonPrinter:
     values = {read.symbol: names.value(read) for read in program.reads} | {stage: stage for stage in stages}
     extents = {axis: names.extent(axis) for axis in {*program.out, *(a for read in program.reads for a in read.axes)}}
@@ -217,18 +250,30 @@ def contraction(definition: str, program: Contraction) -> Context:
     squared = {read: f"{value[read]} * {value[read]}" if read.square else value[read] for read in (a, b)}
     advance = f"{ik}_step" if split_k else "BLOCK_K"
     strides = {read: [size[g] for g in layout[read][layout[read].index(k) + 1 :]] for read in (a, b)}
-    all_steps = decode("step", step_groups, size, step_index)
+    all_steps = decode("index", step_groups, size, step_index)
     decoded = used(step_index.values(), list(starts.values()))
-    statements = [all_steps[group] for group in step_groups if step_index[group] in decoded] if len(step_groups) > 1 else []
+    statements = (
+        [all_steps[group] for group in step_groups if step_index[group] in decoded] if len(step_groups) > 1 else []
+    )
     epilogue = _epilogue(program, starts)
     out_layout = grouped(out, groups)
     out_start = plus("out_ptr", offset(out_layout, {g: i for g, i in origin.items() if g != k}, size))
     if batch is None and split:
         out_start = plus("out_ptr", scaled("part", [size[g] for g in out_layout]), out_start.removeprefix("out_ptr + "))
     out_tile = _tile(out_layout, {m: "[:, None]", n: "[None, :]"}, names, size)
-    every_step = "tl.program_id(0).to(tl.int64), steps, tl.num_programs(0)"
-    body = [*starts.values(), *tile.values(), *statements, out_start, out_tile, *(s for st in strides.values() for s in st)]
-    sizes = {size[g]: product(names.extents(g)) for g in groups if size[g] in used(size.values(), [*body, size[m], size[n], size[k]])}
+    body = [
+        *starts.values(),
+        *tile.values(),
+        *statements,
+        out_start,
+        out_tile,
+        *(s for st in strides.values() for s in st),
+    ]
+    sizes = {
+        size[g]: product(names.extents(g))
+        for g in groups
+        if size[g] in used(size.values(), [*body, size[m], size[n], size[k]])
+    }
     sizes |= {"steps": product(f for g in step_groups for f in names.extents(g))} if step_groups else {}
     m_size, n_size = product(names.extents(m)), product(names.extents(n))
     tile_strides = _strides([(layout[a], (m, k)), (layout[b], (k, n)), (out_layout, (m, n))], names)
@@ -247,12 +292,34 @@ def contraction(definition: str, program: Contraction) -> Context:
         "a": value[a], "b": value[b], "a_value": squared[a], "b_value": squared[b],
         "a_tile": tile[a], "b_tile": tile[b], "a_start": starts[a], "b_start": starts[b],
         "a_advance": scaled(advance, strides[a]), "b_advance": scaled(advance, strides[b]),
-        "steps": (every_step if split else "tl.cast(0, tl.int64), steps") if step_groups else "", "decode": statements,
+        "loop": _range("step", "steps", 0 if split else None, bool(statements)) if step_groups else "", "decode": statements,
         "k_step": "tl.num_programs(0).to(tl.int64) * BLOCK_K" if split_k else "",
         "k_range": f"{outer} * BLOCK_K, {size[k]}, {ik}_step" if split_k else f"0, {size[k]}, BLOCK_K",
         "epilogue": epilogue, "split": split, "out_start": out_start, "out_tile": out_tile, "launch": launch,
         "needs_outer": bool(batch) or split,
     }  # fmt: skip
+
+
+def _range(index: str, count: str, split: int | None, divided: bool) -> str:
+    """The head of a loop over `count` in 64 bits, or in 32 where the index is divided first; split over a grid axis."""
+    if divided:
+        return f"for index in range(tl.program_id({split}), {count}, tl.num_programs({split})):" if split is not None else (
+            f"for index in range({count}):"
+        )
+    if split is None:
+        return f"for {index} in range(tl.cast(0, tl.int64), {count}):"
+    return f"for {index} in range(tl.program_id({split}).to(tl.int64), {count}, tl.num_programs({split})):"
+
+
+def _decoded(
+    groups: Sequence[Group], index: Mapping[Group, str], statements: Mapping[Group, str], code: Iterable[str]
+) -> list[str]:
+    """The statements that the loop over steps begins with, where more than the flat index is needed."""
+    if len(groups) < 2:
+        return []
+    found = used(["step", *index.values()], code)
+    lines = [statements[group] for group in groups if index[group] in found]
+    return ["step = tl.cast(index, tl.int64)", *lines] if "step" in found and lines else lines
 
 
 def _factor(code: str) -> str:
@@ -263,7 +330,9 @@ def _key(names: Iterable[str]) -> str:
     return "[" + ", ".join(f'"{name}"' for name in names) + "]"
 
 
-def _run(layout: tuple[Group, ...], steps: list[Group], index: Mapping[Group, str]) -> tuple[tuple[Group, ...], dict[Group, str]]:
+def _run(
+    layout: tuple[Group, ...], steps: list[Group], index: Mapping[Group, str]
+) -> tuple[tuple[Group, ...], dict[Group, str]]:
     """How a tensor is indexed by the steps: by `step` itself where it carries all of them side by side, else by each."""
     if not steps:
         return layout, {}
@@ -277,7 +346,9 @@ def _run(layout: tuple[Group, ...], steps: list[Group], index: Mapping[Group, st
 
 
 def _tile(layout: tuple[Group, ...], broadcast: Mapping[Group, str], names: Names, size: Mapping[Group, str]) -> str:
-    return offset(layout, {group: f"{names.index(group)}{at}" for group, at in broadcast.items() if group in layout}, size)
+    return offset(
+        layout, {group: f"{names.index(group)}{at}" for group, at in broadcast.items() if group in layout}, size
+    )
 
 
 def _strides(tiles: Iterable[tuple[tuple[Group, ...], tuple[Group, ...]]], names: Names) -> list[str]:
@@ -294,7 +365,13 @@ def _epilogue(program: Contraction, starts: Mapping[Read, str]) -> list[str]:
     value = "product" if program.accumulate else "total"
     result = f"{value} * {value}" if program.square_epilogue else value
     if program.weight is None:
-        return [f"total += {result}"] if program.accumulate else ["total = total * total"] if program.square_epilogue else []
+        return (
+            [f"total += {result}"]
+            if program.accumulate
+            else ["total = total * total"]
+            if program.square_epilogue
+            else []
+        )
     program.require(bool(program.accumulate), "a weight needs axes to accumulate over")
     program.require(set(program.weight.axes) <= set(program.accumulate), "a weight may carry accumulated axes only")
     return [f"weight = tl.load({starts[program.weight]}).to(COMPUTE)", f"total += weight * {result}"]
@@ -341,8 +418,16 @@ def gram(definition: str, program: Gram) -> Context:
 
     sides = {"a": side(a), "b": side(b)}
     decoded = decode("step", step_groups, size, step_index)
-    statements = [decoded[g] for g in step_groups if step_index[g] in used(step_index.values(), body)] if len(step_groups) > 1 else []
-    sizes = {size[g]: product(names.extents(g)) for g in groups if size[g] in used(size.values(), [*body, *statements, size[rows]])}
+    statements = (
+        [decoded[g] for g in step_groups if step_index[g] in used(step_index.values(), body)]
+        if len(step_groups) > 1
+        else []
+    )
+    sizes = {
+        size[g]: product(names.extents(g))
+        for g in groups
+        if size[g] in used(size.values(), [*body, *statements, size[rows]])
+    }
     sizes |= {"steps": product(f for g in step_groups for f in names.extents(g))} if step_groups else {}
     strides = _strides([(grouped(read.axes, groups), (rows,)) for read in (a, b)], names)
     launch = _launch(program, [*_out_shape(program), *strides], sizes)
@@ -353,7 +438,7 @@ def gram(definition: str, program: Gram) -> Context:
     return {
         "name": program.name, "doc": program.doc, "pointers": _pointers(program), "sizes": tuple(sizes),
         "key": _key(["BLOCK_M", "COMPUTE", "PRECISION"]), "batch": names.index(batch), "rows_size": size[rows],
-        "steps": "tl.cast(0, tl.int64), steps" if step_groups else "1", "decode": statements, "launch": launch, **sides,
+        "loop": _range("step", "steps", None, bool(statements)) if step_groups else "for _ in range(1):", "decode": statements, "launch": launch, **sides,
     }  # fmt: skip
 
 
@@ -412,7 +497,14 @@ def reduce(definition: str, program: Reduce) -> Context:
     else:
         out_offset = offset(out_layout, at, size)
     advance = product([size[g] for g in layout[layout.index(inner) + 1 :]]) if inner else ""
-    code = [*body, out_offset, advance, size[lane], size[inner] if inner else "", size[batch] if batch and not stepped else ""]
+    code = [
+        *body,
+        out_offset,
+        advance,
+        size[lane],
+        size[inner] if inner else "",
+        size[batch] if batch and not stepped else "",
+    ]
     steps = product(f for g in of["step"] for f in names.extents(g))
     sizes = {size[g]: product(names.extents(g)) for g in groups if size[g] in used(size.values(), code)}
     sizes |= {"steps": "steps"} if stepped else {}
@@ -471,7 +563,9 @@ def row(definition: str, program: Row) -> Context:
     per_row = [read for read in in_use if read not in per_tile and read not in per_column]
     out_offset = where(out)
     stage_names = [stage.name for stage in program.stages]
-    lines = Lines(set(KERNEL_NAMES) | set(axes.values()) | set(stage_names) | {names.value(read) for read in program.reads})
+    lines = Lines(
+        set(KERNEL_NAMES) | set(axes.values()) | set(stage_names) | {names.value(read) for read in program.reads}
+    )
     printer = _printer(definition, program, names, axes, lines, stage_names)
 
     def tile(expr: sympy.Expr) -> tuple[list[str], str]:
@@ -497,8 +591,9 @@ def row(definition: str, program: Row) -> Context:
     decode_rows = decode("row", [(a,) for a in row_axes], single, index_names)
     before = [decode_rows[(axis,)] for axis in row_axes if axis in indexed] + before
     if columns and len(columns) > 1:
-        decode_columns = decode("column", [(a,) for a in columns], single, index_names)
-        column_lines = [decode_columns[(axis,)] for axis in columns if axis in indexed] + column_lines
+        decode_columns = decode("index", [(a,) for a in columns], single, index_names)
+        decoded = [decode_columns[(axis,)] for axis in columns if axis in indexed]
+        column_lines = (["column = tl.cast(index, tl.int64)", *decoded] if decoded else []) + column_lines
     elif not columns:
         before_out, column_lines = column_lines, []
         if before_out:
@@ -515,6 +610,9 @@ def row(definition: str, program: Row) -> Context:
         "row_size": names.extent(k), "before": before, "stages": stages, "per_column": column_lines,
         "column": (axes[columns[0]] if len(columns) == 1 else "column") if columns else "",
         "statements": statements, "result": result, "out_offset": out_offset, "launch": launch,
+        "loop": _range(axes[columns[0]] if len(columns) == 1 else "column", "columns", 1, "index" in " ".join(column_lines))
+        if columns
+        else "",
     }  # fmt: skip
 
 
@@ -527,7 +625,8 @@ def _replaced(expr: sympy.Expr, parts: Mapping[str, sympy.Expr]) -> sympy.Expr:
 def _compared_only(read: Read, expressions: Iterable[sympy.Expr]) -> bool:
     """Whether a tensor holds indices: it occurs in deltas and nowhere else."""
     bare = [
-        expr.replace(lambda e: getattr(e.func, "__name__", "") in DELTAS, lambda e: sympy.Integer(1)) for expr in expressions
+        expr.replace(lambda e: getattr(e.func, "__name__", "") in DELTAS, lambda e: sympy.Integer(1))
+        for expr in expressions
     ]
     return not any(_used_in(read, expr) for expr in bare)
 

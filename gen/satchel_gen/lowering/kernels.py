@@ -49,7 +49,9 @@ def _kernel(rule: LoweredRule) -> KernelRule | None:
         accesses = {read: Read(str(read.base), names(read.indices)) for read in reads(term.factor)}
         ordered = tuple(dict.fromkeys(accesses[r] for name in rule.arguments for r in accesses if str(r.base) == name))
         expr = term.factor.xreplace({r: sympy.Symbol(str(r.base), real=True) for r in accesses})
-        return KernelRule(rule, Pointwise(name=rule.name, doc=doc, out=names(rule.formula.axes), reads=ordered, expr=expr))
+        return KernelRule(
+            rule, Pointwise(name=rule.name, doc=doc, out=names(rule.formula.axes), reads=ordered, expr=expr)
+        )
     if isinstance(tree, Contract) and any(map(_is_square, (tree.left, tree.right))):
         program = _contraction(rule, rule.name, doc, tree)
         return KernelRule(rule, program) if program is not None else None
@@ -70,7 +72,9 @@ def _squared_product(rule: LoweredRule) -> KernelRule:
     if any(v.name == "gram" for v in rule.variants):
         (rows,) = term.square.sums
         outer = tuple(i.name for i in first.indices if i in term.sums and i.name == "v")
-        program = Gram(name=f"{rule.name}_gram", doc=doc, out=names(rule.formula.axes), a=a, b=b, rows=rows.name, outer=outer)
+        program = Gram(
+            name=f"{rule.name}_gram", doc=doc, out=names(rule.formula.axes), a=a, b=b, rows=rows.name, outer=outer
+        )
         return KernelRule(rule, program, separated)
     weight = next((Read(str(r.base), names(r.indices)) for r in reads(term.factor)), None)
     program = Contraction(
@@ -108,7 +112,12 @@ def _contraction(rule: LoweredRule, name: str, doc: str, tree: Contract, given: 
 
 
 def _is_square(node: Node) -> bool:
-    return isinstance(node, Map) and len(node.reads) == 1 and node.expr == node.reads[0] ** 2 and isinstance(node.children[0], Leaf)
+    return (
+        isinstance(node, Map)
+        and len(node.reads) == 1
+        and node.expr == node.reads[0] ** 2
+        and isinstance(node.children[0], Leaf)
+    )
 
 
 def _squared_sum(rule: LoweredRule, doc: str) -> Reduce:
@@ -154,7 +163,8 @@ def _loss_kernel(loss: LoweredLoss, rule: LossRule) -> Program:
     (_, value) = stages[0]
     (row,) = value.over
     reductions = tuple(
-        Stage(s.name, "logsumexp", _program_expr(v.body, {v.body: sympy.Symbol(str(v.body.base), real=True)})) for s, v in stages
+        Stage(s.name, "logsumexp", _program_expr(v.body, {v.body: sympy.Symbol(str(v.body.base), real=True)}))
+        for s, v in stages
     )
     return Row(
         name=rule.name, doc=doc, out=names(rule.axes), equal=equal, signature=signature, reads=accesses, row=row.name,
@@ -162,7 +172,9 @@ def _loss_kernel(loss: LoweredLoss, rule: LossRule) -> Program:
     )  # fmt: skip
 
 
-def _program_reads(expr: Expr, stages: list[str], loss: LoweredLoss) -> tuple[tuple[Read, ...], dict[Indexed, sympy.Symbol]]:
+def _program_reads(
+    expr: Expr, stages: list[str], loss: LoweredLoss
+) -> tuple[tuple[Read, ...], dict[Indexed, sympy.Symbol]]:
     """The accesses of a loss's rule, its input at the output's own indices first; a second access has a name of its own."""
     own = names(loss.loss.input.indices)
     found: list[Read] = []
@@ -180,13 +192,15 @@ def _program_reads(expr: Expr, stages: list[str], loss: LoweredLoss) -> tuple[tu
 
 
 def _program_expr(expr: Expr, symbols: dict[Indexed, sympy.Symbol]) -> Expr:
-    equals = {e: AxisDelta(*(sympy.Symbol(a.name) if isinstance(a, Index) else symbols[a] for a in e.args)) for e in expr.atoms(Equal)}
+    equals = {
+        e: AxisDelta(*(sympy.Symbol(a.name) if isinstance(a, Index) else symbols[a] for a in e.args))
+        for e in expr.atoms(Equal)
+    }
     extents = {e: ProgramExtent(sympy.Symbol(e.args[0].name)) for e in expr.atoms(Extent)}
     return expr.xreplace(equals).xreplace(extents).xreplace(symbols)
 
 
 def loss_formula(rule: LossRule) -> str:
-
 
     return render(rule.expr)
 

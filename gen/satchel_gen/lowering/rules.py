@@ -134,7 +134,8 @@ def _same_at_output(slope: Expr, read: Indexed, value: Expr) -> bool:
     if slope.atoms(Indexed):
         return False
     return all(
-        abs(sympy.N(slope.xreplace({z: sympy.N(value.xreplace({z: at}))}) - slope.xreplace({z: at}))) < 1e-12 for at in _GRID
+        abs(sympy.N(slope.xreplace({z: sympy.N(value.xreplace({z: at}))}) - slope.xreplace({z: at}))) < 1e-12
+        for at in _GRID
     )
 
 

@@ -35,7 +35,9 @@ def support(definitions: Definitions) -> list[Row]:
         rows.append(Row(layer.name, "layer", missing, len(layer_kernels(lowered)), len(lowered.rules)))
     for loss in definitions.losses:
         derived = lower_loss(loss)
-        rows.append(Row(loss.name, "loss", {f.name: None for f in definitions.features}, len(derived.rules), len(derived.rules)))
+        rows.append(
+            Row(loss.name, "loss", {f.name: None for f in definitions.features}, len(derived.rules), len(derived.rules))
+        )
     return rows
 
 

@@ -25,14 +25,20 @@ def _listed(names: Iterable[str]) -> str:
 class NotAnExtension(SatchelError, ValueError):
     def __init__(self, given: object) -> None:
         name = given.__name__ if isinstance(given, type) else type(given).__name__
-        remedy = f"Write {name}(), with parentheses" if isinstance(given, type) else "Pass features from the extensions module"
+        remedy = (
+            f"Write {name}(), with parentheses"
+            if isinstance(given, type)
+            else "Pass features from the extensions module"
+        )
         kind = "a class" if isinstance(given, type) else "not a feature"
         super().__init__("backpack", f"expects instances of features, but {name} is {kind}", remedy)
 
 
 class NotAModule(SatchelError, TypeError):
     def __init__(self, given: object) -> None:
-        super().__init__("extend", f"expects a torch.nn.Module, got {type(given).__name__}", "Pass the model or the loss module")
+        super().__init__(
+            "extend", f"expects a torch.nn.Module, got {type(given).__name__}", "Pass the model or the loss module"
+        )
 
 
 class NothingReached(SatchelError, RuntimeError):
@@ -74,8 +80,14 @@ def _how_to_add(supported: Sequence[str]) -> str:
 
 
 class UnsupportedModule(SatchelError, NotImplementedError):
-    def __init__(self, module: str, parameter: str, node: str, features: Iterable[str], supported: Sequence[str]) -> None:
-        hint = " (compiled by torch.compile, which is not supported: use the plain model here)" if "Compiled" in node else ""
+    def __init__(
+        self, module: str, parameter: str, node: str, features: Iterable[str], supported: Sequence[str]
+    ) -> None:
+        hint = (
+            " (compiled by torch.compile, which is not supported: use the plain model here)"
+            if "Compiled" in node
+            else ""
+        )
         super().__init__(
             f"{module}, parameter {parameter!r}, {_listed(features)}",
             f"the parameter is used by {node}{hint}, which belongs to no layer with a definition",
@@ -84,7 +96,9 @@ class UnsupportedModule(SatchelError, NotImplementedError):
 
 
 class UnsupportedOption(SatchelError, NotImplementedError):
-    def __init__(self, where: str, option: str, value: object, supported: Sequence[object], features: Iterable[str]) -> None:
+    def __init__(
+        self, where: str, option: str, value: object, supported: Sequence[object], features: Iterable[str]
+    ) -> None:
         super().__init__(
             f"{where}, {_listed(features)}",
             f"the definition does not cover {option}={value!r}",

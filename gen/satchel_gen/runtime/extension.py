@@ -41,12 +41,16 @@ class Extension:
         if approximation is not None and approximation not in APPROXIMATIONS:
             known = ", ".join(APPROXIMATIONS)
             raise ValueError(f"{self.name}: approximation must be one of {known}, or None; got {approximation!r}")
-        if mc_samples is not None and (isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1):
+        if mc_samples is not None and (
+            isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1
+        ):
             raise ValueError(f"{self.name}: mc_samples must be a positive integer; got {mc_samples!r}")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(f"{self.name}: generator must be a torch.Generator or None; got {generator!r}")
         if subsampling is not None and not all(isinstance(n, int) and not isinstance(n, bool) for n in subsampling):
-            raise ValueError(f"{self.name}: subsampling must be a sequence of sample indices or None; got {subsampling!r}")
+            raise ValueError(
+                f"{self.name}: subsampling must be a sequence of sample indices or None; got {subsampling!r}"
+            )
         self.scaling = scaling
         self.subsampling = None if subsampling is None else tuple(subsampling)
         self.mc_samples = mc_samples
@@ -58,7 +62,11 @@ class Extension:
         return type(self).__name__
 
     def __repr__(self) -> str:
-        given = {key: value for key, value in vars(self).items() if value is not None and (key, value) != ("scaling", "backpack")}
+        given = {
+            key: value
+            for key, value in vars(self).items()
+            if value is not None and (key, value) != ("scaling", "backpack")
+        }
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in given.items())})"
 
     def needs(self, layer: Layer) -> tuple[Need, ...]:

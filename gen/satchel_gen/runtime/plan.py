@@ -95,7 +95,9 @@ def walk(start: Iterable[Edge], wanted: Callable[[Tensor], bool]) -> Plan:
         if record is not None:
             parameters = {name: parameter for name, parameter in record.trainable().items() if wanted(parameter)}
         else:
-            leaves = [edge[0].variable for edge in node.next_functions if edge[0] is not None and is_accumulator(edge[0])]
+            leaves = [
+                edge[0].variable for edge in node.next_functions if edge[0] is not None and is_accumulator(edge[0])
+            ]
             loose += [LooseParameter(leaf, node) for leaf in leaves if wanted(leaf)]
         inputs = tuple((position, edge) for position, edge in _inputs(node, record) if edge[0] in steps)
         if inputs or parameters:

@@ -86,5 +86,3 @@ def is_reentrant_checkpoint(node: Node) -> bool:
 
 def is_accumulator(node: Node) -> bool:
     return node.name() == "torch::autograd::AccumulateGrad"
-
-

@@ -6,7 +6,7 @@ share, uses are more positions: their tensors are joined along it. Otherwise ind
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -49,7 +49,9 @@ def quantities(
     """
     names = [name for name in names if all(use.offers(name) for use in uses)]
     found: dict[str, Tensor] = {}
-    if len(uses) > 1 and not _joinable(uses):
+    if len(uses) > 1 and not joinable(uses):
+        if names and any(use.factor is None for use in uses):
+            raise SharedByKinds([use.record.where for use in uses], uses[0].name, names[0])
         found[PER_SAMPLE] = reduce(add, (_one(use, PER_SAMPLE, use.factor, differentiable) for use in uses))
     elif PER_SAMPLE in names:
         found[PER_SAMPLE] = _joined(uses, PER_SAMPLE, (), lead, differentiable)
@@ -59,7 +61,7 @@ def quantities(
             continue
         if PER_SAMPLE in found and name in reductions:
             found[name] = reductions[name](found[PER_SAMPLE], *extra)
-        elif len(uses) == 1 or _joinable(uses):
+        elif len(uses) == 1 or joinable(uses):
             found[name] = _joined(uses, name, extra, lead, differentiable)
         else:
             raise SharedByKinds([use.record.where for use in uses], uses[0].name, name)
@@ -103,7 +105,7 @@ def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.to(wide) for tensor in tensors]
 
 
-def _joinable(uses: Sequence[Use]) -> bool:
+def joinable(uses: Sequence[Use]) -> bool:
     """Whether the uses differ in nothing but their positions."""
     first = uses[0]
     layer = first.layer
@@ -116,15 +118,13 @@ def _joinable(uses: Sequence[Use]) -> bool:
         and use.name == first.name
         and use.record.samples == first.record.samples
         and use.record.options == first.record.options
-        and _same_parameters(use.record, first.record)
+        and _same_parameters(use, first)
         for use in uses
     )
 
 
-def _same_parameters(one: Record, other: Record) -> bool:
-    """Rules may read any parameter of the layer, but those with a factor read none: only names must agree where both exist."""
-    return one.parameters.keys() >= {} or one.parameters.keys() == other.parameters.keys()
-
-
-def by_parameter(steps: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    return list(steps.items())
+def _same_parameters(one: Use, other: Use) -> bool:
+    """Whether the parameters that the quantities read, other than by pulling back, are the same tensors."""
+    rules = one.layer.parameters[one.name].values()
+    read = {name for rule in rules for name in rule.operands} & one.layer.parameters.keys()
+    return all(one.record.parameters.get(name) == other.record.parameters.get(name) for name in read)

@@ -14,14 +14,14 @@ from .sum_grad_squared import SumGradSquared
 from .variance import Variance
 
 __all__ = [
+    "KFAC",
+    "KFLR",
+    "KFRA",
     "BatchGrad",
     "BatchL2Grad",
     "DiagGGNExact",
     "DiagGGNMC",
     "DiagHessian",
-    "KFAC",
-    "KFLR",
-    "KFRA",
     "SumGradSquared",
     "Variance",
 ]

@@ -3,7 +3,7 @@
 """Triton kernels of torch.nn.CrossEntropyLoss.
 
 lse[n, r] = logsumexp_{k} input[n, k, r]
-loss[n, r] = lse[n, r] − Σ_{k} [k = target[n, r]] input[n, k, r]
+loss[n, r] = lse[n, r] − (Σ_{k} [k = target[n, r]] input[n, k, r])
 """
 
 from __future__ import annotations
@@ -47,13 +47,15 @@ def gradient_kernel(
         inside = (k_index < K) & row_inside
         input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
         lse_sum = lse_sum + tl.sum(tl.where(inside, tl.exp(input - lse_max), 0.0), axis=0, keep_dims=True)
-    lse = lse_max + tl.log(lse_sum)
+    lse_tail = tl.log(lse_sum)
     for start in range(0, K, BLOCK_K):
         k_index = start + lane
         inside = (k_index < K) & row_inside
         input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
         tl.store(
-            out_ptr + n * K * R + k_index * R + r, tl.exp(input - lse) - (k_index == target).to(COMPUTE), mask=inside
+            out_ptr + n * K * R + k_index * R + r,
+            tl.exp(input - lse_max - lse_tail) - (k_index == target).to(COMPUTE),
+            mask=inside,
         )
 
 
@@ -112,19 +114,19 @@ def exact_factor_kernel(
         inside = (k_index < K) & row_inside
         input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
         lse_sum = lse_sum + tl.sum(tl.where(inside, tl.exp(input - lse_max), 0.0), axis=0, keep_dims=True)
-    lse = lse_max + tl.log(lse_sum)
+    lse_tail = tl.log(lse_sum)
     for column in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         k2 = column // R
         r2 = column % R
         input_column = tl.load(input_ptr + n * K * R + k2 * R + r, mask=row_inside, other=0).to(COMPUTE)
-        factor = (r2 == r).to(COMPUTE) * tl.exp(0.5 * input_column - 0.5 * lse)
+        factor = (r2 == r).to(COMPUTE) * tl.exp(0.5 * input_column - 0.5 * lse_max - 0.5 * lse_tail)
         for start in range(0, K, BLOCK_K):
             k_index = start + lane
             inside = (k_index < K) & row_inside
             input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
             tl.store(
                 out_ptr + column * N * K * R + n * K * R + k_index * R + r,
-                factor * ((k2 == k_index).to(COMPUTE) - tl.exp(input - lse)),
+                factor * ((k2 == k_index).to(COMPUTE) - tl.exp(input - lse_max - lse_tail)),
                 mask=inside,
             )
 
@@ -188,7 +190,7 @@ def mc_factor_kernel(
         inside = (k_index < K) & row_inside
         input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
         lse_sum = lse_sum + tl.sum(tl.where(inside, tl.exp(input - lse_max), 0.0), axis=0, keep_dims=True)
-    lse = lse_max + tl.log(lse_sum)
+    lse_tail = tl.log(lse_sum)
     for m in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         sampled = tl.load(sampled_ptr + m * N * R + n * R + r, mask=row_inside, other=0)
         factor = 1 / tl.sqrt(tl.cast(M, COMPUTE))
@@ -198,7 +200,7 @@ def mc_factor_kernel(
             input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
             tl.store(
                 out_ptr + m * N * K * R + n * K * R + k_index * R + r,
-                factor * (tl.exp(input - lse) - (k_index == sampled).to(COMPUTE)),
+                factor * (tl.exp(input - lse_max - lse_tail) - (k_index == sampled).to(COMPUTE)),
                 mask=inside,
             )
 

@@ -583,7 +583,7 @@ def bias_sum_of_squares_kernel(
         step_inside = step < steps
         factor_tile = factor_ptr + step[:, None] * R * O + o[None, :]
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for r in range(R):
+        for _ in range(R):
             part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
             factor_tile += O
         total += part * part
@@ -637,7 +637,7 @@ def bias_squared_norm_kernel(
         step_inside = step < steps
         factor_tile = factor_ptr + step[:, None] * N * R * O + n * R * O + o[None, :]
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for r in range(R):
+        for _ in range(R):
             part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
             factor_tile += O
         total += part * part
@@ -694,7 +694,7 @@ def bias_signed_sum_of_squares_kernel(
         factor_tile = factor_ptr + step[:, None] * R * O + o[None, :]
         weight = tl.load(sign_ptr + step, mask=step_inside, other=0).to(COMPUTE)
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for r in range(R):
+        for _ in range(R):
             part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
             factor_tile += O
         total += weight[:, None] * part * part

@@ -3,7 +3,7 @@
 """torch.nn.CrossEntropyLoss
 
 lse[n, r] = logsumexp_{k} input[n, k, r]
-loss[n, r] = lse[n, r] − Σ_{k} [k = target[n, r]] input[n, k, r]
+loss[n, r] = lse[n, r] − (Σ_{k} [k = target[n, r]] input[n, k, r])
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ LOSS = Loss(
     name="CrossEntropyLoss",
     module=torch.nn.CrossEntropyLoss,
     formula=(
-        "lse[n, r] = logsumexp_{k} input[n, k, r]; loss[n, r] = lse[n, r] − Σ_{k} [k = target[n, r]] input[n, k, r]"
+        "lse[n, r] = logsumexp_{k} input[n, k, r]; loss[n, r] = lse[n, r] − (Σ_{k} [k = target[n, r]] input[n, k, r])"
     ),
     kernels="cross_entropy_loss",
     input_axes=("n", "k", "r*"),

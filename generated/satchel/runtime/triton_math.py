@@ -23,7 +23,7 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) = 2 artanh(s), s = x / (2 + x): the series of artanh where |s| <= 1/3, arranged around its first term x."""
+    """log(1 + x) = 2 artanh(s), s = x / (2 + x): the series of artanh where |s| <= 1/3, as x - s (x - rest)."""
     terms: tl.constexpr = 16 if x.dtype == tl.float64 else 7
     s = x / (2 + x)
     series = tl.zeros_like(x)

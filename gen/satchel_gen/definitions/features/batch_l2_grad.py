@@ -1,8 +1,9 @@
 """Norms of the individual gradients."""
 
+from sympy import sqrt
+
 from satchel_gen.definitions import Feature
 from satchel_gen.definitions.quantities import SAMPLES, SQUARED_NORM, UNIT
-from sympy import sqrt
 
 BATCH_L2_GRAD = Feature(
     name="BatchL2Grad",

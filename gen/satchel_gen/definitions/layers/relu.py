@@ -1,6 +1,7 @@
 """torch.nn.ReLU. At the kink torch takes the derivative 0."""
 
-from satchel_gen.definitions import activation, z
 from sympy import Piecewise
+
+from satchel_gen.definitions import activation, z
 
 RELU = activation("ReLU", Piecewise((z, z > 0), (0, True)))

@@ -1,6 +1,7 @@
 """torch.nn.Tanh."""
 
-from satchel_gen.definitions import activation, z
 from sympy import tanh
+
+from satchel_gen.definitions import activation, z
 
 TANH = activation("Tanh", tanh(z))

@@ -1,7 +1,20 @@
 """torch.nn.CrossEntropyLoss with class indices, over [N, C] and [N, C, d…]: −log softmax(f)[y]."""
 
-from satchel_gen.definitions import Categorical, Equal, Example, LogSumExp, Loss, Refused, Statement, Sum, extent, indices, tensors
 from sympy import Integer, exp
+
+from satchel_gen.definitions import (
+    Categorical,
+    Equal,
+    Example,
+    LogSumExp,
+    Loss,
+    Refused,
+    Statement,
+    Sum,
+    extent,
+    indices,
+    tensors,
+)
 
 n, k, r = indices("n k r*")
 f, y, lse, loss = tensors("input target lse loss")

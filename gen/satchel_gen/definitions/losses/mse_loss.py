@@ -1,7 +1,8 @@
 """torch.nn.MSELoss, for tensors of any rank: the negative log-likelihood of a normal distribution of variance 1/2."""
 
-from satchel_gen.definitions import Example, Loss, Normal, Statement, indices, tensors
 from sympy import Rational
+
+from satchel_gen.definitions import Example, Loss, Normal, Statement, indices, tensors
 
 n, j = indices("n j*")
 f, y, loss = tensors("input target loss")

@@ -1,0 +1,243 @@
+"""What happens when a backward reaches an extended loss: every factor starts here and is swept over the plan at once.
+
+Nothing has been freed yet below the loss, and no parameter has got a field: whatever can be refused is refused first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .averaged import averaged_quantities, needed_bytes, start_of, sweep_averaged
+from .axes import canonical_shape, extents
+from .demand import SECOND_ORDER, Demand, Source
+from .errors import (
+    MemoryLimit,
+    NegativeScale,
+    NonlinearNode,
+    SatchelError,
+    SequentialReuse,
+    SharedByKinds,
+    TargetRefused,
+    UnsupportedOption,
+)
+from .evaluate import evaluate
+from .passing import is_linear
+from .plan import Plan, Step
+from .record import Edge, LossRecord
+from .residual import sweep_residual
+from .settings import current
+from .sweep import at_edge, chunks, sweep
+from .uses import Use, joinable, quantities, summed
+
+#: Takes a quantity of a parameter, and the source that it comes from, and adds it to what is there.
+Accumulate: TypeAlias = Callable[[Tensor, Source, dict[str, Tensor]], None]
+Flag: TypeAlias = tuple[Tensor, SatchelError]
+
+RESIDUAL, DIAGONAL, AVERAGED = Source("residual"), Source("diagonal"), Source("averaged")
+
+
+class Start:
+    """The factors of one extended loss, scaled by c·g: c from its reduction, g the gradient that arrives."""
+
+    def __init__(self, loss: LossRecord, gradient: Tensor) -> None:
+        assert loss.edge is not None
+        self.loss, self.edge, self.definition = loss, loss.edge, loss.definition
+        self.samples = loss.input_shape[0]
+        shape = canonical_shape(self.definition.input_axes, loss.input_shape)
+        assert shape is not None
+        sizes = extents(self.definition.input_axes, shape)
+        terms = prod(sizes[axis] for axis in self.definition.elements)
+        scale = gradient.detach().reshape(())
+        self.valid = (scale >= 0) & scale.isfinite()
+        self.scale = scale / max(terms, 1) if loss.options.get("reduction", "mean") == "mean" else scale
+
+    def flags(self, features: list[str]) -> list[Flag]:
+        """What can only be known from values: read once, when the pass ends."""
+        found: list[Flag] = [(~self.valid, NegativeScale(self.loss.where, features))]
+        if self.definition.violation is not None:
+            violated = evaluate(self.definition.violation, self.definition, self.loss.operand)
+            found.append((violated, TargetRefused(self.loss.where, self.definition.violation_text)))
+        return found
+
+    def exact(self) -> Tensor:
+        """S [V, *edge], S Sᵀ = c g ∇²Σℓ."""
+        return self._factor(evaluate(self.definition.exact_factor, self.definition, self.loss.operand))
+
+    def monte_carlo(self, source: Source) -> Tensor:
+        """[M, *edge], the gradients at targets drawn from the loss's distribution."""
+        drawn = self._drawn(source.mc_samples or 1, source.generator)
+        return self._factor(evaluate(self.definition.mc_factor, self.definition, self.loss.operand, drawn))
+
+    def gradient(self) -> Tensor:
+        """δ [*edge] = c g ∇Σℓ."""
+        delta = evaluate(self.definition.gradient, self.definition, self.loss.operand)
+        return at_edge(delta * self.scale.to(delta.dtype), self.edge, lead=0)
+
+    def _factor(self, factor: Tensor) -> Tensor:
+        return at_edge(factor * self.scale.abs().sqrt().to(factor.dtype), self.edge, lead=1)
+
+    def _drawn(self, mc_samples: int, generator: torch.Generator | None) -> Tensor:
+        """Targets, drawn where the generator lives."""
+        here = self.loss.tensor("input").device
+        there = here if generator is None else generator.device
+
+        def operand(name: str) -> Any:
+            value = self.loss.operand(name)
+            return value.to(there) if isinstance(value, Tensor) else value
+
+        # Not `evaluate`: random numbers come from torch on every backend.
+        rule = self.definition.sample
+        return rule.aten(mc_samples, generator, *map(operand, rule.operands)).to(here)
+
+
+def check_loss(loss: LossRecord, features: list[str]) -> None:
+    """Refuse options and targets that the definition does not cover."""
+    for option, supported in loss.definition.options.items():
+        refuse_option(loss.where, option, loss.options[option], supported, features)
+    definition, target = loss.definition, loss.tensor("target")
+    shapes = canonical_shape(definition.input_axes, loss.input_shape), canonical_shape(definition.target_axes, target.shape)
+    if shapes[0] is None or shapes[1] is None or not _agree(definition.input_axes, shapes[0], definition.target_axes, shapes[1]):
+        reason = f"a target of shape {tuple(target.shape)} does not fit an input of shape {loss.input_shape} with axes"
+        raise TargetRefused(loss.where, f"{reason} {definition.input_axes} and {definition.target_axes}")
+
+
+def _agree(axes: tuple[str, ...], shape: tuple[int, ...], others: tuple[str, ...], other: tuple[int, ...]) -> bool:
+    sizes, more = extents(axes, shape), extents(others, other)
+    return all(sizes.get(axis, extent) == extent for axis, extent in more.items())
+
+
+def refuse_option(where: str, option: str, value: object, supported: tuple[object, ...], features: list[str]) -> None:
+    covered = (value is one or (not isinstance(value, Tensor) and value == one) for one in supported)
+    if supported and not any(covered):
+        raise UnsupportedOption(where, option, value, supported, features)
+
+
+def check_plan(plan: Plan, demand: Demand, samples: int) -> None:
+    """Refuse what second-order features cannot do on this graph."""
+    layers = [record.definition for record in plan.records]
+    features = demand.features(layers, *SECOND_ORDER)
+    sources = demand.sources(layers)
+    if RESIDUAL in sources or AVERAGED in sources:
+        for step in plan.unknown:
+            if not is_linear(step):
+                raise NonlinearNode(step.name, features)
+    uses = plan.uses()
+    shared = {parameter: steps for parameter, steps in uses.items() if len(steps) > 1}
+    for parameter, steps in shared.items():
+        if RESIDUAL in sources and (use := _in_sequence(plan, steps, parameter)) is not None:
+            raise SequentialReuse(use[0], use[1], demand.features(layers, "residual"))
+        using = uses_of(steps, parameter)
+        if AVERAGED in sources and not joinable(using):
+            raise SharedByKinds([use.record.where for use in using], using[0].name, "averaged_factor")
+    limit = current().memory_limit
+    if AVERAGED in sources and limit is not None:
+        needed, where = needed_bytes(plan, samples, torch.finfo(torch.get_default_dtype()).bits // 8)
+        if needed > limit:
+            raise MemoryLimit(demand.features(layers, "averaged"), where, needed, limit)
+
+
+def _in_sequence(plan: Plan, steps: list[Step], parameter: int) -> tuple[str, str] | None:
+    """A use, of a layer with ∂²y/∂θ∂x ≠ 0, below which the same parameter is used again."""
+    by_node = {step.node: step for step in plan.steps}
+    others = {step.node for step in steps}
+    for first in steps:
+        if first.record is None or not first.record.definition.mixed:
+            continue
+        stack = [edge[0] for _, edge in first.inputs]
+        seen = set(stack)
+        while stack:
+            node = stack.pop()
+            if node in others:
+                again = by_node[node]
+                name = next(name for name, p in again.parameters.items() if id(p) == parameter)
+                return first.record.where, name
+            following = {edge[0] for _, edge in by_node[node].inputs} - seen
+            seen |= following
+            stack += following
+    return None
+
+
+def uses_of(steps: list[Step], parameter: int) -> list[Use]:
+    found = [(step.record, name) for step in steps for name, p in step.parameters.items() if id(p) == parameter]
+    return [Use(record, name) for record, name in found if record is not None]
+
+
+def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> None:
+    """All sweeps that start at one loss."""
+    shared = {parameter for parameter, steps in plan.uses().items() if len(steps) > 1}
+    sources = demand.sources(record.definition for record in plan.records)
+    averaged = AVERAGED in sources
+    exact = start.exact() if averaged or Source("exact") in sources else None
+    for source in sources:
+        if source.kind == "exact" and exact is not None:
+            _columns(start.edge, exact, plan, source, demand, shared, accumulate)
+        elif source.kind == "mc":
+            _columns(start.edge, start.monte_carlo(source), plan, source, demand, shared, accumulate)
+    if RESIDUAL in sources or DIAGONAL in sources:
+        _residual(start, plan, demand, shared, accumulate)
+    if averaged and exact is not None:
+
+        def visit(using: list[tuple[Step, str]], matrix: Tensor) -> None:
+            step, name = using[0]
+            assert step.record is not None
+            names = demand.quantities(step.record.definition, AVERAGED)
+            accumulate(step.parameters[name], AVERAGED, averaged_quantities(using, matrix, names))
+
+        sweep_averaged(plan, start.edge, start_of(exact, start.samples), start.samples, visit)
+
+
+def _columns(
+    edge: Edge, factor: Tensor, plan: Plan, source: Source, demand: Demand, shared: set[int], accumulate: Accumulate
+) -> None:
+    """Sweep a factor, in ranges of its columns where the memory limit asks for it."""
+    limit = current().memory_limit
+    per_column = plan.column_bytes(factor.element_size())
+    size = factor.shape[0] if limit is None else limit // max(per_column, 1)
+    for columns in chunks(factor, size):
+        gathered = _Gathered(source, demand, shared, accumulate)
+        sweep(plan, {edge: columns}, lambda step, s, gathered=gathered: gathered.visit(step, None, s))
+        gathered.finish()
+
+
+def _residual(start: Start, plan: Plan, demand: Demand, shared: set[int], accumulate: Accumulate) -> None:
+    gathered = _Gathered(RESIDUAL, demand, shared, accumulate)
+
+    def visit_diagonal(step: Step, diagonal: Tensor) -> None:
+        assert step.record is not None
+        for name, parameter in step.parameters.items():
+            use = Use(step.record, name, diagonal)
+            names = [n for n in demand.quantities(use.layer, DIAGONAL) if use.offers(n)]
+            accumulate(parameter, DIAGONAL, {n: summed([use], n) for n in names})
+
+    sweep_residual(plan, {start.edge: start.gradient()}, start.samples, gathered.visit, visit_diagonal)
+    gathered.finish()
+
+
+class _Gathered:
+    """Turns columns at layers into quantities of parameters; those of a shared parameter once all its uses are in."""
+
+    def __init__(self, source: Source, demand: Demand, shared: set[int], accumulate: Accumulate) -> None:
+        self.source, self.demand, self.shared, self.accumulate = source, demand, shared, accumulate
+        self.waiting: dict[tuple[int, Edge | None], tuple[Tensor, list[Use], tuple[Tensor, ...]]] = {}
+
+    def visit(self, step: Step, space: Edge | None, factor: Tensor, *signs: Tensor) -> None:
+        assert step.record is not None
+        for name, parameter in step.parameters.items():
+            use = Use(step.record, name, factor)
+            if id(parameter) in self.shared:
+                self.waiting.setdefault((id(parameter), space), (parameter, [], signs))[1].append(use)
+            else:
+                self._add(parameter, [use], signs)
+
+    def finish(self) -> None:
+        for parameter, uses, signs in self.waiting.values():
+            self._add(parameter, uses, signs)
+
+    def _add(self, parameter: Tensor, uses: list[Use], signs: tuple[Tensor, ...]) -> None:
+        names = dict.fromkeys(name for use in uses for name in self.demand.quantities(use.layer, self.source))
+        self.accumulate(parameter, self.source, quantities(uses, names, *signs))

@@ -1,0 +1,68 @@
+"""Which quantities the active features need of a layer, by the columns that they are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .extension import Extension
+from .rules import Layer, Need
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where columns come from. Monte-Carlo features share a sample if they agree on its size and generator."""
+
+    kind: str
+    mc_samples: int | None = None
+    generator: torch.Generator | None = None
+
+
+def source(extension: Extension, need: Need) -> Source:
+    return Source("mc", extension.mc_samples or 1, extension.generator) if need.source == "mc" else Source(need.source)
+
+
+class Demand:
+    """The needs of several features, joined."""
+
+    def __init__(self, extensions: Sequence[Extension]) -> None:
+        self.extensions = tuple(extensions)
+        self._by_layer: dict[str, Mapping[Source, tuple[str, ...]]] = {}
+
+    def of(self, layer: Layer) -> Mapping[Source, tuple[str, ...]]:
+        """Quantities by source, each once."""
+        if layer.name not in self._by_layer:
+            found: dict[Source, dict[str, None]] = {}
+            for extension in self.extensions:
+                for need in extension.needs(layer):
+                    found.setdefault(source(extension, need), {})[need.quantity] = None
+            self._by_layer[layer.name] = {key: tuple(names) for key, names in found.items()}
+        return self._by_layer[layer.name]
+
+    def quantities(self, layer: Layer, source: Source) -> tuple[str, ...]:
+        return self.of(layer).get(source, ())
+
+    def sources(self, layers: Iterable[Layer]) -> list[Source]:
+        return list(dict.fromkeys(source for layer in layers for source in self.of(layer)))
+
+    def features(self, layers: Iterable[Layer], *kinds: str) -> list[str]:
+        """Names of the features that need columns of one of `kinds` (of any kind, if none is given)."""
+        layers = list(layers)
+        return [
+            extension.name
+            for extension in self.extensions
+            if not kinds or any(need.source in kinds for layer in layers for need in extension.needs(layer))
+        ]
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [extension.name for extension in self.extensions]
+
+
+#: Kinds of columns that start at an extended loss.
+CURVATURE = ("exact", "mc", "residual", "diagonal", "averaged")
+#: Kinds that need second derivatives of whatever they pass: a node without definition must be linear.
+SECOND_ORDER = ("residual", "diagonal", "averaged")

@@ -1,0 +1,43 @@
+"""Fields on parameters: tensors that nobody else holds, so that a tool may change them in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class Owner:
+    """Hands out fields, each with memory of its own, and can take back those of this pass."""
+
+    def __init__(self) -> None:
+        self._taken: set[int] = set()
+        self._set: list[tuple[Tensor, str]] = []
+
+    def lend(self, tensors: Iterable[Tensor]) -> None:
+        """Memory that others hold: δ, activations, parameters."""
+        self._taken.update(_memory(tensor) for tensor in tensors)
+
+    def set(self, parameter: Tensor, field: str, value: Tensor | list[Tensor]) -> None:
+        owned = [self._own(tensor) for tensor in value] if isinstance(value, list) else self._own(value)
+        setattr(parameter, field, owned)
+        self._set.append((parameter, field))
+
+    def take_back(self) -> None:
+        """Remove what was set: a number that turned out to be wrong must not be read."""
+        for parameter, field in self._set:
+            if hasattr(parameter, field):
+                delattr(parameter, field)
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        shared = _memory(tensor) in self._taken
+        part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+        if shared or part or not tensor.is_contiguous():
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        self._taken.add(_memory(tensor))
+        return tensor
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,551 @@
+"""Every way to fail: the message names where, what and the remedy, and a refused backward leaves earlier fields as they were."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import satchel
+import torch
+import torch.nn.functional as F
+from conftest import DEFINITIONS, FEATURES, NEEDS_DEFINITIONS, NEEDS_MIXED_TERM, is_defined
+from networks import NETWORKS, Case, Network, Wired
+from reference import Reference, contributions
+from satchel import backpack, disable, extend
+from satchel.extensions import KFLR, KFRA, BatchGrad, BatchL2Grad, DiagGGNExact, DiagHessian, SumGradSquared, Variance
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+torch.manual_seed(0)
+x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+FIRST_ORDER = [BatchGrad, BatchL2Grad, SumGradSquared, Variance]
+CURVATURE = [feature for feature in FEATURES if feature not in FIRST_ORDER]
+KEPT = torch.zeros(())
+
+
+def sequence(*between: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), *between, nn.Linear(6, 3))
+
+
+def refused(
+    run: Callable[[], Tensor],
+    model: nn.Module,
+    feature: Any,
+    error: type[Exception] | tuple[type[Exception], ...],
+    *mentions: str,
+    context: dict[str, Any] | None = None,
+) -> str:
+    """Backward fails, says so, and changes no field."""
+    for p in model.parameters():
+        setattr(p, feature.field, KEPT)
+    with pytest.raises(error) as raised, backpack(feature, **(context or {})):
+        run().backward()
+    message = str(raised.value)
+    for word in mentions:
+        assert word.lower() in message.lower(), f"{word!r} is not in: {message}"
+    assert all(getattr(p, feature.field) is KEPT for p in model.parameters()), "a field was overwritten"
+    assert not isinstance(raised.value, AttributeError | AssertionError)
+    # and the next pass works
+    fresh, loss = extend(sequence()), extend(nn.CrossEntropyLoss())
+    with backpack(BatchGrad(), DiagGGNExact()):
+        loss(fresh(x), y).backward()
+    assert all(hasattr(p, "grad_batch") and hasattr(p, "diag_ggn_exact") for p in fresh.parameters())
+    return message
+
+
+# --- the call ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [BatchGrad, nn.Linear(1, 1), "BatchGrad", None])
+def test_not_an_extension(given: Any) -> None:
+    with pytest.raises(ValueError) as raised:
+        backpack(KFLR(), given)
+    name = given.__name__ if isinstance(given, type) else type(given).__name__
+    assert name in str(raised.value)
+    if isinstance(given, type):
+        assert "BatchGrad()" in str(raised.value), "the remedy"
+
+
+@pytest.mark.parametrize("given", [nn.Linear, F.cross_entropy, None, torch.zeros(1)])
+def test_not_a_module(given: Any) -> None:
+    with pytest.raises(TypeError, match="Module"):
+        extend(given)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("how", ["not extended", "disabled"])
+def test_nothing_reached(feature: Any, how: str) -> None:
+    model, loss = sequence(nn.ReLU()), nn.CrossEntropyLoss()
+    if how == "disabled":
+        model, loss = extend(model), extend(loss)
+    with pytest.raises(RuntimeError, match=f"{feature.__name__}.*extend"), backpack(feature()):  # noqa: SIM117
+        with disable():
+            value = loss(model(x), y)
+        value.backward()
+
+
+@pytest.mark.parametrize("feature", CURVATURE)
+@pytest.mark.parametrize("how", ["module", "functional", "sum"])
+def test_loss_not_extended(feature: Any, how: str) -> None:
+    model = extend(sequence(nn.ReLU()))
+    loss = {
+        "module": nn.CrossEntropyLoss(),
+        "functional": F.cross_entropy,
+        "sum": lambda f, y: f[:, 0].sum(),
+    }[how]
+    message = refused(
+        lambda: loss(model(x), y), model, feature(), RuntimeError, feature.__name__, "loss", "extend", "Linear"
+    )
+    assert "weight" in message or "bias" in message
+
+
+@pytest.mark.parametrize("feature", CURVATURE)
+def test_one_of_two_losses_not_extended(feature: Any) -> None:
+    """A part of the curvature would be missing in silence."""
+    model, loss = extend(sequence(nn.Tanh())), extend(nn.CrossEntropyLoss())
+
+    def total() -> Tensor:
+        f = model(x)
+        return loss(f, y) + f.square().mean()
+
+    refused(total, model, feature(), (RuntimeError, NotImplementedError), feature.__name__)
+
+
+def test_non_scalar() -> None:
+    model = extend(sequence())
+    with pytest.raises(RuntimeError, match="scalar"), backpack(BatchGrad()):
+        model(x).backward()
+
+
+@pytest.mark.parametrize("feature", CURVATURE)
+def test_loss_without_reduction(feature: Any) -> None:
+    model, loss = extend(sequence()), extend(nn.CrossEntropyLoss(reduction="none"))
+    refused(lambda: loss(model(x), y).sum(), model, feature(), NotImplementedError, "reduction", "none", "mean", "sum")
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("how", ["functional", "different reductions"])
+def test_table5_needs_the_reduction(feature: Any, how: str) -> None:
+    model = extend(sequence())
+    ce, summed = extend(nn.CrossEntropyLoss()), extend(nn.CrossEntropyLoss(reduction="sum"))
+
+    def total() -> Tensor:
+        f = model(x)
+        return F.cross_entropy(f, y) if how == "functional" else ce(f, y) + summed(f, y)
+
+    error = refused(total, model, feature(scaling="table5"), RuntimeError, feature.__name__, "backpack")
+    if feature in FIRST_ORDER:
+        assert "table5" in error and "reduction" in error
+
+
+@pytest.mark.parametrize("index", [5, -6])
+def test_subsampling_out_of_range(index: int) -> None:
+    model, loss = extend(sequence()), extend(nn.CrossEntropyLoss())
+    refused(
+        lambda: loss(model(x), y), model, BatchGrad(subsampling=[0, index]), (IndexError, ValueError), str(index), "5"
+    )
+
+
+# --- modules and ops -----------------------------------------------------------------------------------------------
+
+
+class Scale(nn.Module):
+    """A module with a parameter and without a definition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x
+
+
+UNSUPPORTED = {"own": Scale, "norm": lambda: nn.LayerNorm(6), "bilinear": lambda: Bilinear()}
+
+
+class Bilinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = nn.Bilinear(6, 6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pair(x, x)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_module(feature: Any, name: str) -> None:
+    """Names the module's path and class, the parameter, the feature, what is supported and how to add it."""
+    model, loss = extend(sequence(UNSUPPORTED[name]())), extend(nn.CrossEntropyLoss())
+    message = refused(
+        lambda: loss(model(x), y), model, feature(), NotImplementedError, feature.__name__, "definition", "strict=False"
+    )
+    for layer in DEFINITIONS.layers:
+        assert layer.name in message
+    assert "'1" in message, "the module's path"
+    assert any(p in message for p in ("gain", "weight", "bias", "pair"))
+
+
+@pytest.mark.parametrize("feature", FIRST_ORDER + [DiagGGNExact, KFLR])
+def test_not_strict(feature: Any) -> None:
+    """strict=False: a warning, and all other fields."""
+    model, loss = extend(sequence(Scale())), extend(nn.CrossEntropyLoss())
+    with pytest.warns(UserWarning, match="gain"), backpack(feature(), strict=False):
+        loss(model(x), y).backward()
+    assert all(hasattr(p, feature.field) for m in (model[0], model[2]) for p in m.parameters())
+    assert not hasattr(model[1].gain, feature.field)
+
+
+def test_frozen_unsupported_module_is_an_op() -> None:
+    model, loss = extend(sequence(Scale().requires_grad_(False))), extend(nn.CrossEntropyLoss())
+    with warnings.catch_warnings(), backpack(BatchGrad(), DiagGGNExact()):
+        warnings.simplefilter("error")
+        loss(model(x), y).backward()
+    assert all(hasattr(p, "diag_ggn_exact") for m in (model[0], model[2]) for p in m.parameters())
+
+
+def test_module_extended_too_late() -> None:
+    """A module that came after extend: its parameters are missed by name."""
+    model, loss = extend(sequence(nn.ReLU())), extend(nn.CrossEntropyLoss())
+    model[2] = nn.Linear(6, 3)
+    message = refused(lambda: loss(model(x), y), model, BatchGrad(), (NotImplementedError, RuntimeError), "BatchGrad")
+    assert message
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_parameter_used_by_a_functional(feature: Any) -> None:
+    """A use outside modules is added or refused, never forgotten."""
+
+    def wire(m: Any, x: Tensor) -> Tensor:
+        return m.b(torch.tanh(F.linear(m.act(m.a(x)), m.a.weight.T)))
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return Wired(wire, a=nn.Linear(4, 6), act=nn.Tanh(), b=nn.Linear(4, 3)).double()
+
+    model, loss = extend(build()), extend(nn.CrossEntropyLoss())
+    try:
+        with backpack(feature()):
+            loss(model(x.double()), y).backward()
+    except NotImplementedError as error:
+        assert feature.__name__ in str(error) and "weight" in str(error)
+        return
+    reference = Reference(build(), [x.double()], [contributions(nn.CrossEntropyLoss(), y)])
+    torch.testing.assert_close(getattr(model.a.weight, feature.field), reference.field(feature.__name__, "a.weight"))
+
+
+@pytest.mark.parametrize("network", [n for n in NETWORKS if n.nonlinear is not None], ids=lambda n: n.name)
+@pytest.mark.parametrize("feature", [f for f in FEATURES if f.__name__ in NEEDS_DEFINITIONS])
+def test_nonlinear_op(network: Network, feature: Any) -> None:
+    """Second derivatives of an op without a definition are unknown: the error names it as autograd does."""
+    case = Case(network, nn.MSELoss, "mean")
+    model, loss = extend(network.model()), extend(case.criterion())
+    assert not is_defined(network, feature)
+    refused(
+        lambda: loss(model(network.input()), case.target()),
+        model,
+        feature(),
+        NotImplementedError,
+        feature.__name__,
+        f"{network.nonlinear}",
+        "definition",
+        "DiagGGN",
+    )
+
+
+def test_nonlinear_op_below_all_parameters_is_no_obstacle() -> None:
+    model, loss = extend(sequence(nn.Tanh())), extend(nn.CrossEntropyLoss())
+    inputs = x.clone().requires_grad_()
+    with backpack(DiagHessian(), KFRA()):
+        loss(model(F.gelu(inputs)), y).backward()
+    assert all(hasattr(p, "diag_h") and hasattr(p, "kfra") for p in model.parameters())
+
+
+@pytest.mark.parametrize("network", [n for n in NETWORKS if n.in_sequence], ids=lambda n: n.name)
+@pytest.mark.parametrize("feature", [f for f in FEATURES if f.__name__ in NEEDS_MIXED_TERM])
+def test_reuse_in_sequence(network: Network, feature: Any) -> None:
+    case = Case(network, nn.CrossEntropyLoss, "mean")
+    model, loss = extend(network.model()), extend(case.criterion())
+    run = lambda: loss(model(network.input()), case.target())  # noqa: E731
+    refused(run, model, feature(), NotImplementedError, feature.__name__, "weight", "twice", "DiagGGN")
+
+
+@pytest.mark.parametrize("feature", CURVATURE)
+def test_inplace_on_a_part(feature: Any) -> None:
+    def wire(m: Any, x: Tensor) -> Tensor:
+        h = m.a(x)
+        m.act(h[:, :3])
+        return m.b(h)
+
+    model, loss = extend(Wired(wire, a=nn.Linear(4, 6), act=nn.ReLU(inplace=True), b=nn.Linear(6, 3))), nn.MSELoss()
+    extend(loss)
+    refused(lambda: loss(model(x), torch.zeros(5, 3)), model, feature(), NotImplementedError, "act", "inplace=False")
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(feature: Any, reentrant: bool) -> None:
+    """Right, or an error with a remedy."""
+    model, loss = extend(sequence(nn.Tanh()).double()), extend(nn.CrossEntropyLoss())
+    plain = Reference(sequence(nn.Tanh()), [x], [contributions(nn.CrossEntropyLoss(), y)])
+    del plain
+    inputs = x.double().requires_grad_()
+    sampled = (
+        {"generator": torch.Generator().manual_seed(0)}
+        if "mc_samples" in vars(feature()) and feature().mc_samples
+        else {}
+    )
+    try:
+        with backpack(feature(**sampled)):
+            loss(model[2](checkpoint(model[:2], inputs, use_reentrant=reentrant)), y).backward()
+    except NotImplementedError as error:
+        assert "checkpoint" in str(error)
+        return
+    fields = [getattr(p, feature.field) for p in model.parameters()]
+    sampled = {"generator": torch.Generator().manual_seed(0)} if sampled else {}
+    with backpack(feature(**sampled)):
+        loss(model(inputs), y).backward()
+    torch.testing.assert_close(fields, [getattr(p, feature.field) for p in model.parameters()])
+
+
+@pytest.mark.parametrize("layer", DEFINITIONS.layers, ids=lambda d: d.name)
+def test_refused_inputs_of_definitions(layer: Any) -> None:
+    """What a definition says must be refused is, with the word it says."""
+    for example in layer.refused:
+        module = getattr(nn, layer.module.rpartition(".")[2])(**example.arguments)
+        inputs = torch.randn(3, *example.shape, requires_grad=True)
+        model = extend(nn.Sequential(module, Wired(lambda m, h: m.a(h.reshape(1, -1)), a=nn.LazyLinear(2))))
+        model(inputs)
+        for feature in (BatchGrad, DiagGGNExact):
+            loss = extend(nn.MSELoss())
+            lift = extend(nn.Linear(inputs.shape[-1], inputs.shape[-1]))
+            run = lambda: loss(model(lift(inputs)), torch.zeros(1, 2))  # noqa: B023, E731
+            refused(run, lift, feature(), Exception, example.mentions)
+
+
+# --- samples -----------------------------------------------------------------------------------------------------
+
+
+def tokens_as_samples(m: Any, x: Tensor) -> Tensor:
+    return m.b(m.act(m.a(x)).reshape(-1, 6))
+
+
+MIXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean over samples": lambda h: h - h.mean(0),
+    "flip of the batch": lambda h: h.flip(0),
+    "permuted batch": lambda h: h[[1, 2, 3, 4, 0]],
+    "matrix of samples": lambda h: (h @ h.T) @ h,
+    "transposed and back": lambda h: (h @ torch.ones(6, 5)).transpose(0, 1) @ torch.ones(5, 6),
+    "batch norm": lambda h: F.batch_norm(h, None, None, training=True),
+    "softmax over samples": lambda h: h * h.softmax(0),
+    "cumsum over samples": lambda h: h.cumsum(0),
+    "contrastive": lambda h: h + F.normalize(h, dim=0),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize("feature", CURVATURE)
+def test_samples_mix(name: str, feature: Any) -> None:
+    model = extend(Wired(lambda m, x: m.b(MIXES[name](m.a(x))), a=nn.Linear(4, 6), b=nn.Linear(6, 3)))
+    loss = extend(nn.CrossEntropyLoss())
+    refused(lambda: loss(model(x), y), model, feature(), (ValueError, NotImplementedError))
+
+
+@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize("feature", FIRST_ORDER)
+def test_samples_mix_for_individual_gradients(name: str, feature: Any) -> None:
+    """Individual gradients do not exist either; δ of a sample would hold parts of the others."""
+    model = extend(Wired(lambda m, x: m.b(MIXES[name](m.a(x))), a=nn.Linear(4, 6), b=nn.Linear(6, 3)))
+    loss = extend(nn.CrossEntropyLoss())
+    refused(lambda: loss(model(x), y), model, feature(), (ValueError, NotImplementedError))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_batch_norm_in_training(feature: Any) -> None:
+    """Says that individual quantities do not exist, and the remedies."""
+    for affine in (True, False):
+        model, loss = extend(sequence(nn.BatchNorm1d(6, affine=affine))), extend(nn.CrossEntropyLoss())
+        refused(
+            lambda: loss(model(x), y),  # noqa: B023
+            model,
+            feature(),
+            (NotImplementedError, ValueError),
+            "batch",
+            "eval",
+            "GroupNorm",
+        )
+
+
+def test_batch_norm_in_evaluation_without_parameters() -> None:
+    model, loss = extend(sequence(nn.BatchNorm1d(6, affine=False).eval())), extend(nn.CrossEntropyLoss())
+    with backpack(BatchGrad(), DiagGGNExact()):
+        loss(model(x), y).backward()
+    torch.testing.assert_close(model[0].weight.grad_batch.sum(0), model[0].weight.grad)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_batch_axis_lost(feature: Any) -> None:
+    """Positions flattened into the batch: the layers disagree on what a sample is."""
+    inputs = torch.randn(5, 2, 4)
+    model = extend(Wired(tokens_as_samples, a=nn.Linear(4, 6), act=nn.Tanh(), b=nn.Linear(6, 3)))
+    loss = extend(nn.CrossEntropyLoss())
+    refused(
+        lambda: loss(model(inputs), torch.zeros(10, dtype=torch.long)),
+        model,
+        feature(),
+        ValueError,
+        "batch",
+        "axis",
+        "(10",
+    )
+
+
+@pytest.mark.parametrize("feature", CURVATURE)
+def test_mean_over_the_batch_before_the_loss(feature: Any) -> None:
+    model = extend(Wired(lambda m, x: m.b(m.a(x)).mean(0, keepdim=True), a=nn.Linear(4, 6), b=nn.Linear(6, 3)))
+    loss = extend(nn.MSELoss())
+    refused(lambda: loss(model(x), torch.zeros(1, 3)), model, feature(), ValueError, "batch")
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_batch_axis_second(feature: Any) -> None:
+    """A sequence-first network says so at the loss."""
+    model = extend(
+        Wired(lambda m, x: m.b(m.a(x.transpose(0, 1))).transpose(0, 1), a=nn.Linear(4, 6), b=nn.Linear(6, 3))
+    )
+    loss = extend(nn.MSELoss())
+    inputs = torch.randn(5, 2, 4)
+    refused(lambda: loss(model(inputs), torch.zeros(5, 2, 3)), model, feature(), ValueError, "batch")
+
+
+# --- losses ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feature", CURVATURE)
+@pytest.mark.parametrize("factor", [-1.0, float("nan")])
+def test_negative_multiple_of_a_loss(feature: Any, factor: float) -> None:
+    model, loss = extend(sequence()), extend(nn.CrossEntropyLoss())
+    refused(lambda: factor * loss(model(x), y), model, feature(), ValueError, feature.__name__, "positive")
+
+
+@pytest.mark.parametrize("feature", FIRST_ORDER)
+def test_negative_multiple_is_fine_for_gradients(feature: Any) -> None:
+    model, loss = extend(sequence()), extend(nn.CrossEntropyLoss())
+    with backpack(feature()):
+        (-loss(model(x), y)).backward()
+    assert all(hasattr(p, feature.field) for p in model.parameters())
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "weight": ({"weight": torch.tensor([1.0, 2.0, 3.0])}, "weight"),
+    "label_smoothing": ({"label_smoothing": 0.1}, "label_smoothing"),
+}
+
+
+@pytest.mark.parametrize("feature", CURVATURE)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_loss_option(feature: Any, name: str) -> None:
+    model, loss = extend(sequence()), extend(nn.CrossEntropyLoss(**OPTIONS[name][0]))
+    refused(
+        lambda: loss(model(x), y), model, feature(), NotImplementedError, name, "CrossEntropyLoss", feature.__name__
+    )
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_loss_option_is_fine_for_gradients(name: str) -> None:
+    build = lambda: sequence(nn.Tanh())  # noqa: E731
+    model, loss = extend(build().double()), extend(nn.CrossEntropyLoss(**OPTIONS[name][0]).double())
+    with backpack(BatchGrad()):
+        loss(model(x.double()), y).backward()
+    torch.testing.assert_close(model[0].weight.grad_batch.sum(0), model[0].weight.grad)
+
+
+@pytest.mark.parametrize("feature", CURVATURE)
+def test_ignored_targets(feature: Any) -> None:
+    model, loss = extend(sequence()), extend(nn.CrossEntropyLoss())
+    target = torch.tensor([0, -100, 1, 2, 0])
+    refused(lambda: loss(model(x), target), model, feature(), ValueError, "CrossEntropyLoss", "target")
+
+
+@pytest.mark.parametrize("feature", CURVATURE)
+def test_probabilities_as_targets(feature: Any) -> None:
+    model, loss = extend(sequence()), extend(nn.CrossEntropyLoss())
+    target = torch.full((5, 3), 1 / 3)
+    refused(
+        lambda: loss(model(x), target),
+        model,
+        feature(),
+        (ValueError, NotImplementedError),
+        "CrossEntropyLoss",
+        "target",
+    )
+
+
+@pytest.mark.parametrize("feature", CURVATURE)
+def test_target_that_broadcasts(feature: Any) -> None:
+    model, loss = extend(sequence()), extend(nn.MSELoss())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        refused(lambda: loss(model(x), torch.zeros(1, 3)), model, feature(), ValueError, "MSELoss")
+
+
+@pytest.mark.parametrize("feature", CURVATURE)
+def test_loss_without_batch(feature: Any) -> None:
+    """CrossEntropyLoss of one vector of logits has no batch axis."""
+    model, loss = extend(sequence()), extend(nn.CrossEntropyLoss())
+    refused(lambda: loss(model(x)[0], y[0]), model, feature(), ValueError, "batch")
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_overwritten_input(feature: Any) -> None:
+    model, loss = extend(sequence(nn.Tanh())), extend(nn.CrossEntropyLoss())
+    inputs = x.clone()
+
+    def run() -> Tensor:
+        value = loss(model(inputs), y)
+        inputs.mul_(2)
+        return value
+
+    refused(run, model, feature(), RuntimeError, "in")
+
+
+@pytest.mark.parametrize("feature", CURVATURE)
+def test_overwritten_parameter(feature: Any) -> None:
+    model, loss = extend(sequence(nn.Tanh())), extend(nn.CrossEntropyLoss())
+
+    def run() -> Tensor:
+        value = loss(model(x), y)
+        with torch.no_grad():
+            model[2].weight.mul_(2)
+        return value
+
+    refused(run, model, feature(), RuntimeError, "in")
+
+
+def test_memory_limit() -> None:
+    """KFRA's averaged matrix cannot be split: an estimate before anything is computed."""
+    model, loss = extend(nn.Sequential(nn.Linear(4, 100), nn.Tanh(), nn.Linear(100, 3))), extend(nn.CrossEntropyLoss())
+    with satchel.settings(memory_limit=1000):
+        refused(lambda: loss(model(x), y), model, KFRA(), MemoryError, "KFRA", "memory_limit", "bytes")
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_shows_as_nan(feature: Any, value: float) -> None:
+    """A number that is not one spreads as in autograd; it is no error and hides no sample but its own."""
+    model, loss = extend(sequence(nn.Tanh())), extend(nn.MSELoss())
+    inputs = x.clone()
+    inputs[1, 2] = value
+    with backpack(feature()):
+        loss(model(inputs), torch.zeros(5, 3)).backward()
+    fields = [getattr(p, feature.field) for p in model.parameters()]
+    flat = torch.cat([t.flatten() for f in fields for t in (f if isinstance(f, list) else [f])])
+    assert not flat.isfinite().all()
+    if feature is BatchGrad:
+        others = [0, 2, 3, 4]
+        assert all(f[others].isfinite().all() for f in fields)

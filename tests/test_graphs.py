@@ -1,0 +1,412 @@
+"""What happens around the modules: several losses and outputs, losses that are not modules, rescaling, samples that mix, dead ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import satchel
+import torch
+import torch.nn.functional as F
+from conftest import FEATURES, NEEDS_DEFINITIONS, Agree, is_sampled
+from networks import Wired
+from reference import Contributions, Reference, contributions
+from satchel import backpack, extend
+from satchel.extensions import KFLR, BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC, SumGradSquared, Variance
+from torch import Tensor, nn
+
+EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
+FIRST_ORDER = [BatchGrad, BatchL2Grad, SumGradSquared, Variance]
+x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+labels = torch.tensor([0, 2, 1, 1, 0])
+values = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def built(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build().double()
+
+
+def check(
+    agree: Agree,
+    build: Callable[[], nn.Module],
+    total: Callable[[Any], Tensor],
+    losses: Sequence[Contributions],
+    features: Sequence[Any],
+    inputs: Tensor = x,
+) -> nn.Module:
+    """total: outputs of the model → the loss; losses: the same as contributions of the samples, one per output."""
+    model, reference = extend(built(build)), Reference(built(build), [inputs], losses)
+    with backpack(*(feature() for feature in features)):
+        total(model(inputs)).backward()
+    for feature in features:
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        fields = {name: getattr(p, feature.field) for name, p in named.items()}
+        agree(fields, {name: reference.field(feature.__name__, name) for name in fields})
+    return model
+
+
+# --- losses ------------------------------------------------------------------------------------------------------
+
+
+def two_heads() -> nn.Module:
+    def wire(m: Any, x: Tensor) -> Any:
+        h = m.act(m.a(x))
+        return m.classes(h), m.values(h)
+
+    return Wired(wire, a=nn.Linear(4, 6), act=nn.Tanh(), classes=nn.Linear(6, 3), values=nn.Linear(6, 3))
+
+
+def deep_supervision() -> nn.Module:
+    """The first output lies above the second."""
+
+    def wire(m: Any, x: Tensor) -> Any:
+        first = m.classes(m.act(m.a(x)))
+        return first, m.values(m.act(first))
+
+    return Wired(wire, a=nn.Linear(4, 6), act=nn.Sigmoid(), classes=nn.Linear(6, 3), values=nn.Linear(3, 3))
+
+
+def one_head_twice() -> nn.Module:
+    def wire(m: Any, x: Tensor) -> Any:
+        f = m.b(m.act(m.a(x)))
+        return f, f
+
+    return Wired(wire, a=nn.Linear(4, 6), act=nn.Tanh(), b=nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("build", [two_heads, deep_supervision, one_head_twice])
+@pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
+def test_two_losses(build: Callable[[], nn.Module], together: bool, agree: Agree) -> None:
+    """Curvatures of several losses add: for one_head_twice in one field, for the others where the paths meet."""
+    ce, mse = extend(nn.CrossEntropyLoss()), extend(nn.MSELoss())
+    features = EXACT if together else []
+
+    def total(outputs: Any) -> Tensor:
+        return ce(outputs[0], labels) + 0.5 * mse(outputs[1], values)
+
+    losses = [contributions(nn.CrossEntropyLoss(), labels), contributions(nn.MSELoss(), values, 0.5)]
+    for chosen in [features] if together else [[feature] for feature in EXACT]:
+        check(agree, build, total, losses, chosen)
+
+
+def test_two_backwards_overwrite(agree: Agree) -> None:
+    """Each backward leaves the fields of its own loss; only .grad accumulates."""
+    model = extend(built(one_head_twice))
+    ce, mse = extend(nn.CrossEntropyLoss()), extend(nn.MSELoss())
+    f, _ = model(x)
+    features = [BatchGrad, DiagGGNExact]
+    for loss, reference in [
+        (ce(f, labels), contributions(nn.CrossEntropyLoss(), labels)),
+        (mse(f, values), contributions(nn.MSELoss(), values)),
+    ]:
+        with backpack(*(feature() for feature in features)):
+            loss.backward(retain_graph=True)
+        wanted = Reference(built(one_head_twice), [x], [reference, lambda f: f.sum(1) * 0])
+        for feature in features:
+            fields = {name: getattr(p, feature.field) for name, p in model.named_parameters()}
+            agree(fields, {name: wanted.field(feature.__name__, name) for name in fields})
+
+
+@pytest.mark.parametrize("factor", [3.0, 0.25])
+@pytest.mark.parametrize("feature", EXACT)
+def test_rescaled_loss(factor: float, feature: Any, agree: Agree) -> None:
+    loss = extend(nn.CrossEntropyLoss())
+    losses = [contributions(nn.CrossEntropyLoss(), labels, factor)]
+    check(agree, lambda: nn.Linear(4, 3), lambda f: factor * loss(f, labels), losses, [feature])
+
+
+@pytest.mark.parametrize("feature", EXACT)
+def test_gradient_passed_to_backward(feature: Any, agree: Agree) -> None:
+    """``loss.backward(gradient=3)`` is ``(3 * loss).backward()``."""
+    model, loss = extend(built(lambda: nn.Linear(4, 3))), extend(nn.MSELoss(reduction="sum"))
+    with backpack(feature()):
+        loss(model(x), values).backward(gradient=torch.tensor(3.0, dtype=torch.float64))
+    weighted = contributions(nn.MSELoss(reduction="sum"), values, 3.0)
+    reference = Reference(built(lambda: nn.Linear(4, 3)), [x], [weighted])
+    fields = {name: getattr(p, feature.field) for name, p in model.named_parameters()}
+    agree(fields, {name: reference.field(feature.__name__, name) for name in fields})
+
+
+def test_rescaled_sampled_loss() -> None:
+    """S is scaled by √factor."""
+    model, loss = extend(built(lambda: nn.Linear(4, 3))), extend(nn.CrossEntropyLoss())
+    fields = []
+    for factor in (1.0, 4.0):
+        with backpack(DiagGGNMC(generator=torch.Generator().manual_seed(0))):
+            (factor * loss(model(x), labels)).backward()
+        fields.append(model.weight.diag_ggn_mc)
+    torch.testing.assert_close(fields[1], 4 * fields[0])
+
+
+FREE_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "one output": lambda f: f[:, 0].sum(),
+    "functional": lambda f: F.cross_entropy(f, labels),
+    "weighted": lambda f: (F.cross_entropy(f, labels, reduction="none") * torch.arange(1.0, 6.0)).sum(),
+    "regularised": lambda f: f.pow(4).mean() + f.abs().sum(),
+}
+
+
+@pytest.mark.parametrize("name", FREE_LOSSES)
+def test_first_order_needs_no_extended_loss(name: str, agree: Agree) -> None:
+    total = FREE_LOSSES[name]
+
+    def per_sample(f: Tensor) -> Tensor:
+        leaf = f if f.requires_grad else f.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(total(leaf), leaf, retain_graph=True)
+        return (slope.detach() * f).sum(1)  # the same gradients
+
+    build = lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))  # noqa: E731
+    check(agree, build, total, [per_sample], FIRST_ORDER)
+
+
+def test_loss_of_each_sample(agree: Agree) -> None:
+    """reduction="none" with weights of one's own is the same per sample, for first order."""
+    weights = torch.arange(1.0, 6.0, dtype=torch.float64)
+    loss = nn.CrossEntropyLoss(reduction="none")
+    per_sample = lambda f: loss(f, labels) * weights  # noqa: E731
+    check(agree, lambda: nn.Linear(4, 3), lambda f: per_sample(f).sum(), [per_sample], FIRST_ORDER)
+
+
+def test_regularisation_of_parameters_is_no_sample(agree: Agree) -> None:
+    """A term that reads the parameters themselves adds to .grad, not to a sample."""
+    model, loss = extend(built(lambda: nn.Linear(4, 3))), extend(nn.MSELoss())
+    with backpack(BatchGrad(), DiagGGNExact()):
+        (loss(model(x), values) + model.weight.square().sum()).backward()
+    reference = Reference(built(lambda: nn.Linear(4, 3)), [x], [contributions(nn.MSELoss(), values)])
+    for feature in (BatchGrad, DiagGGNExact):
+        fields = {name: getattr(p, feature.field) for name, p in model.named_parameters()}
+        agree(fields, {name: reference.field(feature.__name__, name) for name in fields})
+    torch.testing.assert_close(model.weight.grad, reference.gradients["weight"].sum(0) + 2 * model.weight.detach())
+
+
+# --- paths -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_unused_parameters_have_no_fields(feature: Any) -> None:
+    """Modules that are not called, or whose output does not reach the loss, are not computed: and that is no error."""
+
+    def wire(m: Any, x: Tensor) -> Tensor:
+        m.dead(x)
+        return m.a(x)
+
+    model = extend(Wired(wire, a=nn.Linear(4, 3), dead=nn.Linear(4, 2), uncalled=nn.Linear(1, 1)).double())
+    loss = extend(nn.MSELoss())
+    with backpack(feature()):
+        loss(model(x), values).backward()
+    assert hasattr(model.a.weight, feature.field)
+    for module in (model.dead, model.uncalled):
+        assert not any(hasattr(p, feature.field) for p in module.parameters())
+
+
+def test_detached_branch_is_constant(agree: Agree) -> None:
+    def wire(m: Any, x: Tensor) -> Tensor:
+        h = m.act(m.a(x))
+        return m.head(h + m.b(h).detach())
+
+    def build() -> nn.Module:
+        return Wired(
+            wire, a=nn.Linear(4, 6), act=nn.Tanh(), b=nn.Linear(6, 6).requires_grad_(False), head=nn.Linear(6, 3)
+        )
+
+    features = [feature for feature in EXACT if feature.__name__ != "KFRA"]  # its reference knows no detach
+    loss = extend(nn.CrossEntropyLoss())
+    check(agree, build, lambda f: loss(f, labels), [contributions(nn.CrossEntropyLoss(), labels)], features)
+
+
+def test_input_with_gradient(agree: Agree) -> None:
+    """An input that requires a gradient gets it, and changes nothing else."""
+    inputs = x.clone().requires_grad_()
+    loss = extend(nn.CrossEntropyLoss())
+    build = lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))  # noqa: E731
+    check(agree, build, lambda f: loss(f, labels), [contributions(nn.CrossEntropyLoss(), labels)], EXACT, inputs)
+    assert inputs.grad is not None
+
+
+def test_only_part_is_extended(agree: Agree) -> None:
+    """A parameterless module that was not extended passes as an op."""
+    model = built(lambda: nn.Sequential(nn.Linear(4, 6), nn.Flatten(), nn.Linear(6, 3)))
+    extend(model[0])
+    extend(model[2])
+    loss = extend(nn.MSELoss())
+    with backpack(DiagGGNExact(), KFLR()):
+        loss(model(x), values).backward()
+    build = lambda: nn.Sequential(nn.Linear(4, 6), nn.Flatten(), nn.Linear(6, 3))  # noqa: E731
+    reference = Reference(built(build), [x], [contributions(nn.MSELoss(), values)])
+    for feature in (DiagGGNExact, KFLR):
+        fields = {name: getattr(p, feature.field) for name, p in model.named_parameters()}
+        agree(fields, {name: reference.field(feature.__name__, name) for name in fields})
+
+
+def test_keyword_call() -> None:
+    model, loss = extend(built(lambda: nn.Linear(4, 3))), extend(nn.MSELoss())
+    with backpack(BatchGrad(), DiagGGNExact()):
+        loss(target=values, input=model(input=x)).backward()
+    torch.testing.assert_close(model.weight.grad_batch.sum(0), model.weight.grad)
+    assert hasattr(model.weight, "diag_ggn_exact")
+
+
+OPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "narrow": lambda h: h.narrow(1, 1, 4),
+    "index": lambda h: h[:, [0, 3, 3, 1]],
+    "slice with step": lambda h: h[:, ::2],
+    "flip": lambda h: h.flip(1),
+    "roll": lambda h: h.roll(2, 1),
+    "pad": lambda h: F.pad(h, (1, 2)),
+    "sum": lambda h: h.sum(1, keepdim=True),
+    "cumsum": lambda h: h.cumsum(1),
+    "broadcast": lambda h: h[:, :1] + h,
+    "repeat": lambda h: h.repeat(1, 2),
+    "where": lambda h: torch.where(torch.tensor([True, False, True, True, False, True]), h, 0.0),
+    "matmul": lambda h: h @ torch.arange(12.0, dtype=torch.float64).view(6, 2),
+    "einsum": lambda h: torch.einsum("ni,ij->nj", h, torch.arange(12.0, dtype=torch.float64).view(6, 2)),
+    "scaled by samples": lambda h: h * torch.arange(1.0, 6.0, dtype=torch.float64)[:, None],
+    "unbind": lambda h: torch.stack(h.unbind(1)[1:4], 1),
+    "add to itself": lambda h: h + h,
+    "in-place scaling": lambda h: (h * 1.0).mul_(2.0).add_(1.0),
+    "clone": lambda h: h.clone(),
+    "masked": lambda h: h.masked_fill(torch.tensor([True, False, False, True, False, False]), 0.0),
+    "expanded and reduced": lambda h: h[:, None].expand(-1, 3, -1).sum(1),
+    "tensordot": lambda h: torch.tensordot(h, torch.arange(12.0, dtype=torch.float64).view(6, 2), dims=([1], [0])),
+}
+NONLINEAR_OPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "square": lambda h: h.square(),
+    "exp": lambda h: h.exp(),
+    "elu": lambda h: F.elu(h),
+    "functional relu": lambda h: F.relu(h),
+    "functional tanh": lambda h: torch.tanh(h),
+    "softplus": lambda h: F.softplus(h),
+    "layer norm": lambda h: F.layer_norm(h, (6,)),
+    "norm": lambda h: h.norm(dim=1, keepdim=True),
+    "softmax": lambda h: h.softmax(1),
+    "logsumexp": lambda h: h.logsumexp(1, keepdim=True),
+    "max": lambda h: h.max(1, keepdim=True).values,
+    "topk": lambda h: h.topk(3, 1).values,
+    "product": lambda h: h * h.flip(1),
+    "division": lambda h: h / (2 + h[:, :1].square()),
+    "quadratic": lambda h: torch.einsum("ni,nj->nij", h, h).flatten(1),
+    "prod": lambda h: h.prod(1, keepdim=True),
+    "leaky": lambda h: F.leaky_relu(h, 0.1),
+    "attention": lambda h: F.scaled_dot_product_attention(h.view(-1, 3, 2), h.view(-1, 3, 2), h.view(-1, 3, 2)).flatten(
+        1
+    ),
+}
+
+
+def around_op(op: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        width = op(torch.zeros(5, 6, dtype=torch.float64)).shape[1]
+        return Wired(lambda m, x: m.b(op(m.a(x))), a=nn.Linear(4, 6), b=nn.Linear(width, 3))
+
+    return build
+
+
+@pytest.mark.parametrize("name", [*OPS, *NONLINEAR_OPS])
+def test_any_op_passes_ggn_factors(name: str, agree: Agree) -> None:
+    op = {**OPS, **NONLINEAR_OPS}[name]
+    loss = extend(nn.CrossEntropyLoss())
+    features = [feature for feature in EXACT if feature.__name__ not in NEEDS_DEFINITIONS]
+    losses = [contributions(nn.CrossEntropyLoss(), labels)]
+    check(agree, around_op(op), lambda f: loss(f, labels), losses, features)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_linear_ops_pass_second_derivatives(name: str, agree: Agree) -> None:
+    """Linearity is found, not listed."""
+    loss = extend(nn.CrossEntropyLoss())
+    features = [feature for feature in EXACT if feature.__name__ in NEEDS_DEFINITIONS]
+    losses = [contributions(nn.CrossEntropyLoss(), labels)]
+    check(agree, around_op(OPS[name]), lambda f: loss(f, labels), losses, features)
+
+
+@pytest.mark.parametrize("feature", [f for f in FEATURES if f.__name__ not in NEEDS_DEFINITIONS])
+def test_python_function(feature: Any) -> None:
+    """A user's autograd.Function is an op like any other."""
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h: Tensor) -> Tensor:
+            return 2 * h
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+            return 2 * gradient
+
+    fields = []
+    for op in (Double.apply, lambda h: 2 * h):
+        model, loss = extend(built(around_op(op))), extend(nn.MSELoss())
+        torch.manual_seed(0)
+        with backpack(feature()):
+            loss(model(x), values).backward()
+        fields.append(getattr(model.a.weight, feature.field))
+    torch.testing.assert_close(*fields)
+
+
+@pytest.mark.parametrize("limit", [1, 2_000, 20_000])
+@pytest.mark.parametrize("feature", [f for f in EXACT if f.__name__ != "KFRA"])
+def test_factors_in_ranges_of_columns(limit: int, feature: Any, agree: Agree) -> None:
+    """Under a memory limit a factor passes in several ranges of its columns; nothing else changes."""
+    loss = extend(nn.CrossEntropyLoss())
+    build = lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.Sigmoid())  # noqa: E731
+    inputs = torch.randn(5, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([[0, 1, 0], [1, 1, 0], [0, 0, 0], [1, 0, 1], [0, 1, 1]])
+    with satchel.settings(memory_limit=limit):
+        check(
+            agree, build, lambda f: loss(f, target), [contributions(nn.CrossEntropyLoss(), target)], [feature], inputs
+        )
+
+
+# --- wiring drawn at random ----------------------------------------------------------------------------------------
+
+
+def drawn_network(seed: int, width: int = 4) -> nn.Module:
+    """A random acyclic graph of Linear layers and activations with skips, joins and one possible reuse in parallel."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choice(n: int) -> int:
+        return int(torch.randint(n, (), generator=generator))
+
+    steps = [(choice(4), choice(k + 1), choice(k + 1)) for k in range(6)]
+    modules: dict[str, nn.Module] = {"act0": nn.Tanh(), "act1": nn.Sigmoid(), "act2": nn.ReLU()}
+    modules |= {f"linear{k}": nn.Linear(width, width) for k in range(7)}
+
+    def wire(m: Any, x: Tensor) -> Tensor:
+        h = [m.linear6(x)]
+        for k, (kind, first, second) in enumerate(steps):
+            a, b = h[first], h[second]
+            if kind == 0:
+                h.append(getattr(m, f"linear{k}")(a))
+            elif kind == 1:
+                h.append(getattr(m, f"act{k % 3}")(a))
+            elif kind == 2:
+                h.append(a - 0.5 * b)
+            else:
+                h.append(getattr(m, f"act{k % 3}")(getattr(m, f"linear{k}")(a)) + b)
+        return torch.stack(h[-3:], 2).mean(2)[:, :3]
+
+    return Wired(wire, **modules)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_drawn_graphs(seed: int, agree: Agree) -> None:
+    def build() -> nn.Module:
+        model = drawn_network(seed)
+        used: set[nn.Module] = set()
+        handles = [
+            m.register_forward_hook(lambda m, args, out: used.add(m))
+            for m in model.modules()
+            if isinstance(m, nn.Linear)
+        ]
+        f = model(torch.zeros(2, 4))
+        for handle in handles:
+            handle.remove()
+        reached = torch.autograd.grad(f.sum(), list(model.parameters()), allow_unused=True)
+        for p, gradient in zip(model.parameters(), reached, strict=True):
+            p.requires_grad_(gradient is not None)
+        return model
+
+    loss = extend(nn.CrossEntropyLoss())
+    check(agree, build, lambda f: loss(f, labels), [contributions(nn.CrossEntropyLoss(), labels)], EXACT)
