@@ -28,6 +28,8 @@ from worker import FEATURES, IMPLEMENTATIONS, NETWORKS
 
 WORKER = Path(__file__).with_name("worker.py")
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
 
 class Worker:
     """A process that times one implementation on request."""
@@ -97,6 +99,7 @@ def results_table(network: str, results: dict[str, dict[str, dict[str, float]]])
     return table
 
 
+@app.command()
 def main(
     impl: Annotated[list[str] | None, typer.Option(help="What to measure; may be repeated. Default: all.")] = None,
     network: Annotated[list[str] | None, typer.Option(help="On what; may be repeated. Default: all.")] = None,
@@ -134,4 +137,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -43,7 +43,7 @@ def output_jacobians(model: nn.Module, x: Tensor) -> list[Tensor]:
 def loss_hessians(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """∇²ℓ_n / N with respect to the network's output: [N, C, C]."""
     outputs = model(x).detach()
-    hessian = torch.func.hessian(lambda f, target: loss(f, target) / len(x))
+    hessian = torch.func.jacrev(torch.func.jacrev(lambda f, target: loss(f, target) / len(x)))
     return torch.stack([hessian(f, target) for f, target in zip(outputs, y, strict=True)])
 
 
@@ -83,7 +83,7 @@ def kfra(model: nn.Sequential, x: Tensor, hessians: Tensor) -> list[list[Tensor]
     for module, value in reversed(list(zip(model, inputs[:-1], strict=True))):
         if isinstance(module, nn.Linear):
             fields += [[G], [G, _second_moment(value)]]
-        J = torch.stack([torch.func.jacrev(module)(sample) for sample in value])
+        J = torch.stack([torch.func.jacrev(module)(sample) for sample in value]).detach()
         G = torch.einsum("noi,op,npj->ij", J, G, J) / len(x)
     return fields[::-1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -51,12 +51,17 @@ CHOICES: dict[str, Sequence[Any]] = {
 }
 
 
+def label(value: Any) -> str:
+    return value.__name__ if isinstance(value, type) else getattr(value, "name", str(value).removeprefix("torch."))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """An argument named like a choice takes all its values, unless the test says which."""
-    said = {name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[0].split(",")}
+    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    said = {name for names in given for name in (names.split(",") if isinstance(names, str) else names)}
     for name, values in CHOICES.items():
         if name in metafunc.fixturenames and name not in said:
-            metafunc.parametrize(name, values, ids=[getattr(v, "name", getattr(v, "__name__", str(v))) for v in values])
+            metafunc.parametrize(name, values, ids=[label(value) for value in values])
 
 
 def is_defined(network: Network, feature: type) -> bool:
@@ -85,7 +90,7 @@ class Pass:
         self.loss = extend(case.criterion())
         self.features = features
         x = case.network.input().to(device, dtype)  # keeps the strides
-        loss = self.loss(self.model(x), target.to(dtype) if target.is_floating_point() else target)
+        loss = self.loss(case.arranged(self.model(x)), target.to(dtype) if target.is_floating_point() else target)
         with satchel.backend("aten" if backend == "aten" else "triton"), backpack(*features, **options):
             loss.backward()
 
@@ -142,7 +147,7 @@ worst: dict[str, tuple[float, str]] = {}
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     for name, value in report.user_properties if report.when == "call" else []:
         if name == "error":
-            dtype, error = value
+            dtype, error = cast("tuple[str, float]", value)
             worst[dtype] = max(worst.get(dtype, (-1.0, "")), (error, report.nodeid))
 
 

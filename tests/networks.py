@@ -46,6 +46,7 @@ class Network:
 
     nonlinear: how autograd calls the op without a definition that stops DiagHessian and KFRA; None when there is none.
     in_sequence: a parameter is used on the output of another of its uses, so the Hessian has a mixed term.
+    classes: the axis of the output that a classification loss takes for classes.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Network:
     nonlinear: str | None = None
     strided: bool = False
     in_sequence: bool = False
+    classes: int = -1
 
     def model(self) -> nn.Module:
         with torch.random.fork_rng():
@@ -124,9 +126,16 @@ class Case:
     def criterion(self) -> nn.Module:
         return self.loss(reduction=self.reduction)
 
+    def arranged(self, output: Tensor) -> Tensor:
+        """As the loss takes it: classes are its second axis."""
+        return output.movedim(self.network.classes, 1) if issubclass(self.loss, nn.CrossEntropyLoss) else output
+
     def target(self) -> Tensor:
         with torch.no_grad():
-            return target_for(self.criterion(), self.network.model()(self.network.input()))
+            return target_for(self.criterion(), self.arranged(self.network.model()(self.network.input())))
+
+    def contributions(self, output: Tensor) -> Tensor:
+        return contributions(self.criterion(), self.target())(self.arranged(output))
 
     def unit(self) -> float:
         return self.network.shape[0] if self.reduction == "mean" else 1.0
@@ -137,8 +146,7 @@ class Case:
 
 @cache
 def _reference(case: Case) -> Reference:
-    loss = contributions(case.criterion(), case.target())
-    return Reference(case.network.model(), [case.network.input()], [loss], case.unit())
+    return Reference(case.network.model(), [case.network.input()], [case.contributions], case.unit())
 
 
 def around(name: str, layer: type[nn.Module], shape: tuple[int, ...], arguments: Mapping[str, Any]) -> Network:
@@ -276,8 +284,14 @@ NETWORKS = (
     ),
     Network(
         "classes_first",
-        lambda: Wired(lambda m, x: m.b(m.act(m.a(x))).permute(0, 2, 1), a=Linear(4, 6), act=ReLU(), b=Linear(6, 3)),
+        lambda: Wired(
+            lambda m, x: m.b(m.act(m.a(x))).permute(0, 2, 1), a=Linear(4, 6), act=ReLU(), b=Linear(6, 3)
+        ),
         (5, 2, 4),
+        classes=1,
+    ),
+    Network(
+        "positions_are_classes", lambda: Sequential(Linear(4, 6), Tanh(), Linear(6, 3)), (5, 2, 4), classes=1
     ),
     Network(
         "flatten",

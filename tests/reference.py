@@ -23,7 +23,7 @@ Contributions = Callable[..., Tensor]
 def contributions(criterion: nn.Module, target: Tensor, weight: float = 1.0) -> Contributions:
     """Output → [N], sample n's contribution to ``weight * criterion(output, target)``."""
     plain = copy.copy(criterion)
-    plain.reduction = "none"
+    plain.reduction = "none"  # type: ignore[assignment]
 
     def per_sample(output: Tensor) -> Tensor:
         terms = plain(output, target.double() if target.is_floating_point() else target)
@@ -139,11 +139,12 @@ class Reference:
         return torch.cat([x.reshape(self.N, -1, x.shape[-1]) for x in inputs], 1)
 
     @cached_property
-    def averaged(self) -> dict[int, Tensor]:
-        """KFRA's averaged curvature at the output of every use: [R, O, R, O]."""
-        found = KFRARecursion(self.model, self.inputs).run_backward(self.curvature.sum(0))
-        assert [module for module, _ in found] == [use.module for use in self.uses]
-        return {k: G for k, (_, G) in enumerate(found)}
+    def averaged(self) -> dict[tuple[int, int], Tensor]:
+        """KFRA's averaged curvature between the outputs of two uses: [R, O, R', O]."""
+        modules, blocks = KFRARecursion(self.model, self.inputs).run_backward(self.curvature.sum(0))
+        assert modules == [use.module for use in self.uses]
+        O = [module.out_features for module in modules]
+        return {(k, l): G.reshape(len(G) // O[k], O[k], -1, O[l]) for (k, l), G in blocks.items()}
 
     # --- first order ---------------------------------------------------------------------------------------------
 
@@ -187,7 +188,8 @@ class Reference:
     KFAC = KFLR
 
     def KFRA(self, p: str) -> list[Tensor]:
-        B = torch.stack([self.averaged[k].sum((0, 2)) for k in self.uses_of(p)]).sum(0)
+        uses = self.uses_of(p)
+        B = torch.stack([self.averaged[k, l].sum((0, 2)) for k in uses for l in uses if (k, l) in self.averaged]).sum(0)
         return [B] if self.parameters[p].ndim == 1 else [B, self.input_factor(p, "backpack")]
 
     def input_factor(self, p: str, approximation: str) -> Tensor:
@@ -248,13 +250,17 @@ class KFRARecursion(fx.Interpreter):
         dense = iter([own_sample(d.reshape(*value.shape, *d.shape[1:])) for d in jacobian(value, flat)])
         return {a: torch.cat([next(dense).flatten(2) for _ in tree_leaves(leaves[a])], 2) for a in arguments}
 
-    def run_backward(self, seed: Tensor) -> list[tuple[nn.Module, Tensor]]:
-        """seed: Σ_n H_n over the outputs [F, F] → the calls of Linear modules in forward order, each with Ḡ [R, O, R, O]."""
-        *body, output = self.module.graph.nodes
-        ends = output.args[0] if isinstance(output.args[0], tuple) else (output.args[0],)
-        G: dict[tuple[fx.Node, fx.Node], Tensor] = {}
+    def run_backward(self, seed: Tensor) -> tuple[list[nn.Linear], dict[tuple[int, int], Tensor]]:
+        """seed: Σ_n H_n over the outputs [F, F] → the calls of Linear in forward order, and Ḡ between their outputs."""
+        *body, output = self.graph.nodes
+        (value,) = output.args
+        ends = value if isinstance(value, tuple) else (value,)
+        modules = {node: self.fetch_attr(node.target) for node in body if node.op == "call_module"}
+        calls = [node for node, module in modules.items() if isinstance(module, nn.Linear)]
+        # Between live values: nodes, and numbers for the outputs of the calls, which are kept to the end.
+        G: dict[tuple[Any, Any], Tensor] = {}
 
-        def add(a: fx.Node, b: fx.Node, block: Tensor) -> None:
+        def add(a: Any, b: Any, block: Tensor) -> None:
             G[a, b] = G[a, b] + block if (a, b) in G else block
 
         sizes = [self.width(end) for end in ends]
@@ -262,18 +268,19 @@ class KFRARecursion(fx.Interpreter):
             for b, block in zip(ends, rows.split(sizes, 1), strict=True):
                 add(a, b, block)
 
-        found: list[tuple[nn.Module, Tensor]] = []
         for y in reversed(body):
-            module = self.fetch_attr(y.target) if y.op == "call_module" else None
-            if isinstance(module, nn.Linear):
-                R, O = self.width(y) // module.out_features, module.out_features
-                found.append((module, G.get((y, y), torch.zeros(R * O, R * O)).reshape(R, O, R, O)))
-            if (y, y) not in G:
+            own = G.get((y, y))
+            if own is None:
                 continue
-            own = G.pop((y, y))
-            others = {b: G.pop((y, b)) for b in [b for a, b in G if a is y]}
-            for a in others:
-                del G[a, y]
+            if y in calls:
+                k = calls.index(y)
+                for b, block in [(b, block) for (a, b), block in G.items() if a is y]:
+                    add(k, b, block)
+                    add(b, k, block.T)
+                add(k, k, own)
+            others = {b: block for (a, b), block in G.items() if a is y and b is not y}
+            for pair in [pair for pair in G if y in pair]:
+                del G[pair]
             if y.op == "placeholder":
                 continue
             J = self.node_jacobians(y)
@@ -284,7 +291,9 @@ class KFRARecursion(fx.Interpreter):
                     add(b, x, one_sided.T)
                 for z, J_z in J.items():
                     add(x, z, torch.einsum("nyx,yw,nwz->xz", J_x, own, J_z) / self.N)
-        return found[::-1]
+        return [modules[call] for call in calls], {
+            (a, b): block for (a, b), block in G.items() if isinstance(a, int) and isinstance(b, int)
+        }
 
 
 def has_tensors(value: Any) -> bool:

@@ -6,11 +6,12 @@ import inspect
 from typing import Any
 
 import pytest
-import satchel
 import torch
+from torch import nn
+
+import satchel
 from conftest import FEATURES
 from satchel import backpack, disable, extend, extensions
-from torch import nn
 
 FIELDS = {
     "BatchGrad": ("grad_batch", ["subsampling"]),
@@ -46,11 +47,11 @@ def test_class_field_and_positional_arguments(name: str) -> None:
 
 
 def test_sampling_and_approximation_arguments() -> None:
-    for feature in (extensions.DiagGGNMC, extensions.KFAC):
-        arguments = inspect.signature(feature).parameters
+    for sampled in (extensions.DiagGGNMC, extensions.KFAC):
+        arguments = inspect.signature(sampled).parameters
         assert arguments["mc_samples"].default == 1 and arguments["generator"].default is None
-    for feature in (extensions.KFAC, extensions.KFLR):
-        assert inspect.signature(feature).parameters["approximation"].default is None
+    for kronecker in (extensions.KFAC, extensions.KFLR):
+        assert inspect.signature(kronecker).parameters["approximation"].default is None
 
 
 def test_package_names() -> None:
@@ -61,7 +62,7 @@ def test_package_names() -> None:
 
 def test_backpack_signature() -> None:
     arguments = inspect.signature(backpack).parameters
-    assert list(arguments)[0] == "extensions" and arguments["extensions"].kind is inspect.Parameter.VAR_POSITIONAL
+    assert next(iter(arguments)) == "extensions" and arguments["extensions"].kind is inspect.Parameter.VAR_POSITIONAL
     assert arguments["extension_hook"].default is None
     assert arguments["debug"].default is False and arguments["retain_graph"].default is False
     assert arguments["strict"].default is True
@@ -186,4 +187,4 @@ def test_bad_arguments(name: str, arguments: dict[str, Any]) -> None:
 
 def test_unknown_argument() -> None:
     with pytest.raises(TypeError):
-        extensions.BatchL2Grad(mc_samples=1)
+        extensions.BatchL2Grad(mc_samples=1)  # type: ignore[call-arg]

@@ -143,7 +143,7 @@ def test_the_square_of_a_product_without_sums_separates():
 
 
 @pytest.mark.parametrize(
-    ("factor", "deltas", "structured"),
+    "factor,deltas,structured",
     [(x[n, k, i], True, True), (x[n, k, j], True, False), (sympy.Integer(1), True, True), (x[n, k, i], False, False)],
     ids=["dense", "scale: the delta's index is read", "bias", "no delta"],
 )

@@ -24,7 +24,7 @@ def test_only_refuses_unknown_names():
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    "value,message",
     [
         (Sum(W[o, i] * x[n, i], i) + u[o], "undeclared tensor 'u'"),
         (Sum(W[o] * x[n, i], i), "declared with 2"),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from conftest import FEATURES, Agree
 from networks import NETWORKS, Case, Network
-from reference import contributions
-from satchel import backpack, backend, extend
+from satchel import backend, backpack, extend
 from satchel.extensions import BatchGrad, DiagGGNExact, Variance
-from torch import Tensor, nn
 
 DIFFERENTIABLE = [BatchGrad, Variance]
 SOME = ("linear", "sigmoid_tanh", "tanh_relu_sigmoid", "sequence", "skip", "siamese", "recurrent", "functional", "gelu",
@@ -31,14 +32,14 @@ def scalar(fields: dict[str, Tensor]) -> Tensor:
 def fields_of(case: Case, feature: Any, model: nn.Module, x: Tensor, name: str = "aten") -> dict[str, Tensor]:
     target = case.target().double() if case.target().is_floating_point() else case.target()
     with backend(name), backpack(feature()):
-        extend(case.criterion())(extend(model)(x), target).backward(create_graph=True)
+        extend(case.criterion())(case.arranged(extend(model)(x)), target).backward(create_graph=True)
     return {n: getattr(p, feature.field) for n, p in model.named_parameters() if p.requires_grad}
 
 
 def plain_fields(case: Case, feature: Any, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """The same from plain autograd, with a graph."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    terms = contributions(case.criterion(), case.target())(model(x))
+    terms = case.contributions(model(x))
     rows = [torch.autograd.grad(t, list(named.values()), create_graph=True) for t in terms]
     individual = {name: torch.stack(g) for name, g in zip(named, zip(*rows, strict=True), strict=True)}
     if feature is BatchGrad:
@@ -54,7 +55,7 @@ def test_gradient_through_a_field(
     """∂(function of the fields)/∂(parameters and input) against autograd of the per-sample loop."""
     case = Case(network, loss, reduction)
     slopes = []
-    for compute in (lambda *a: fields_of(*a, "triton" if backend == "triton" else "aten"), plain_fields):
+    for compute in (partial(fields_of, name="triton" if backend == "triton" else "aten"), plain_fields):
         model, x = network.model().double(), network.input().double().requires_grad_()
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         found = torch.autograd.grad(

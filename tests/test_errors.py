@@ -7,16 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import satchel
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import satchel
 from conftest import DEFINITIONS, FEATURES, NEEDS_DEFINITIONS, NEEDS_MIXED_TERM, is_defined
 from networks import NETWORKS, Case, Network, Wired
 from reference import Reference, contributions
 from satchel import backpack, disable, extend
 from satchel.extensions import KFLR, KFRA, BatchGrad, BatchL2Grad, DiagGGNExact, DiagHessian, SumGradSquared, Variance
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 torch.manual_seed(0)
 x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
@@ -80,7 +81,7 @@ def test_nothing_reached(feature: Any, how: str) -> None:
     model, loss = sequence(nn.ReLU()), nn.CrossEntropyLoss()
     if how == "disabled":
         model, loss = extend(model), extend(loss)
-    with pytest.raises(RuntimeError, match=f"{feature.__name__}.*extend"), backpack(feature()):  # noqa: SIM117
+    with pytest.raises(RuntimeError, match=f"{feature.__name__}.*extend"), backpack(feature()):
         with disable():
             value = loss(model(x), y)
         value.backward()
@@ -90,13 +91,13 @@ def test_nothing_reached(feature: Any, how: str) -> None:
 @pytest.mark.parametrize("how", ["module", "functional", "sum"])
 def test_loss_not_extended(feature: Any, how: str) -> None:
     model = extend(sequence(nn.ReLU()))
-    loss = {
+    losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "module": nn.CrossEntropyLoss(),
         "functional": F.cross_entropy,
         "sum": lambda f, y: f[:, 0].sum(),
-    }[how]
+    }
     message = refused(
-        lambda: loss(model(x), y), model, feature(), RuntimeError, feature.__name__, "loss", "extend", "Linear"
+        lambda: losses[how](model(x), y), model, feature(), RuntimeError, feature.__name__, "loss", "extend", "Linear"
     )
     assert "weight" in message or "bias" in message
 
@@ -188,7 +189,7 @@ def test_unsupported_module(feature: Any, name: str) -> None:
     assert any(p in message for p in ("gain", "weight", "bias", "pair"))
 
 
-@pytest.mark.parametrize("feature", FIRST_ORDER + [DiagGGNExact, KFLR])
+@pytest.mark.parametrize("feature", [*FIRST_ORDER, DiagGGNExact, KFLR])
 def test_not_strict(feature: Any) -> None:
     """strict=False: a warning, and all other fields."""
     model, loss = extend(sequence(Scale())), extend(nn.CrossEntropyLoss())
@@ -268,7 +269,7 @@ def test_nonlinear_op_below_all_parameters_is_no_obstacle() -> None:
 def test_reuse_in_sequence(network: Network, feature: Any) -> None:
     case = Case(network, nn.CrossEntropyLoss, "mean")
     model, loss = extend(network.model()), extend(case.criterion())
-    run = lambda: loss(model(network.input()), case.target())  # noqa: E731
+    run = lambda: loss(case.arranged(model(network.input())), case.target())  # noqa: E731
     refused(run, model, feature(), NotImplementedError, feature.__name__, "weight", "twice", "DiagGGN")
 
 

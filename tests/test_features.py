@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -159,7 +160,7 @@ def test_every_program(network: Network, loss: Any, dtype: torch.dtype, program:
 # --- what must hold without a reference ---------------------------------------------------------------------------
 
 
-@by_name("sequence", "skip", "nested", "broadcast")
+@by_name("sequence", "skip", "nested", "broadcast", "siamese_distant", "recurrent", "tied_in_a_row")
 def test_kfra_of_one_sample_is_exact(network: Network, loss: Any, agree: Agree) -> None:
     """The average over one sample is no approximation: KFRA is KFLR with positions summed."""
     one = Network("one", network.build, (1, *network.shape[1:]))
@@ -210,7 +211,7 @@ def test_shapes(
 ) -> None:
     def build() -> nn.Module:
         layers: list[nn.Module] = []
-        for k, (i, o) in enumerate(zip(widths, widths[1:], strict=False)):
+        for k, (i, o) in enumerate(itertools.pairwise(widths)):
             layers += [nn.Linear(i, o, bias=bias), activations[k]()]
         return nn.Sequential(*layers[:-1])
 

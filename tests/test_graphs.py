@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import satchel
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+import satchel
 from conftest import FEATURES, NEEDS_DEFINITIONS, Agree, is_sampled
 from networks import Wired
 from reference import Contributions, Reference, contributions
 from satchel import backpack, extend
 from satchel.extensions import KFLR, BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC, SumGradSquared, Variance
-from torch import Tensor, nn
 
 EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
 FIRST_ORDER = [BatchGrad, BatchL2Grad, SumGradSquared, Variance]

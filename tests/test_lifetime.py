@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from conftest import FEATURES
 from networks import Wired
 from satchel import backpack, disable, extend
 from satchel.extensions import KFAC, KFLR, BatchGrad, BatchL2Grad, DiagGGNExact, Variance
-from torch import Tensor, nn
 
 torch.manual_seed(0)
 x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])

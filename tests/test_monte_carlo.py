@@ -29,7 +29,8 @@ class Moments(NamedTuple):
 
 def outcomes(case: Case) -> list[tuple[Tensor, Tensor]]:
     """All values of (∂ℓ/∂f)·√c of a classification loss with their probabilities: [N, F] and [N] each."""
-    f = case.reference().outputs[0].detach()
+    output = case.reference().outputs[0].detach()
+    f = case.arranged(output)
     N, C, *positions = f.shape
     scale = case.unit() / N / math.prod(positions) if case.reduction == "mean" else 1.0
     log_p = f.log_softmax(1)
@@ -37,7 +38,8 @@ def outcomes(case: Case) -> list[tuple[Tensor, Tensor]]:
     for choice in itertools.product(range(C), repeat=math.prod(positions)):
         target = torch.tensor(choice).view(1, *positions).expand(N, *positions)
         onehot = nn.functional.one_hot(target, C).movedim(-1, 1)
-        found.append(((log_p.exp() - onehot).flatten(1) * scale**0.5, (onehot * log_p).flatten(1).sum(1).exp()))
+        slope = (log_p.exp() - onehot).movedim(1, case.network.classes).flatten(1)
+        found.append((slope * scale**0.5, (onehot * log_p).flatten(1).sum(1).exp()))
     return found
 
 

@@ -33,7 +33,7 @@ def emitted(layer: str, name: str):
 
 
 @pytest.mark.parametrize("extents", SHAPES, ids=str)
-@pytest.mark.parametrize(("layer", "rule"), CHOICES, ids=IDS)
+@pytest.mark.parametrize("layer,rule", CHOICES, ids=IDS)
 def test_all_programs_agree_with_the_stored_pullback(layer, rule, extents, monkeypatch):
     monkeypatch.setattr(cost, "machine", cost.Machine(cache_elements=16))  # several blocks even at these shapes
     arguments = operands(rule, extents)
@@ -58,7 +58,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("program", EXPECTED)
-@pytest.mark.parametrize(("layer", "rule"), CHOICES, ids=IDS)
+@pytest.mark.parametrize("layer,rule", CHOICES, ids=IDS)
 def test_each_program_is_chosen_where_it_is_cheapest(layer, rule, program, monkeypatch):
     if program not in {variant.name for variant in rule.variants}:
         pytest.skip(f"{rule.name} has no {program} program: not all of its axes are summed")
@@ -75,7 +75,7 @@ def test_each_program_is_chosen_where_it_is_cheapest(layer, rule, program, monke
     assert chosen == [program]
 
 
-@pytest.mark.parametrize(("columns", "samples", "each"), [(1, 1, 1), (3, 5, 7), (2, 9, 10**9), (4, 3, 1 << 16)])
+@pytest.mark.parametrize("columns,samples,each", [(1, 1, 1), (3, 5, 7), (2, 9, 10**9), (4, 3, 1 << 16)])
 def test_blocks_cover_every_column_and_sample_once(columns, samples, each):
     seen = torch.zeros(columns, samples)
     parts = list(cost.blocks(columns, samples, each))

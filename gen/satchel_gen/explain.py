@@ -14,7 +14,7 @@ from .emit.formula import render, render_formula, render_term
 from .emit.functions import Function, loss_function, rule_functions, sample_function
 from .emit.package import format_files
 from .emit.triton import environment
-from .lowering.kernels import KernelRule, layer_kernels
+from .lowering.kernels import KernelRule, flat_columns, layer_kernels
 from .lowering.losses import lower_loss
 from .lowering.rules import LoweredRule, lower_layer
 from .lowering.support import PASSES
@@ -116,6 +116,5 @@ def _loss(loss: Loss) -> Iterator[Part]:
     yield Part(f"  S = {render(derived.exact_factor)}")
     yield Part("\nEmitted functions", heading=True)
     for rule in lowered.rules:
-        columns = len(lowered.columns) if rule.name == "exact_factor" else 0
-        yield Part(code(loss_function(rule, columns)), code=True)
+        yield Part(code(loss_function(rule, flat_columns(lowered, rule))), code=True)
     yield Part(f"  sample: {sample_function(lowered).formula}")

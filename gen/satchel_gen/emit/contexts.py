@@ -14,7 +14,7 @@ from ..calculus.derive import Statement
 from ..calculus.terms import Term
 from ..definitions.model import Categorical, Feature, Layer, Loss, Quantity
 from ..definitions.quantities import PULLBACKS, J, S, n, p, v, y
-from ..lowering.kernels import KernelRule, layer_kernels, loss_kernels
+from ..lowering.kernels import KernelRule, flat_columns, kernel_name, layer_kernels, loss_kernels
 from ..lowering.losses import LoweredLoss
 from ..lowering.plan import Axes, plan
 from ..lowering.programs import Program
@@ -118,6 +118,17 @@ class Dispatcher:
     otherwise: str
 
 
+@dataclass(frozen=True)
+class Flattened:
+    """A Triton rule whose result has its leading axes flattened."""
+
+    name: str
+    formula: str
+    signature: str
+    call: str
+    axes: int
+
+
 def snake(name: str) -> str:
     """CrossEntropyLoss → cross_entropy_loss."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
@@ -177,7 +188,7 @@ def loss_context(lowered: LoweredLoss) -> LossContext:
     functions: list[Function] = []
     rules: dict[str, RuleContext | None] = {}
     for rule in lowered.rules:
-        columns = len(lowered.columns) if rule.name == "exact_factor" else 0
+        columns = flat_columns(lowered, rule)
         functions.append(loss_function(rule, columns))
         rules[rule.name] = RuleContext(rule.name, tuple(str(t.base) for t in rule.operands), rule.name)
         if columns:
@@ -226,8 +237,20 @@ def layer_programs(lowered: LoweredLayer) -> tuple[list[Program], list[Dispatche
     return programs, dispatchers
 
 
-def loss_programs(lowered: LoweredLoss) -> list[Program]:
-    return loss_kernels(lowered)
+def loss_programs(lowered: LoweredLoss) -> tuple[list[Program], list[Flattened]]:
+    """The kernels of a loss and the functions that number columns over several axes by one."""
+    flattened = [
+        Flattened(
+            name=rule.name,
+            formula=f"{rule.name}, columns numbered by one axis.",
+            signature=", ".join(f"{t.base}: Tensor" for t in (*rule.explicit, *rule.operands)),
+            call=f"{kernel_name(lowered, rule)}({', '.join(str(t.base) for t in (*rule.explicit, *rule.operands))})",
+            axes=flat_columns(lowered, rule),
+        )
+        for rule in lowered.rules
+        if flat_columns(lowered, rule) > 1
+    ]
+    return loss_kernels(lowered), flattened
 
 
 def _dispatcher(kernel: KernelRule) -> Dispatcher:

@@ -59,7 +59,7 @@ def _layer_files(layer: Layer) -> dict[str, str]:
     programs, dispatchers = contexts.layer_programs(lowered)
     if programs:
         code = render_kernels(context.module, context.formula, programs)
-        files[f"kernels/{name}.py"] = header + code + _render("dispatch.jinja", dispatchers=dispatchers)
+        files[f"kernels/{name}.py"] = header + code + _render("dispatch.jinja", dispatchers=dispatchers, flattened=())
     return files
 
 
@@ -67,7 +67,9 @@ def _loss_files(loss: Loss) -> dict[str, str]:
     lowered = lower_loss(loss)
     context = contexts.loss_context(lowered)
     name, header = contexts.module_name(lowered.loss), HEADER.format(source=_source(loss))
-    code = render_kernels(context.module, context.formula, contexts.loss_programs(lowered))
+    programs, flattened = contexts.loss_programs(lowered)
+    code = render_kernels(context.module, context.formula, programs)
+    code += _render("dispatch.jinja", dispatchers=(), flattened=flattened)
     return {f"losses/{name}.py": header + _render("loss.py.jinja", loss=context), f"kernels/{name}.py": header + code}
 
 

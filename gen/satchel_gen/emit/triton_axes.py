@@ -95,7 +95,11 @@ def used(names: Iterable[str], code: Iterable[str]) -> tuple[str, ...]:
 
 
 def decode(
-    index: str, axes: Sequence[Group], sizes: Mapping[Group, str], names: Mapping[Group, str]
+    index: str,
+    axes: Sequence[Group],
+    sizes: Mapping[Group, str],
+    names: Mapping[Group, str],
+    widen: bool = True,
 ) -> dict[Group, str]:
     """Statements that take a flat index over several groups apart, by group: `n = row // R`, `r = row % R`."""
     statements = {}

@@ -143,6 +143,16 @@ def loss_kernels(loss: LoweredLoss) -> list[Program]:
     return [_loss_kernel(loss, rule) for rule in loss.rules]
 
 
+def kernel_name(loss: LoweredLoss, rule: LossRule) -> str:
+    """Columns over several axes are flattened by a function of the rule's own name."""
+    return f"{rule.name}_blocks" if flat_columns(loss, rule) > 1 else rule.name
+
+
+def flat_columns(loss: LoweredLoss, rule: LossRule) -> int:
+    """How many leading axes of a rule together number the columns."""
+    return sum(1 for i in rule.axes if i in loss.columns)
+
+
 def _loss_kernel(loss: LoweredLoss, rule: LossRule) -> Program:
     equal = {i.name: i.name.rstrip("2") for i in rule.axes if i in loss.columns}
     doc = f"{rule.name}[{', '.join(names(rule.axes))}] = {loss_formula(rule)}"
@@ -158,7 +168,7 @@ def _loss_kernel(loss: LoweredLoss, rule: LossRule) -> Program:
     expr = _program_expr(expr, symbols)
     if not stages:
         return Pointwise(
-            name=rule.name, doc=doc, out=names(rule.axes), equal=equal, signature=signature, reads=accesses, expr=expr
+            name=kernel_name(loss, rule), doc=doc, out=names(rule.axes), equal=equal, signature=signature, reads=accesses, expr=expr
         )
     (_, value) = stages[0]
     (row,) = value.over
@@ -167,7 +177,7 @@ def _loss_kernel(loss: LoweredLoss, rule: LossRule) -> Program:
         for s, v in stages
     )
     return Row(
-        name=rule.name, doc=doc, out=names(rule.axes), equal=equal, signature=signature, reads=accesses, row=row.name,
+        name=kernel_name(loss, rule), doc=doc, out=names(rule.axes), equal=equal, signature=signature, reads=accesses, row=row.name,
         stages=reductions, expr=expr,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .errors import BatchAxisLost
 from .evaluate import evaluate
-from .passing import edge_shape, pull
+from .passing import edge_shape, features, pull
 from .plan import Plan, Step
 from .record import Edge, Record
 from .residual import canonical_output
@@ -137,7 +137,8 @@ def _rows_through_layer(step: Step, rows: Mapping[Slot, Tensor], samples: int) -
     passed = {}
     for _, edge in step.inputs:
         columns = block.T.reshape(block.shape[1], *canonical_output(record)[1:])
-        passed[edge] = evaluate(layer.mean_vjp, layer, record.operand, columns).reshape(block.shape[1], -1).T
+        found = evaluate(layer.mean_vjp, layer, record.operand, columns)
+        passed[edge] = found.reshape(block.shape[1], _elements(edge, samples, step)).T
     return passed
 
 
@@ -169,13 +170,15 @@ def _both_through_node(
     """1/N Σ_n J_nᵀ G J_n: once from the right, for the rows of each output; then from the left, with rows that differ by sample."""
     right: dict[Edge, dict[int, Tensor]] = {}  # by input edge and output number: (G J_n)ᵀ [F_in, N, F_out]
     for slot, blocks in outer.items():
-        columns = {other[1]: _for_every_sample(blocks[other], other, samples, step) for other in outer if other in blocks}
+        columns = {
+            other[1]: _for_every_sample(blocks[other], other, samples, step) for other in outer if other in blocks
+        }
         for edge, found in pull(step, columns).items():
             right.setdefault(edge, {})[slot[1]] = _by_sample(found, edge, samples, step).permute(2, 1, 0)
     passed: dict[tuple[Edge, Edge], Tensor] = {}
     edges = list(right)
     for number, edge in enumerate(edges):
-        columns = {n: found.reshape(-1, *edge_shape((step.node, n))) for n, found in right[edge].items()}
+        columns = {n: found.reshape(found.shape[0], *edge_shape((step.node, n))) for n, found in right[edge].items()}
         for other, found in pull(step, columns).items():
             if other in edges[number:]:  # the matrix is symmetric
                 passed[other, edge] = _by_sample(found, other, samples, step).mean(1).T
@@ -185,7 +188,7 @@ def _both_through_node(
 def _for_every_sample(rows: Tensor, slot: Slot, samples: int, step: Step) -> Tensor:
     """[E, F] → [E, *edge], the same for each sample."""
     assert rows.shape[1] == _elements(slot, samples, step)
-    return rows[:, None].expand(-1, samples, -1).reshape(-1, *edge_shape(slot))
+    return rows[:, None].expand(-1, samples, -1).reshape(rows.shape[0], *edge_shape(slot))
 
 
 def _by_sample(columns: Tensor, edge: Edge, samples: int, step: Step) -> Tensor:
@@ -198,17 +201,17 @@ def _elements(edge: Edge, samples: int, step: Step) -> int:
     shape = edge_shape(edge)
     if not shape or shape[0] % max(samples, 1):
         raise BatchAxisLost(step.name, shape, samples)
-    return prod(shape) // max(samples, 1)
+    return features(shape, samples)
 
 
 def needed_bytes(plan: Plan, samples: int, itemsize: int) -> tuple[int, str]:
     """The most that Ḡ and one step's work hold, and the step that holds it."""
-    kept: dict[Edge, int] = {edge: prod(edge_shape(edge)) // max(samples, 1) for edge in plan.start}
+    kept: dict[Edge, int] = {edge: features(edge_shape(edge), samples) for edge in plan.start}
     uses = plan.uses()
     most, where = sum(kept.values()) ** 2, "the loss"
     for step in plan.steps:
         arriving = sum(size for edge, size in kept.items() if edge[0] is step.node and edge[1] >= 0)
-        incoming = {edge: prod(edge_shape(edge)) // max(samples, 1) for _, edge in step.inputs}
+        incoming = {edge: features(edge_shape(edge), samples) for _, edge in step.inputs}
         work = 0 if step.record is not None else 2 * samples * arriving * sum(incoming.values())
         here = (sum(kept.values()) + sum(incoming.values())) ** 2 + work
         if here > most:
@@ -230,6 +233,5 @@ def averaged_quantities(using: Sequence[tuple[Step, str]], averaged: Tensor, nam
 
 def start_of(factor: Tensor, samples: int) -> Tensor:
     """Σ_{v,n} s sᵀ [F, F] of an exact factor [V, *edge]."""
-    elements = prod(factor.shape[1:]) // samples if samples else prod(factor.shape[2:])
-    flat = factor.reshape(factor.shape[0] * samples, elements)
+    flat = factor.reshape(factor.shape[0] * samples, features(factor.shape[1:], samples))
     return torch.mm(flat.T, flat)

@@ -22,6 +22,7 @@ from .fields import Owner
 from .plan import walk
 from .record import Edge, Entry, LossRecord, Mark, Record
 from .rules import Layer, Sizes, registry
+from .survey import first_raised
 from .sweep import at_output
 from .torch_private import (
     accumulator,
@@ -35,15 +36,14 @@ from .torch_private import (
 from .uses import Use, quantities
 
 GRADIENT, INPUT = Source("gradient"), Source("input")
-_ZERO = torch.zeros(())
 
 
 def arrive(entries: Sequence[Entry], gradients: tuple[Tensor | None, ...]) -> None:
     """The backward is about to run a node on which forward passes left `entries`."""
     context = active()
-    if context is not None:
+    if context is not None and any(not isinstance(entry, LossRecord) for entry in entries):
         context.reached = True
-    if context is None or not context.extensions and context.extension_hook is None:
+    if context is None or (not context.extensions and context.extension_hook is None):
         if not keeps_graph():
             _release(entries)
         return
@@ -71,7 +71,6 @@ class Pass:
         self.reductions: set[str] = set()
         self.surveyed: set[Any] = set()
         self.flags: list[curvature.Flag] = []
-        self.covered: set[int] = set()
         self.expected: dict[int, Record] = {}
         self.wanted_cache: dict[int, bool] = {}
         self.parameters: dict[int, Tensor] = {}
@@ -107,6 +106,8 @@ class Pass:
         self.reductions.add(reduction)
         plan = walk([loss.edge], self._wanted)
         self.surveyed |= plan.nodes
+        if len(self.reductions) > 1:
+            self._refuse_table5("of any layer")
         layers = [record.definition for record in plan.records]
         curved = self.demand.features(layers, *CURVATURE)
         with torch.no_grad():
@@ -122,24 +123,33 @@ class Pass:
                 begin = curvature.Start(loss, gradient)
                 curvature.check_plan(plan, self.demand, begin.samples)
                 self.flags += begin.flags(curved)
-                self.covered |= plan.uses().keys()
                 self.context.log(f"{loss.where}: {', '.join(curved)} over {len(plan.steps)} nodes")
                 curvature.run(begin, plan, self.demand, self._accumulate)
 
     def _survey(self, entries: Sequence[Entry]) -> None:
-        """Walk below a node that no walk has met yet."""
+        """Walk below a node that no walk has met yet: one that lies below no extended loss."""
         node = current_node()
-        if node in self.surveyed:
+        if node in self.surveyed or self._known(entries):
             return
         shapes = node_outputs(node)
         start: dict[Edge, Sequence[int]] = {(node, number): shape for number, (shape, _, _) in enumerate(shapes)}
         plan = walk(start, self._wanted)
+        self._refuse_without_loss(
+            [step.record for step in plan.steps if step.record and step.node not in self.surveyed]
+        )
         self.surveyed |= plan.nodes
         marks = [entry for entry in entries if isinstance(entry, Mark)]
         flags = survey.check(plan, self.context, start, None, marks)
         self._one_batch(plan.records)
         self._expect(plan.records)
         self.flags += flags
+
+    def _known(self, entries: Sequence[Entry]) -> bool:
+        """Whether the node is a reshaping layer's that a walk went past."""
+        record = next((entry for entry in entries if isinstance(entry, Record)), None)
+        return (
+            record is not None and not record.parameters and record.edge is not None and record.edge[0] in self.surveyed
+        )
 
     def _one_batch(self, records: Sequence[Record]) -> None:
         for record in records:
@@ -157,7 +167,6 @@ class Pass:
         if not wanted:
             self._hook(record)
             return
-        self._refuse(record, wanted)
         if delta is None:
             parameter = next(iter(wanted.values()))
             delta = torch.zeros(record.output_shape, dtype=parameter.dtype, device=parameter.device)
@@ -170,16 +179,22 @@ class Pass:
                 self.handles.append(accumulator(parameter).register_prehook(complete))
             self.uses[id(parameter)].append(Use(record, name, factor))
 
-    def _refuse(self, record: Record, wanted: dict[str, Tensor]) -> None:
-        layer = record.definition
-        for name, parameter in wanted.items():
-            curved = [e.name for e in self._extensions(layer, name) if any(need.curvature for need in e.needs(layer))]
-            if curved and id(parameter) not in self.covered:
-                raise LossNotExtended(record.where, name, curved, [loss.name for loss in registry().losses])
-            if len(self.reductions) != 1:
-                for extension in self.demand.extensions:
-                    if extension.scaling == "table5":
-                        raise UnitUnknown(name, extension.name)
+    def _refuse_without_loss(self, records: Sequence[Record]) -> None:
+        """This part of the graph lies below no extended loss."""
+        for record in records:
+            layer = record.definition
+            for name in self._wanted_of(record):
+                curved = [
+                    e.name for e in self._extensions(layer, name) if any(need.curvature for need in e.needs(layer))
+                ]
+                if curved:
+                    raise LossNotExtended(record.where, name, curved, [loss.name for loss in registry().losses])
+                self._refuse_table5(name)
+
+    def _refuse_table5(self, name: str) -> None:
+        for extension in self.demand.extensions:
+            if extension.scaling == "table5":
+                raise UnitUnknown(name, extension.name)
 
     # ------------------------------------------------------------------------------------------------- parameters
 
@@ -230,14 +245,9 @@ class Pass:
     def _quantities(
         self, extension: Extension, uses: list[Use], results: dict[tuple[Source, str], Tensor]
     ) -> dict[str, Tensor]:
-        """What the feature asked for, by name. Residuals that never arose are zero."""
-        q: dict[str, Tensor] = {}
-        for need in extension.needs(uses[0].layer):
-            found = results.get((source(extension, need), need.quantity))
-            if found is not None:
-                q[need.quantity] = found
-            elif need.source in ("residual", "diagonal") and uses[0].offers(need.quantity):
-                q[need.quantity] = _ZERO
+        """What the feature asked for, by name; residuals that never arose are absent."""
+        keys = {need.quantity: (source(extension, need), need.quantity) for need in extension.needs(uses[0].layer)}
+        q = {name: results[key] for name, key in keys.items() if key in results}
         return q if torch.is_grad_enabled() else {name: tensor.detach() for name, tensor in q.items()}
 
     def _extensions(self, layer: Layer, name: str) -> list[Extension]:
@@ -281,10 +291,10 @@ class Pass:
         try:
             for key in list(self.uses):
                 self._complete(key, ())
-            for flag, error in self.flags:
-                if flag:
-                    self.owner.take_back()
-                    raise error
+            error = first_raised(self.flags)
+            if error is not None:
+                self.owner.take_back()
+                raise error
             for key, record in self.expected.items():
                 if key not in self.finished:
                     name = next(n for n, parameter in record.trainable().items() if id(parameter) == key)

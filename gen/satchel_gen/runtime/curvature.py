@@ -6,6 +6,7 @@ Nothing has been freed yet below the loss, and no parameter has got a field: wha
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any, TypeAlias
 
@@ -100,8 +101,15 @@ def check_loss(loss: LossRecord, features: list[str]) -> None:
     for option, supported in loss.definition.options.items():
         refuse_option(loss.where, option, loss.options[option], supported, features)
     definition, target = loss.definition, loss.tensor("target")
-    shapes = canonical_shape(definition.input_axes, loss.input_shape), canonical_shape(definition.target_axes, target.shape)
-    if shapes[0] is None or shapes[1] is None or not _agree(definition.input_axes, shapes[0], definition.target_axes, shapes[1]):
+    shapes = (
+        canonical_shape(definition.input_axes, loss.input_shape),
+        canonical_shape(definition.target_axes, target.shape),
+    )
+    if (
+        shapes[0] is None
+        or shapes[1] is None
+        or not _agree(definition.input_axes, shapes[0], definition.target_axes, shapes[1])
+    ):
         reason = f"a target of shape {tuple(target.shape)} does not fit an input of shape {loss.input_shape} with axes"
         raise TargetRefused(loss.where, f"{reason} {definition.input_axes} and {definition.target_axes}")
 
@@ -200,7 +208,7 @@ def _columns(
     size = factor.shape[0] if limit is None else limit // max(per_column, 1)
     for columns in chunks(factor, size):
         gathered = _Gathered(source, demand, shared, accumulate)
-        sweep(plan, {edge: columns}, lambda step, s, gathered=gathered: gathered.visit(step, None, s))
+        sweep(plan, {edge: columns}, partial(gathered.visit, space=None))
         gathered.finish()
 
 
@@ -225,7 +233,7 @@ class _Gathered:
         self.source, self.demand, self.shared, self.accumulate = source, demand, shared, accumulate
         self.waiting: dict[tuple[int, Edge | None], tuple[Tensor, list[Use], tuple[Tensor, ...]]] = {}
 
-    def visit(self, step: Step, space: Edge | None, factor: Tensor, *signs: Tensor) -> None:
+    def visit(self, step: Step, factor: Tensor, *signs: Tensor, space: Edge | None) -> None:
         assert step.record is not None
         for name, parameter in step.parameters.items():
             use = Use(step.record, name, factor)

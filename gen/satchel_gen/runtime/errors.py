@@ -134,15 +134,6 @@ class CheckpointedRegion(SatchelError, NotImplementedError):
         )
 
 
-class InplaceOnView(SatchelError, NotImplementedError):
-    def __init__(self, layer: str) -> None:
-        super().__init__(
-            layer,
-            "it changes a part, or a permutation, of another tensor in place, so its input is not a node of the graph",
-            "Use inplace=False",
-        )
-
-
 class Overwritten(SatchelError, RuntimeError):
     def __init__(self, layer: str, tensor: str) -> None:
         super().__init__(

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
+_ABSENT = object()
+
+
 class Owner:
-    """Hands out fields, each with memory of its own, and can take back those of this pass."""
+    """Hands out fields, each with memory of its own, and can undo those of this pass."""
 
     def __init__(self) -> None:
         self._taken: set[int] = set()
-        self._set: list[tuple[Tensor, str]] = []
+        self._before: list[tuple[Tensor, str, Any]] = []
 
     def lend(self, tensors: Iterable[Tensor]) -> None:
         """Memory that others hold: δ, activations, parameters."""
@@ -21,13 +25,15 @@ class Owner:
 
     def set(self, parameter: Tensor, field: str, value: Tensor | list[Tensor]) -> None:
         owned = [self._own(tensor) for tensor in value] if isinstance(value, list) else self._own(value)
+        self._before.append((parameter, field, getattr(parameter, field, _ABSENT)))
         setattr(parameter, field, owned)
-        self._set.append((parameter, field))
 
-    def take_back(self) -> None:
-        """Remove what was set: a number that turned out to be wrong must not be read."""
-        for parameter, field in self._set:
-            if hasattr(parameter, field):
+    def undo(self) -> None:
+        """Put back what was there: a number that turned out to be wrong must not be read."""
+        for parameter, field, before in reversed(self._before):
+            if before is not _ABSENT:
+                setattr(parameter, field, before)
+            elif hasattr(parameter, field):
                 delattr(parameter, field)
 
     def _own(self, tensor: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,46 +16,41 @@ from torch.autograd.graph import Node
 from .errors import NodeFailed
 from .plan import Step
 from .record import Edge
-from .torch_private import COLUMNWISE, is_python_function, node_outputs
+from .torch_private import COLUMNWISE, is_python_function, leaf_of, node_outputs
 
 
 def pull(step: Step, columns: Mapping[int, Tensor]) -> dict[Edge, Tensor]:
     """Columns [V, *output] by output number → columns [V, *input] by edge."""
-    present = {number: columns[number] for number in columns}
-    count = next(iter(present.values())).shape[0]
-    numbers = tuple(present)
-
-    def one(*column: Tensor) -> tuple[Tensor, ...]:
-        return _call(step, dict(zip(numbers, column, strict=True)))
-
+    count = next(iter(columns.values())).shape[0]
+    columnwise = count <= 1 or step.name in COLUMNWISE
     try:
-        if count == 0 or step.node.name() in COLUMNWISE:
-            passed = _one_by_one(step, present, count)
-        else:
-            passed = _vectorised(one, present, count)
+        passed = _one_by_one(step, columns, count) if columnwise else _all_at_once(step, columns, count)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise NodeFailed(step.node.name()) from error
+        raise NodeFailed(step.name) from error
     return _by_edge(step, passed)
 
 
-def _vectorised(one: Any, present: Mapping[int, Tensor], count: int) -> Sequence[Tensor]:
-    """By vmap; by a loop where an operation has no batching rule."""
+def _all_at_once(step: Step, columns: Mapping[int, Tensor], count: int) -> Sequence[Tensor]:
+    """By vmap; one by one where an operation has no batching rule."""
+
+    def one(*column: Tensor) -> tuple[Tensor, ...]:
+        return _call(step, dict(zip(columns, column, strict=True)))
+
     try:
-        return torch.vmap(one)(*present.values())
+        return torch.vmap(one)(*columns.values())
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError):
-        results = [one(*(columns[v] for columns in present.values())) for v in range(count)]
-        return [torch.stack(parts) for parts in zip(*results, strict=True)]
+        return _one_by_one(step, columns, count)
 
 
-def _one_by_one(step: Step, present: Mapping[int, Tensor], count: int) -> Sequence[Tensor]:
+def _one_by_one(step: Step, columns: Mapping[int, Tensor], count: int) -> Sequence[Tensor]:
     if count == 0:
-        any_factor = next(iter(present.values()))
-        return [any_factor.new_zeros(0, *edge_shape(edge)) for _, edge in step.inputs]
-    results = [_call(step, {number: columns[v] for number, columns in present.items()}) for v in range(count)]
+        like = next(iter(columns.values()))
+        return [like.new_zeros(0, *edge_shape(edge)) for _, edge in step.inputs]
+    results = [_call(step, {number: factor[v] for number, factor in columns.items()}) for v in range(count)]
     return [torch.stack(parts) for parts in zip(*results, strict=True)]
 
 
@@ -103,8 +97,10 @@ def is_linear(step: Step) -> bool:
     """
     with torch.enable_grad():
         outputs = node_outputs(step.node)
-        probes = {n: torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for n, (shape, dtype, device) in
-                  enumerate(outputs)}  # fmt: skip
+        probes = {
+            number: torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
+            for number, (shape, dtype, device) in enumerate(outputs)
+        }
         try:
             results = _call(step, probes)
         except (RuntimeError, ValueError) as error:
@@ -117,7 +113,7 @@ def is_linear(step: Step) -> bool:
         if node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)
+        leaf = leaf_of(node)
         if leaf is not None and id(leaf) not in ours:
             return False
         following = [below for below, _ in node.next_functions if below is not None]
@@ -127,6 +123,6 @@ def is_linear(step: Step) -> bool:
     return True
 
 
-def features(shape: Sequence[int]) -> int:
-    """Elements of one sample."""
-    return prod(shape[1:])
+def features(shape: Sequence[int], samples: int) -> int:
+    """Elements of one sample, where the samples are the outermost axis, alone or joined with others."""
+    return prod(shape) // samples if samples else prod(shape[1:])

@@ -1,4 +1,4 @@
-"""Samples must not mix: found by passing a column that is supported on sample 0.
+"""Samples must not mix: found by passing a column that is supported on a pseudo-random half of them.
 
 Whatever lies between two recorded layers must keep the support; the rules of a layer do by construction, so the probe starts
 afresh, full, at the input of each. The verdicts are tensors, read once when the pass ends.
@@ -41,8 +41,10 @@ def mixing(plan: Plan, start: Mapping[Edge, Sequence[int]], samples: int) -> lis
                     origin[edge] = (*origin.get(edge, ()), *passed_by, step.name)
             continue
         if passed_by:
-            found = columns[step.record.output_nr].reshape(step.record.output_shape)
-            others = found[1:].nan_to_num(nan=0.0)  # 0 · inf says nothing about support
+            found = columns[step.record.output_nr].reshape(samples, -1)
+            others = found.masked_fill(_half(samples, found.device)[:, None], 0).nan_to_num(
+                nan=0.0
+            )  # 0 · inf says nothing
             flags.append(
                 (others.count_nonzero() > 0, SamplesMixed(f"{' → '.join(passed_by)} above {step.record.where}"))
             )
@@ -52,11 +54,18 @@ def mixing(plan: Plan, start: Mapping[Edge, Sequence[int]], samples: int) -> lis
 
 
 def _start(live: dict[Edge, Tensor], edge: Edge, shape: Sequence[int], samples: int) -> None:
-    """Put a column on sample 0, where the first axis is the batch. Not a constant one: a softmax would pass zero."""
+    """Put a column on half of the samples, where the first axis is the batch. Not a constant one: a softmax would pass zero."""
     if not shape or shape[0] != samples:
         return
     node, output_nr = edge
     _, dtype, device = node_outputs(node)[output_nr]
-    column = torch.zeros(samples, prod(shape[1:]), dtype=dtype, device=device)
-    column[0] = torch.linspace(0.5, 1.5, column.shape[1], device=device)
+    row = torch.linspace(0.5, 1.5, prod(shape[1:]), dtype=dtype, device=device)
+    column = _half(samples, device)[:, None] * row
     add(live, {edge: column.reshape(1, *edge_shape(edge))})
+
+
+def _half(samples: int, device: torch.device) -> Tensor:
+    """Which samples are in the support: the first and not the second, others by a multiplicative hash. No flip, shift or other
+    regular permutation keeps the half."""
+    n = torch.arange(samples, device=device)
+    return (n * 2654435761 >> 16) % 2 == 0

@@ -17,7 +17,7 @@ from torch.autograd.graph import Node
 from .axes import canonical
 from .errors import GraphFreed, Overwritten
 from .rules import Layer, Loss
-from .torch_private import version
+from .torch_private import metadata, version
 
 Edge: TypeAlias = tuple[Node, int]
 
@@ -76,7 +76,6 @@ class Record(_Kept):
     parameters: dict[str, weakref.ref[Tensor]] = field(default_factory=dict)
     input_shape: tuple[int, ...] = ()
     output_shape: tuple[int, ...] = ()
-    part_of_view: bool = False
     checkpointed: bool = False
 
     @property
@@ -130,12 +129,12 @@ Entry: TypeAlias = Mark | Record | LossRecord
 
 def entries(node: Node) -> list[Entry]:
     """What the forward pass left on a node; later entries belong to modules further out."""
-    return node.metadata.get(_KEY, [])
+    return metadata(node).get(_KEY, [])
 
 
 def attach(node: Node, entry: Entry) -> bool:
     """Leave `entry` on `node`; whether it is the first."""
-    present = node.metadata.setdefault(_KEY, [])
+    present = metadata(node).setdefault(_KEY, [])
     present.append(entry)
     return len(present) == 1
 

@@ -10,7 +10,7 @@ import torch
 from .axes import canonical_shape
 from .context import backpack
 from .curvature import Flag, refuse_option
-from .errors import BatchAxisLost, CheckpointedRegion, InplaceOnView, UnsupportedModule
+from .errors import BatchAxisLost, CheckpointedRegion, SatchelError, UnsupportedModule
 from .plan import LooseParameter, Plan
 from .probe import mixing
 from .record import Edge, Mark
@@ -30,8 +30,6 @@ def check(
         layer = record.definition
         for option, supported in layer.options.items():
             refuse_option(record.where, option, record.options[option], supported, features)
-        if record.part_of_view:
-            raise InplaceOnView(record.where)
         if record.checkpointed and plan.unknown:
             raise CheckpointedRegion(record.where, features)
         expected = samples if samples is not None else plan.records[0].samples if plan.records[0].output_shape else None
@@ -44,15 +42,20 @@ def check(
             flags = mixing(plan, start, plan.records[0].samples)
     loose = _owned(plan.loose, (*plan.marks, *marks, *plan.records))
     if loose:
-        _raise_if_mixed(flags)  # why a batch normalisation in training mode can have no definition
+        mixed = first_raised(flags)  # why a batch normalisation in training mode can have no definition
+        if mixed is not None:
+            raise mixed
         _refuse_loose(loose, context)
     return flags
 
 
-def _raise_if_mixed(flags: list[Flag]) -> None:
-    for flag, error in flags:
-        if flag:
-            raise error
+def first_raised(flags: Sequence[Flag]) -> SatchelError | None:
+    """The error of the first flag that is true. Reads the device once."""
+    if not flags:
+        return None
+    device = flags[0][0].device
+    raised = torch.stack([flag.reshape(()).to(device) for flag, _ in flags]).tolist()
+    return next((error for (_, error), true in zip(flags, raised, strict=True) if true), None)
 
 
 def _owned(loose: Sequence[LooseParameter], marks: Sequence[Mark]) -> list[tuple[LooseParameter, Mark, str]]:
@@ -73,7 +76,8 @@ def _owned(loose: Sequence[LooseParameter], marks: Sequence[Mark]) -> list[tuple
 def _refuse_loose(loose: list[tuple[LooseParameter, Mark, str]], context: backpack) -> None:
     supported = [layer.name for layer in registry().layers]
     errors = [
-        UnsupportedModule(mark.where, name, one.node.name(), context.demand.names, supported) for one, mark, name in loose
+        UnsupportedModule(mark.where, name, one.node.name(), context.demand.names, supported)
+        for one, mark, name in loose
     ]
     if context.strict:
         raise errors[0]

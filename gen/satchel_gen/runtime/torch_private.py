@@ -51,7 +51,7 @@ def computes_gradient_of(parameter: Tensor) -> bool:
 
 def node_outputs(node: Node) -> Sequence[tuple[tuple[int, ...], torch.dtype, torch.device]]:
     """Shape, dtype and device of each gradient that `node` receives."""
-    return [(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata]  # type: ignore[attr-defined]
+    return [(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata]
 
 
 def version(tensor: Tensor) -> int:
@@ -82,6 +82,16 @@ def is_python_function(node: Node) -> bool:
 
 def is_reentrant_checkpoint(node: Node) -> bool:
     return node.name() == "CheckpointFunctionBackward"
+
+
+def metadata(node: Node) -> dict[str, Any]:
+    """A dictionary that lives as long as the node."""
+    return node.metadata  # type: ignore[return-value]
+
+
+def leaf_of(node: Node) -> Tensor | None:
+    """The leaf whose gradient the node accumulates, if it is such a node."""
+    return getattr(node, "variable", None)
 
 
 def is_accumulator(node: Node) -> bool:

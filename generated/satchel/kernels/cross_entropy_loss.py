@@ -29,11 +29,11 @@ def gradient_kernel(
     BLOCK_ROW: tl.constexpr,
 ):
     """gradient[n, k, r] = probabilities[n, k, r] − [k = target[n, r]]"""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
+    row = tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
     lane = tl.arange(0, BLOCK_K)[:, None]
     row_inside = row < rows
-    n = row // R
-    r = row % R
+    n = tl.cast(row // R, tl.int64)
+    r = tl.cast(row % R, tl.int64)
     target = tl.load(target_ptr + row, mask=row_inside, other=0)
     lse_max = tl.full((1, BLOCK_ROW), float("-inf"), dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
@@ -84,7 +84,7 @@ def gradient(input: Tensor, target: Tensor) -> Tensor:
 
 
 @triton.jit
-def exact_factor_kernel(
+def exact_factor_blocks_kernel(
     input_ptr,
     out_ptr,
     columns,
@@ -97,11 +97,11 @@ def exact_factor_kernel(
     BLOCK_ROW: tl.constexpr,
 ):
     """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r]"""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
+    row = tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
     lane = tl.arange(0, BLOCK_K)[:, None]
     row_inside = row < rows
-    n = row // R
-    r = row % R
+    n = tl.cast(row // R, tl.int64)
+    r = tl.cast(row % R, tl.int64)
     lse_max = tl.full((1, BLOCK_ROW), float("-inf"), dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
         k_index = start + lane
@@ -115,9 +115,10 @@ def exact_factor_kernel(
         input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
         lse_sum = lse_sum + tl.sum(tl.where(inside, tl.exp(input - lse_max), 0.0), axis=0, keep_dims=True)
     lse_tail = tl.log(lse_sum)
-    for column in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
-        k2 = column // R
-        r2 = column % R
+    for index in range(tl.program_id(1), columns, tl.num_programs(1)):
+        column = tl.cast(index, tl.int64)
+        k2 = tl.cast(index // R, tl.int64)
+        r2 = tl.cast(index % R, tl.int64)
         input_column = tl.load(input_ptr + n * K * R + k2 * R + r, mask=row_inside, other=0).to(COMPUTE)
         factor = (r2 == r).to(COMPUTE) * tl.exp(0.5 * input_column - 0.5 * lse_max - 0.5 * lse_tail)
         for start in range(0, K, BLOCK_K):
@@ -131,7 +132,7 @@ def exact_factor_kernel(
             )
 
 
-def exact_factor(input: Tensor) -> Tensor:
+def exact_factor_blocks(input: Tensor) -> Tensor:
     """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r]
 
     input [N, K, R] -> [K, R, N, K, R].
@@ -142,7 +143,7 @@ def exact_factor(input: Tensor) -> Tensor:
     columns = K * R
     out = torch.empty((K, R, N, K, R), dtype=input.dtype, device=input.device)
     blocks = triton.cdiv(rows, ROW_LANES)
-    exact_factor_kernel[(blocks, splits(blocks, columns))](
+    exact_factor_blocks_kernel[(blocks, splits(blocks, columns))](
         input,
         out,
         columns,
@@ -173,11 +174,11 @@ def mc_factor_kernel(
     BLOCK_ROW: tl.constexpr,
 ):
     """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) / √(M)"""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
+    row = tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
     lane = tl.arange(0, BLOCK_K)[:, None]
     row_inside = row < rows
-    n = row // R
-    r = row % R
+    n = tl.cast(row // R, tl.int64)
+    r = tl.cast(row % R, tl.int64)
     lse_max = tl.full((1, BLOCK_ROW), float("-inf"), dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
         k_index = start + lane
@@ -232,3 +233,8 @@ def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
         BLOCK_ROW=ROW_LANES,
     )
     return out
+
+
+def exact_factor(input: Tensor) -> Tensor:
+    """exact_factor, columns numbered by one axis."""
+    return exact_factor_blocks(input).flatten(0, 1)

@@ -124,8 +124,8 @@ def weight_sum_of_squares_fused_kernel(
     factor_tile = r[None, :] * O + o[:, None]
     input_tile = r[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
-    for step in range(tl.program_id(0).to(tl.int64), steps, tl.num_programs(0)):
-        n = step % N
+    for index in range(tl.program_id(0), steps, tl.num_programs(0)):
+        n = tl.cast(index % N, tl.int64)
         factor_start = factor_ptr + step * R * O + o_start
         input_start = input_ptr + n * R * I + i_start
         product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
@@ -372,8 +372,8 @@ def weight_signed_sum_of_squares_fused_kernel(
     factor_tile = r[None, :] * O + o[:, None]
     input_tile = r[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
-    for step in range(tl.program_id(0).to(tl.int64), steps, tl.num_programs(0)):
-        n = step % N
+    for index in range(tl.program_id(0), steps, tl.num_programs(0)):
+        n = tl.cast(index % N, tl.int64)
         factor_start = factor_ptr + step * R * O + o_start
         input_start = input_ptr + n * R * I + i_start
         product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)

@@ -40,12 +40,12 @@ def exact_factor(input: Tensor) -> Tensor:
     _, K, R = input.shape
     lse = torch.logsumexp(input, 1)
     probabilities = torch.exp(input - lse[:, None, :])
-    eye = torch.eye(R, dtype=probabilities.dtype, device=probabilities.device)
-    eye2 = torch.eye(K, dtype=probabilities.dtype, device=probabilities.device)
+    eye = torch.eye(K, dtype=probabilities.dtype, device=probabilities.device)
+    eye2 = torch.eye(R, dtype=probabilities.dtype, device=probabilities.device)
     return (
         torch.sqrt(probabilities.permute(1, 0, 2)[:, None, :, None, :])
-        * (eye2[:, None, None, :, None] - probabilities)
-        * eye[:, None, None, :]
+        * (eye[:, None, None, :, None] - probabilities)
+        * eye2[:, None, None, :]
     ).flatten(0, 1)
 
 

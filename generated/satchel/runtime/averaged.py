@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import BatchAxisLost
 from .evaluate import evaluate
-from .passing import edge_shape, pull
+from .passing import edge_shape, features, pull
 from .plan import Plan, Step
 from .record import Edge, Record
 from .residual import canonical_output
@@ -48,12 +48,13 @@ class Joint:
         self._blocks.pop((b, a), None)
         self._blocks[a, b] = block if before is None else before + block
 
-    def pop(self, a: Slot) -> dict[Slot, Tensor]:
-        """Remove a slot; its blocks by the other."""
-        rows = {b: block for b in self.slots if (block := self.get(a, b)) is not None}
+    def rows(self, a: Slot) -> dict[Slot, Tensor]:
+        """The blocks of a slot, by the other."""
+        return {b: block for b in self.slots if (block := self.get(a, b)) is not None}
+
+    def drop(self, a: Slot) -> None:
         self._blocks = {pair: block for pair, block in self._blocks.items() if a not in pair}
         self.slots.pop(a, None)
-        return rows
 
 
 def sweep_averaged(plan: Plan, start: Edge, averaged: Tensor, samples: int, visit: Visit) -> None:
@@ -67,7 +68,9 @@ def sweep_averaged(plan: Plan, start: Edge, averaged: Tensor, samples: int, visi
             continue
         if step.record is not None:
             _visit(joint, step, step.record, arrived[0], uses, visit)
-        outer = {slot: joint.pop(slot) for slot in arrived}
+        outer = {slot: joint.rows(slot) for slot in arrived}
+        for slot in arrived:
+            joint.drop(slot)
         others = dict.fromkeys(slot for rows in outer.values() for slot in rows if slot not in outer)
         pass_rows = _rows_through_node if step.record is None else _rows_through_layer
         for other in others:
@@ -136,7 +139,8 @@ def _rows_through_layer(step: Step, rows: Mapping[Slot, Tensor], samples: int) -
     passed = {}
     for _, edge in step.inputs:
         columns = block.T.reshape(block.shape[1], *canonical_output(record)[1:])
-        passed[edge] = evaluate(layer.mean_vjp, layer, record.operand, columns).reshape(block.shape[1], -1).T
+        found = evaluate(layer.mean_vjp, layer, record.operand, columns)
+        passed[edge] = found.reshape(block.shape[1], _elements(edge, samples, step)).T
     return passed
 
 
@@ -176,7 +180,7 @@ def _both_through_node(
     passed: dict[tuple[Edge, Edge], Tensor] = {}
     edges = list(right)
     for number, edge in enumerate(edges):
-        columns = {n: found.reshape(-1, *edge_shape((step.node, n))) for n, found in right[edge].items()}
+        columns = {n: found.reshape(found.shape[0], *edge_shape((step.node, n))) for n, found in right[edge].items()}
         for other, found in pull(step, columns).items():
             if other in edges[number:]:  # the matrix is symmetric
                 passed[other, edge] = _by_sample(found, other, samples, step).mean(1).T
@@ -186,7 +190,7 @@ def _both_through_node(
 def _for_every_sample(rows: Tensor, slot: Slot, samples: int, step: Step) -> Tensor:
     """[E, F] → [E, *edge], the same for each sample."""
     assert rows.shape[1] == _elements(slot, samples, step)
-    return rows[:, None].expand(-1, samples, -1).reshape(-1, *edge_shape(slot))
+    return rows[:, None].expand(-1, samples, -1).reshape(rows.shape[0], *edge_shape(slot))
 
 
 def _by_sample(columns: Tensor, edge: Edge, samples: int, step: Step) -> Tensor:
@@ -199,17 +203,17 @@ def _elements(edge: Edge, samples: int, step: Step) -> int:
     shape = edge_shape(edge)
     if not shape or shape[0] % max(samples, 1):
         raise BatchAxisLost(step.name, shape, samples)
-    return prod(shape) // max(samples, 1)
+    return features(shape, samples)
 
 
 def needed_bytes(plan: Plan, samples: int, itemsize: int) -> tuple[int, str]:
     """The most that Ḡ and one step's work hold, and the step that holds it."""
-    kept: dict[Edge, int] = {edge: prod(edge_shape(edge)) // max(samples, 1) for edge in plan.start}
+    kept: dict[Edge, int] = {edge: features(edge_shape(edge), samples) for edge in plan.start}
     uses = plan.uses()
     most, where = sum(kept.values()) ** 2, "the loss"
     for step in plan.steps:
         arriving = sum(size for edge, size in kept.items() if edge[0] is step.node and edge[1] >= 0)
-        incoming = {edge: prod(edge_shape(edge)) // max(samples, 1) for _, edge in step.inputs}
+        incoming = {edge: features(edge_shape(edge), samples) for _, edge in step.inputs}
         work = 0 if step.record is not None else 2 * samples * arriving * sum(incoming.values())
         here = (sum(kept.values()) + sum(incoming.values())) ** 2 + work
         if here > most:
@@ -231,9 +235,5 @@ def averaged_quantities(using: Sequence[tuple[Step, str]], averaged: Tensor, nam
 
 def start_of(factor: Tensor, samples: int) -> Tensor:
     """Σ_{v,n} s sᵀ [F, F] of an exact factor [V, *edge]."""
-    flat = factor.reshape(factor.shape[0] * samples, -1) if factor.numel() else factor.new_zeros(0, _flat(factor))
+    flat = factor.reshape(factor.shape[0] * samples, features(factor.shape[1:], samples))
     return torch.mm(flat.T, flat)
-
-
-def _flat(factor: Tensor) -> int:
-    return prod(factor.shape[2:])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .record import Edge, Mark, Record, entries, layer_record
-from .torch_private import is_accumulator, node_outputs
+from .torch_private import is_accumulator, leaf_of, node_outputs
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,8 @@ def walk(start: Iterable[Edge], wanted: Callable[[Tensor], bool]) -> Plan:
         if record is not None:
             parameters = {name: parameter for name, parameter in record.trainable().items() if wanted(parameter)}
         else:
-            leaves = [
-                edge[0].variable for edge in node.next_functions if edge[0] is not None and is_accumulator(edge[0])
-            ]
-            loose += [LooseParameter(leaf, node) for leaf in leaves if wanted(leaf)]
+            leaves = [leaf_of(below) for below, _ in node.next_functions if below is not None]
+            loose += [LooseParameter(leaf, node) for leaf in leaves if leaf is not None and wanted(leaf)]
         inputs = tuple((position, edge) for position, edge in _inputs(node, record) if edge[0] in steps)
         if inputs or parameters:
             steps[node] = Step(node, record, inputs, parameters)

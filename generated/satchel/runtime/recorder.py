@@ -59,7 +59,11 @@ class Recorder:
             if output.grad_fn is not None:
                 _attach(output.grad_fn, Mark(self.name, reference))
             return
-        node, output_nr, edge, part_of_view = _place(x, output, inplace)
+        if inplace and view_base(output) is not None and _whole_view(output) is None:
+            # A part, or a permutation, of another tensor changes: autograd's CopySlices passes that by its own backward.
+            _attach(_node(output), Mark(self.name, reference))
+            return
+        node, output_nr, edge = _place(x, output, inplace)
         present = {name: module._parameters[name] for name in layer.parameters}  # type: ignore[union-attr]
         parameters = {name: parameter for name, parameter in present.items() if parameter is not None}
         record = Record(
@@ -73,7 +77,6 @@ class Recorder:
             parameters={name: weakref.ref(parameter) for name, parameter in parameters.items()},
             input_shape=tuple(x.shape),
             output_shape=tuple(output.shape),
-            part_of_view=part_of_view,
             checkpointed=inside_checkpoint(),
         )
         record.versions.update({name: version(parameter) for name, parameter in parameters.items()})
@@ -90,8 +93,7 @@ class Recorder:
         _attach(node, record)
 
     def _loss(self, loss: Loss, reference: weakref.ref[nn.Module], x: Tensor, target: Tensor, output: Tensor) -> None:
-        node, module = output.grad_fn, reference()
-        assert node is not None
+        node, module = _node(output), reference()
         record = LossRecord(
             name=self.name,
             module=reference,
@@ -150,22 +152,27 @@ def _edge(x: Tensor) -> Edge | None:
     return edge.node, edge.output_nr
 
 
-def _place(x: Tensor, output: Tensor, inplace: bool) -> tuple[Node, int, Edge | None, bool]:
-    """The node that receives the output's gradient, the edge to the input, and whether the output is only a part of the node's.
+def _place(x: Tensor, output: Tensor, inplace: bool) -> tuple[Node, int, Edge | None]:
+    """The node that receives the output's gradient, and the edge to the input.
 
     An in-place operation on a view makes autograd rebuild the view's node above the node of its base. So where the output is
-    all of a base, the base's node is taken: it stays in the graph.
+    all of a base that is not the input's, or was changed in place, the base's node is taken: it stays in the graph.
     """
-    base, holder, part_of_view = view_base(output), output, False
+    holder = output
+    base = _whole_view(output)
     if base is not None and (inplace or (base is not x and base is not view_base(x))):
-        whole = _whole_view(output)
-        holder, part_of_view = (output, inplace) if whole is None else (whole, False)
-    node = holder.grad_fn
-    assert node is not None
+        holder = base
+    node = _node(holder)
     if not inplace:
-        return node, holder.output_nr, _edge(x), part_of_view
+        return node, holder.output_nr, _edge(x)
     before, output_nr = node.next_functions[0]
-    return node, holder.output_nr, None if before is None else (before, output_nr), part_of_view
+    return node, holder.output_nr, None if before is None else (before, output_nr)
+
+
+def _node(tensor: Tensor) -> Node:
+    node = tensor.grad_fn
+    assert node is not None
+    return node
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,10 +19,17 @@ from torch.autograd.graph import Node
 
 from .axes import canonical_shape, starred
 from .evaluate import evaluate
-from .passing import pull
+from .passing import features, pull
 from .plan import Plan, Step
 from .record import Edge, Record
 from .sweep import at_edge, at_output, through
+
+
+class VisitColumns(Protocol):
+    def __call__(self, step: Step, factor: Tensor, *signs: Tensor, space: Edge | None) -> None: ...
+
+
+VisitDiagonal: TypeAlias = Callable[[Step, Tensor], None]
 
 
 @dataclass
@@ -43,12 +51,12 @@ def sweep_residual(
     plan: Plan,
     start: Mapping[Edge, Tensor],
     samples: int,
-    visit_columns: Callable[[Step, Edge, Tensor, Tensor], None],
-    visit_diagonal: Callable[[Step, Tensor], None],
+    visit_columns: VisitColumns,
+    visit_diagonal: VisitDiagonal,
 ) -> None:
     """Pass δ [*edge] from the edges of `start`.
 
-    `visit_columns` gets each layer with wanted parameters, the column space, its columns [V, *output] and signs [V, N];
+    `visit_columns` gets each layer with wanted parameters, columns [V, *output], their signs [V, N] and space;
     `visit_diagonal` the diagonal [*output]; all canonical.
     """
     enough = diagonal_is_enough(plan)
@@ -72,8 +80,8 @@ def _through_layer(
     record: Record,
     curvature: Curvature,
     enough: Mapping[Edge, bool],
-    visit_columns: Callable[[Step, Edge, Tensor, Tensor], None],
-    visit_diagonal: Callable[[Step, Tensor], None],
+    visit_columns: VisitColumns,
+    visit_diagonal: VisitDiagonal,
 ) -> dict[Edge, Curvature]:
     layer = record.definition
     delta = at_output(record, curvature.delta, lead=0)
@@ -81,7 +89,7 @@ def _through_layer(
     columns = {space: (at_output(record, s, lead=1), signs) for space, (s, signs) in curvature.columns.items()}
     if step.parameters:
         for space, (factor, signs) in columns.items():
-            visit_columns(step, space, factor, signs)
+            visit_columns(step, factor, signs, space=space)
         if diagonal is not None:
             visit_diagonal(step, diagonal)
     passed: dict[Edge, Curvature] = {}
@@ -121,7 +129,7 @@ def _through_node(step: Step, arrived: Mapping[int, Curvature], samples: int) ->
 
 def columns_of(diagonal: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     """d [*shape] → columns √|d| e_j [V, *shape] and their signs [V, N], one column per element of a sample."""
-    flat = diagonal.reshape(samples, diagonal.numel() // max(samples, 1))
+    flat = diagonal.reshape(samples, features(diagonal.shape, samples))
     root = flat.abs().sqrt()
     return torch.diag_embed(root).transpose(0, 1).reshape(flat.shape[1], *diagonal.shape), flat.sign().T
 

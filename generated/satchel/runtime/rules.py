@@ -140,7 +140,8 @@ class Registry:
 
     @cached_property
     def _by_forward(self) -> Mapping[Callable[..., Any], Layer | Loss]:
-        return {definition.module.forward: definition for definition in (*self.layers, *self.losses)}
+        definitions: list[Layer | Loss] = [*self.layers, *self.losses]
+        return {definition.module.forward: definition for definition in definitions}
 
     def definition(self, module: nn.Module) -> Layer | Loss | None:
         """By its forward function: a subclass that computes the same is the same."""

@@ -51,7 +51,9 @@ def quantities(
     """
     names = [name for name in names if all(use.offers(name) for use in uses)]
     found: dict[str, Tensor] = {}
-    if len(uses) > 1 and not _joinable(uses):
+    if len(uses) > 1 and not joinable(uses):
+        if names and any(use.factor is None for use in uses):
+            raise SharedByKinds([use.record.where for use in uses], uses[0].name, names[0])
         found[PER_SAMPLE] = reduce(add, (_one(use, PER_SAMPLE, use.factor, differentiable) for use in uses))
     elif PER_SAMPLE in names:
         found[PER_SAMPLE] = _joined(uses, PER_SAMPLE, (), lead, differentiable)
@@ -61,7 +63,7 @@ def quantities(
             continue
         if PER_SAMPLE in found and name in reductions:
             found[name] = reductions[name](found[PER_SAMPLE], *extra)
-        elif len(uses) == 1 or _joinable(uses):
+        elif len(uses) == 1 or joinable(uses):
             found[name] = _joined(uses, name, extra, lead, differentiable)
         else:
             raise SharedByKinds([use.record.where for use in uses], uses[0].name, name)
@@ -105,7 +107,7 @@ def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.to(wide) for tensor in tensors]
 
 
-def _joinable(uses: Sequence[Use]) -> bool:
+def joinable(uses: Sequence[Use]) -> bool:
     """Whether the uses differ in nothing but their positions."""
     first = uses[0]
     layer = first.layer
