@@ -284,15 +284,11 @@ NETWORKS = (
     ),
     Network(
         "classes_first",
-        lambda: Wired(
-            lambda m, x: m.b(m.act(m.a(x))).permute(0, 2, 1), a=Linear(4, 6), act=ReLU(), b=Linear(6, 3)
-        ),
+        lambda: Wired(lambda m, x: m.b(m.act(m.a(x))).permute(0, 2, 1), a=Linear(4, 6), act=ReLU(), b=Linear(6, 3)),
         (5, 2, 4),
         classes=1,
     ),
-    Network(
-        "positions_are_classes", lambda: Sequential(Linear(4, 6), Tanh(), Linear(6, 3)), (5, 2, 4), classes=1
-    ),
+    Network("positions_are_classes", lambda: Sequential(Linear(4, 6), Tanh(), Linear(6, 3)), (5, 2, 4), classes=1),
     Network(
         "flatten",
         lambda: Sequential(Linear(3, 4), Sigmoid(), Flatten(), Linear(8, 6), ReLU(), Identity(), Linear(6, 5)),

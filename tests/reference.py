@@ -248,7 +248,9 @@ class KFRARecursion(fx.Interpreter):
         self.env = before
         flat = [t for a in arguments for t in tree_leaves(leaves[a])]
         dense = iter([own_sample(d.reshape(*value.shape, *d.shape[1:])) for d in jacobian(value, flat)])
-        return {a: torch.cat([next(dense).flatten(2) for _ in tree_leaves(leaves[a])], 2) for a in arguments}
+        return {
+            a: torch.cat([next(dense).reshape(*value.shape, -1) for _ in tree_leaves(leaves[a])], 2) for a in arguments
+        }
 
     def run_backward(self, seed: Tensor) -> tuple[list[nn.Linear], dict[tuple[int, int], Tensor]]:
         """seed: Σ_n H_n over the outputs [F, F] → the calls of Linear in forward order, and Ḡ between their outputs."""

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from conftest import DEFINITIONS, FEATURES, LOSSES, Agree, Pass, is_defined, is_sampled
+from conftest import DEFINITIONS, FEATURES, LOSSES, Agree, Pass, as_list, is_defined, is_sampled
 from networks import NETWORKS, Case, Network
 from satchel import backpack, extend, extensions
 from satchel.registry import REGISTRY
@@ -217,6 +217,37 @@ def test_shapes(
 
     case = Case(Network("drawn", build, (batch, *extra, widths[0])), loss, reduction)
     agree(Pass(case, torch.float64, "aten", feature()).fields(feature), expected(case, feature))
+
+
+@by_name("relu", "sequence", "skip", "siamese")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("feature", EXACT)
+def test_low_precision(
+    network: Network, loss: Any, dtype: torch.dtype, backend: str, feature: Any, agree: Agree
+) -> None:
+    """Sums are accumulated in float32 or wider; what is left is the rounding of the network's own activations."""
+    case = Case(Network("rounded", lambda: network.model().to(dtype).float(), network.shape), loss, "mean")
+    done = Pass(case, dtype, backend, feature())
+    wide = {p: widened(value) for p, value in done.fields(feature).items()}
+    agree(wide, expected(case, feature), tolerance=0.1 if dtype is torch.bfloat16 else 0.02)
+
+
+def widened(value: Any) -> Any:
+    return [t.float() for t in value] if isinstance(value, list) else value.float()
+
+
+@by_name("sigmoid_tanh", "strided_sequence")
+@pytest.mark.parametrize("feature", EXACT)
+def test_autocast(network: Network, feature: Any, agree: Agree) -> None:
+    case = Case(network, nn.CrossEntropyLoss, "mean")
+    model, loss = extend(network.model()), extend(case.criterion())
+    with backpack(feature()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = loss(case.arranged(model(network.input())), case.target())
+        value.backward()
+    fields = {name: getattr(p, feature.field) for name, p in model.named_parameters()}
+    assert all(t.dtype == torch.float32 for value in fields.values() for t in as_list(value))
+    agree(fields, expected(case, feature), tolerance=0.1)
 
 
 def test_dtype_and_ownership_of_fields(feature: Any, dtype: torch.dtype) -> None:

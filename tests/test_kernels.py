@@ -102,8 +102,8 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
 SHAPES = {
     "odd": {"v": 3, "m": 2, "n": 5, "r": 7, "o": 13, "i": 11, "j": 9, "c": 3, "k": 6},
     "one": {"v": 1, "m": 1, "n": 1, "r": 1, "o": 1, "i": 1, "j": 1, "c": 1, "k": 1},
-    "single": {"v": 2, "m": 3, "n": 1, "r": 18, "o": 1, "i": 70, "j": 1030, "c": 2, "k": 37},
-    "large": {"v": 2, "m": 2, "n": 10, "r": 66, "o": 130, "i": 65, "j": 4, "c": 5, "k": 10},
+    "single": {"v": 2, "m": 3, "n": 1, "r": 3, "o": 1, "i": 70, "j": 1030, "c": 2, "k": 37},
+    "large": {"v": 2, "m": 2, "n": 3, "r": 66, "o": 130, "i": 65, "j": 4, "c": 5, "k": 2},
 }
 
 
@@ -195,7 +195,7 @@ EXPRESSIONS: dict[str, tuple[sympy.Expr, Callable[..., object]]] = {
     "either": (Piecewise((0, (x < -1) | (x > 1)), (1, True)), lambda z: 0 if z < -1 or z > 1 else 1),
     "guarded": (Piecewise((x * log(x), x > 0), (0, True)), lambda z: z * mpmath.log(z) if z > 0 else 0),
     "clamped": (sympy.Max(sympy.Min(x, 3), -2), lambda z: max(min(z, 3), -2)),
-    "shared": (Abs(tanh(x)) + tanh(x) ** 2 + tanh(x) ** 4, lambda z: sum(abs(mpmath.tanh(z)) ** k for k in (1, 2, 4))),
+    "shared": ((3 + tanh(x)) / (3 + tanh(x) ** 2), lambda z: (3 + mpmath.tanh(z)) / (3 + mpmath.tanh(z) ** 2)),
 }  # fmt: skip
 POINTS = [
     0.0,

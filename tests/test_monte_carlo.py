@@ -32,7 +32,7 @@ def outcomes(case: Case) -> list[tuple[Tensor, Tensor]]:
     output = case.reference().outputs[0].detach()
     f = case.arranged(output)
     N, C, *positions = f.shape
-    scale = case.unit() / N / math.prod(positions) if case.reduction == "mean" else 1.0
+    scale = 1 / (N * math.prod(positions)) if case.reduction == "mean" else 1.0
     log_p = f.log_softmax(1)
     found = []
     for choice in itertools.product(range(C), repeat=math.prod(positions)):

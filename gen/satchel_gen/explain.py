@@ -31,7 +31,8 @@ class Part:
 
 def explain(definitions: Definitions, name: str, feature_name: str = "") -> Iterator[Part]:
     """Headings, formulas and code, in the order in which they follow from each other. Raises DefinitionError for unknown names."""
-    known: dict[str, Layer | Loss] = {d.name: d for d in (*definitions.layers, *definitions.losses)}
+    known: dict[str, Layer | Loss] = {layer.name: layer for layer in definitions.layers}
+    known |= {loss.name: loss for loss in definitions.losses}
     features = {f.name: f for f in definitions.features}
     if name not in known:
         raise DefinitionError(f"no layer or loss {name!r}; defined are {', '.join(known)}")

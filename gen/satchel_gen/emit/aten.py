@@ -215,9 +215,9 @@ class Body:
             text = self(child) if whole else self._operand(child)
             names[read] = self._aligned(text, child.axes, node.axes)
             like = self(child) if names[read] == like else like
-        for equal in node.expr.atoms(Equal):
+        for equal in sorted(node.expr.atoms(Equal), key=str):
             names[equal] = self._equal(equal, node.axes, like, names)
-        for e in node.expr.atoms(Extent):
+        for e in sorted(node.expr.atoms(Extent), key=str):
             names[e] = self.scalar(e)
         return AtenPrinter(names, like).doprint(node.expr)
 

@@ -1,13 +1,16 @@
 """Ahead-of-time compilation of emitted Triton kernels without a GPU, and what the compiled code uses.
 
-`table(compile_all(jobs(path)))` is a table for one emitted module. The process must not have TRITON_INTERPRET set: it turns
-kernels into interpreted functions when they are imported.
+`measure` runs in a process of its own: TRITON_INTERPRET, which tests set, changes Triton for good where it is imported.
+A table for one emitted module: `python -m satchel_gen.emit.compile generated/satchel/kernels/linear.py`.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
+import functools
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -15,49 +18,59 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
-TARGETS = {
+TARGETS: Mapping[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-DTYPES = ("float32", "tf32", "bfloat16", "float64")
-POINTERS = {"float32": "*fp32", "tf32": "*fp32", "bfloat16": "*bf16", "float64": "*fp64"}
+#: What a kernel is compiled for: the dtype of its operands, and TF32 products of float32.
+DTYPES: Mapping[str, str] = {"float32": "*fp32", "tf32": "*fp32", "bfloat16": "*bf16", "float64": "*fp64"}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the compiled code of a kernel uses: registers per thread, bytes of shared memory, spilling instructions."""
+
+    kernel: str
+    target: str
+    dtype: str
+    tiles: str
+    registers: int
+    shared: int
+    spills: int
 
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel in one configuration for one target; kernels go by name, because they do not pickle."""
+    """A kernel in its default configuration for one target; it goes by name, because kernels do not pickle."""
 
     path: Path
     kernel: str
     target: str
     dtype: str
-    configuration: int = 0
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What the compiled code of one job uses: registers per thread, bytes of shared memory, spilled registers."""
-
-    kernel: str
-    target: str
-    dtype: str
-    blocks: str
-    registers: int
-    shared: int
-    spills: int
+def measure(path: Path, targets: Iterable[str] = tuple(TARGETS), dtypes: Iterable[str] = tuple(DTYPES)) -> list[Usage]:
+    """Compiles every kernel of an emitted module; results in TRITON_CACHE_DIR are reused."""
+    command = [sys.executable, "-m", __name__, str(path), "--json"]
+    command += ["--targets", *targets, "--dtypes", *dtypes]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{path.name} does not compile for {', '.join(targets)}:\n{done.stderr}")
+    return [Usage(**usage) for usage in json.loads(done.stdout)]
 
 
 def kernel_names(path: Path) -> list[str]:
@@ -65,73 +78,88 @@ def kernel_names(path: Path) -> list[str]:
     return re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
 
 
-def jobs(path: Path, targets: Iterable[str] = TARGETS, dtypes: Iterable[str] = DTYPES) -> list[Job]:
-    """Every kernel in its default configuration."""
-    return [Job(path, kernel, target, dtype) for kernel in kernel_names(path) for target in targets for dtype in dtypes]
+def table(usages: Iterable[Usage]) -> str:
+    """The usages as a Markdown table."""
+    head = "| kernel | target | dtype | tiles | registers | shared | spills |\n|---|---|---|---|---:|---:|---:|"
+    rows = ["| " + " | ".join(str(value) for value in asdict(usage).values()) + " |" for usage in usages]
+    return "\n".join([head, *rows])
 
 
-def compile_all(work: Sequence[Job], workers: int = 2) -> list[Usage]:
-    """Compiles the jobs in forked processes; the results lie in TRITON_CACHE_DIR and are reused from there."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET=1; unset it and start again")
+def show(package: Path, console: Console) -> None:
+    """Prints what every kernel of an emitted package uses."""
+    paths = [path for path in sorted((package / "kernels").glob("*.py")) if kernel_names(path)]
+    columns = Table("module", *(column.name for column in fields(Usage)))
+    for path in track(paths, description="compiling", console=console):
+        for usage in measure(path):
+            columns.add_row(path.stem, *(str(value) for value in asdict(usage).values()))
+    console.print(columns)
+
+
+def compile_all(jobs: Sequence[Job], workers: int = 2) -> list[Usage]:
+    """Compiles the jobs in forked processes."""
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        return list(pool.map(compile_one, work, chunksize=8))
+        return list(pool.map(compile_one, jobs, chunksize=4))
 
 
 def compile_one(job: Job) -> Usage:
-    """Compiles one kernel and reads its resources from the binary."""
-    kernel, blocks, warps = _configured(getattr(_module(job.path), job.kernel), job.configuration)
-    signature, constants = _signature(kernel, job.dtype, blocks)
+    """Compiles one kernel and reads from the binary what it uses."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, constants, warps = _configured(getattr(_module(job.path), job.kernel), job.dtype)
+    signature = _signature(kernel, job.dtype, constants)
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget(*TARGETS[job.target])
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=target, options={"num_warps": warps})
-    read = _nvidia_usage if target.backend == "cuda" else _amd_usage
-    registers, spills = read(compiled.asm)
-    shown = " ".join(f"{name.removeprefix('BLOCK_').removeprefix('BLOCK')}{size}" for name, size in blocks.items())
-    return Usage(
-        job.kernel, job.target, job.dtype, f"{shown} warps{warps}", registers, compiled.metadata.shared, spills
-    )
+    registers, spills = (_nvidia_usage if target.backend == "cuda" else _amd_usage)(compiled.asm)
+    blocks = [f"{name.removeprefix('BLOCK_')}={size}" for name, size in constants.items() if name.startswith("BLOCK")]
+    tiles = " ".join([*blocks, f"warps={warps}"])
+    return Usage(job.kernel, job.target, job.dtype, tiles, registers, compiled.metadata.shared, spills)
 
 
-_LOADED: dict[Path, ModuleType] = {}
-
-
+@functools.cache
 def _module(path: Path) -> ModuleType:
     """Imports an emitted module inside its package, which may lie anywhere."""
-    if path not in _LOADED:
-        package = path.parents[1]
-        if str(package.parent) not in sys.path:
-            sys.path.insert(0, str(package.parent))
-        _LOADED[path] = importlib.import_module(f"{package.name}.{path.parent.name}.{path.stem}")
-    return _LOADED[path]
+    package = path.resolve().parents[1]
+    sys.path.insert(0, str(package.parent))
+    return importlib.import_module(f"{package.name}.{path.parent.name}.{path.stem}")
 
 
-def _configured(kernel: Any, configuration: int) -> tuple[Any, dict[str, int], int]:
-    """The bare kernel, its block sizes and its warps, from the autotuner and from what the launchers pass."""
-    blocks: dict[str, int] = {}
+def _configured(kernel: Any, dtype: str) -> tuple[Any, dict[str, Any], int]:
+    """The bare kernel, the constants that its launcher or its autotuner passes it, and its warps."""
+    import torch
+    import triton.language as tl
+
+    double = dtype == "float64"
+    constants: dict[str, Any] = {
+        "COMPUTE": tl.float64 if double else tl.float32,
+        "PRECISION": "tf32" if dtype in ("tf32", "bfloat16") else "ieee",
+    }
+    tuned: dict[str, int] = {}
     warps = 4
     if hasattr(kernel, "configs"):
-        config = kernel.configs[configuration]
-        kernel, blocks, warps = kernel.fn, dict(config.kwargs), config.num_warps
+        configs = kernel.configs
+        if kernel.early_config_prune is not None:
+            configs = kernel.early_config_prune(configs, {}, **constants)
+        kernel, tuned, warps = kernel.fn, dict(configs[0].kwargs), configs[0].num_warps
     launch = importlib.import_module(f"{kernel.fn.__module__.rsplit('.', 2)[0]}.runtime.triton_launch")
-    passed = {"BLOCK": launch.POINTWISE_BLOCK, "BLOCK_M": launch.gram_rows(2**20), "BLOCK_LANE": launch.REDUCE_LANES}
+    constants["BLOCK"] = launch.POINTWISE_BLOCK
+    constants["BLOCK_M"] = launch.gram_rows(2**20, torch.float64 if double else torch.float32)
     if "BLOCK_LANE" in kernel.arg_names:
-        passed["BLOCK_ROW"] = launch.REDUCE_ROWS
+        constants |= {"BLOCK_ROW": launch.REDUCE_ROWS, "BLOCK_LANE": launch.REDUCE_LANES}
     else:
-        passed |= {"BLOCK_ROW": launch.ROW_LANES, "BLOCK_K": launch.ROW_STEPS}
-    return kernel, {name: size for name, size in (passed | blocks).items() if name in kernel.arg_names}, warps
+        constants |= {"BLOCK_ROW": launch.ROW_LANES, "BLOCK_K": launch.ROW_STEPS}
+    constants |= tuned
+    return kernel, {name: value for name, value in constants.items() if name in kernel.arg_names}, warps
 
 
-def _signature(kernel: Any, dtype: str, blocks: dict[str, int]) -> tuple[dict[str, str], dict[str, Any]]:
-    wide = "*fp64" if dtype == "float64" else "*fp32"
-    constants: dict[str, Any] = {
-        "COMPUTE": tl.float64 if dtype == "float64" else tl.float32,
-        "PRECISION": "tf32" if dtype in ("tf32", "bfloat16") else "ieee",
-        **blocks,
-    }
+def _signature(kernel: Any, dtype: str, constants: Mapping[str, Any]) -> dict[str, str]:
+    """The type of each argument: sums are written in the accumulation type, and indices are 64-bit integers."""
     integers = _integer_pointers(kernel.src)
-    summed = "BLOCK_LANE" in blocks or "BLOCK_M" in blocks
+    summed = "BLOCK_LANE" in constants or "BLOCK_M" in constants
+    wide = DTYPES["float64" if dtype == "float64" else "float32"]
     signature: dict[str, str] = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -139,23 +167,24 @@ def _signature(kernel: Any, dtype: str, blocks: dict[str, int]) -> tuple[dict[st
         elif name in integers:
             signature[name] = "*i64"
         elif name.endswith("_ptr"):
-            signature[name] = wide if name == "out_ptr" and summed else POINTERS[dtype]
+            signature[name] = wide if name == "out_ptr" and summed else DTYPES[dtype]
         else:
             signature[name] = "i32"
-    return signature, {name: value for name, value in constants.items() if name in signature}
+    return signature
 
 
 def _integer_pointers(source: str) -> set[str]:
     """The pointers that are loaded without a conversion to the accumulation type: those to indices."""
-    loads = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign)]
-    bare = [load for load in loads if isinstance(load, ast.Call) and ast.unparse(load.func) == "tl.load"]
-    return {
-        name.id for load in bare for name in ast.walk(load) if isinstance(name, ast.Name) and name.id.endswith("_ptr")
-    }
+    values = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign)]
+    bare = [value for value in values if isinstance(value, ast.Call) and ast.unparse(value.func) == "tl.load"]
+    names = {name.id for load in bare for name in ast.walk(load) if isinstance(name, ast.Name)}
+    return {name for name in names if name.endswith("_ptr")}
 
 
 def _nvidia_usage(asm: Mapping[str, Any]) -> tuple[int, int]:
     """Registers per thread, and how many instructions move registers to and from local memory."""
+    import triton
+
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(asm["cubin"])
@@ -168,18 +197,27 @@ def _nvidia_usage(asm: Mapping[str, Any]) -> tuple[int, int]:
 
 def _amd_usage(asm: Mapping[str, Any]) -> tuple[int, int]:
     """Vector registers per thread, and spilled registers, as the assembler states them."""
-    count = {
-        name: int(value) for name, value in re.findall(r"\.(vgpr_count|[sv]gpr_spill_count):\s+(\d+)", asm["amdgcn"])
-    }
+    found = re.findall(r"\.(vgpr_count|[sv]gpr_spill_count):\s+(\d+)", asm["amdgcn"])
+    count = {name: int(value) for name, value in found}
     return count["vgpr_count"], count["vgpr_spill_count"] + count["sgpr_spill_count"]
 
 
-def table(usages: Iterable[Usage]) -> str:
-    """The usages as a Markdown table."""
-    rows = [
-        f"| {u.kernel} | {u.target} | {u.dtype} | {u.blocks} | {u.registers} | {u.shared} | {u.spills} |"
-        for u in usages
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Registers, shared memory and spills of emitted Triton kernels.")
+    parser.add_argument("path", type=Path, help="a module of kernels inside its package")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args()
+    jobs = [
+        Job(options.path, kernel, target, dtype)
+        for kernel in kernel_names(options.path)
+        for target in options.targets
+        for dtype in options.dtypes
     ]
-    return "\n".join(
-        ["| kernel | target | dtype | tiles | registers | shared | spills |", "|---|---|---|---|---|---|---|", *rows]
-    )
+    usages = compile_all(jobs)
+    print(json.dumps([asdict(usage) for usage in usages]) if options.json else table(usages))
+
+
+if __name__ == "__main__":
+    main()

@@ -298,7 +298,7 @@ def feature_context(feature: Feature) -> dict[str, Any]:
     """The context of extension.py.jinja."""
     context = _feature_context(feature)
     printed = f"{context['value']} {context['table5']}"
-    context["uses_torch"] = "generator" in feature.options or len(context["summands"]) > 1 or "torch." in printed
+    context["uses_torch"] = "generator" in feature.options or "torch." in printed
     return context
 
 

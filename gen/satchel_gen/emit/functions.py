@@ -12,7 +12,7 @@ from ..calculus.derive import Statement
 from ..calculus.terms import Term, terms
 from ..definitions.model import Loss, Normal
 from ..lowering.losses import LossRule, LoweredLoss
-from ..lowering.plan import Axes, Map, Node, calls, leaf, plan, size
+from ..lowering.plan import Axes, Map, Node, leaf, plan
 from ..lowering.rules import LoweredRule
 from ..lowering.squares import Variant
 from ..notation import Extent, LogSumExp, index_atoms, reads
@@ -25,9 +25,7 @@ class Choice:
     """One program in a choice by cost."""
 
     function: str
-    flops: str
-    elements: str
-    calls: str
+    costs: Mapping[str, str]
     valid: str
 
 
@@ -53,7 +51,7 @@ class Function:
     @property
     def body(self) -> tuple[object, ...]:
         """What makes two functions the same."""
-        return (self.arguments, self.lines, self.result, self.choices, self.block)
+        return (self.arguments, self.lines, self.result, tuple(c.function for c in self.choices), self.block)
 
 
 @dataclass(frozen=True)
@@ -120,8 +118,8 @@ def _program(rule: LoweredRule, variant: Variant) -> Function:
     note = NOTES[variant.name]
     arguments = tuple(rule.arguments)
     if variant.blockwise:
-        block, lines = _block(rule, variant)
-        return Function(name, "", "", arguments, lines, note=note, block=block, entry=False)
+        block, extents = _block(rule, variant)
+        return Function(name, "", "", arguments, extents, note=note, block=block, entry=False)
     body = Body(dict(rule.arguments))
     result = body(variant.tree)
     lines = unpack_extents(body.extents, rule.arguments) + body.lines
@@ -142,15 +140,16 @@ def _block(rule: LoweredRule, variant: Variant) -> tuple[Block, tuple[str, ...]]
 
 
 def _choice(rule: LoweredRule, variant: Variant, body: Body) -> Choice:
-    moved, called = variant.elements, str(variant.calls)
+    called = str(variant.calls)
     if variant.blockwise:
         assert variant.inner is not None
-        moved = sum((size(axes) for axes in rule.arguments.values()), sympy.Integer(0)) + size(rule.formula.axes)
         each = sympy.Mul(*(Extent(i) for i in variant.inner.axes if i.name not in ("v", "n")))
         v, n = (Extent(i) for name in ("v", "n") for i in variant.inner.axes if i.name == name)
-        called = f"{calls(variant.tree)} * block_count({body.scalar(v)}, {body.scalar(n)}, {body.scalar(each)})"
+        called = f"{variant.calls} * block_count({body.scalar(v)}, {body.scalar(n)}, {body.scalar(each)})"
     valid = " and ".join(f"{body.scalar(Extent(i))} == 1" for i in variant.unit)
-    return Choice(f"{rule.name}_{variant.name}", body.scalar(variant.flops), body.scalar(moved), called, valid)
+    costs = {"flops": variant.flops, "elements": variant.elements, "scratch": variant.scratch, "peak": variant.peak}
+    counted = {name: body.scalar(cost) for name, cost in costs.items() if cost != 0}
+    return Choice(f"{rule.name}_{variant.name}", {**counted, "calls": called}, valid)
 
 
 def loss_function(rule: LossRule, flat_columns: int = 0) -> Function:

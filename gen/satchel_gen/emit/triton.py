@@ -11,21 +11,21 @@ from typing import Any
 import jinja2
 
 from ..lowering.programs import Contraction, Gram, Pointwise, Program, Reduce, Row
-from . import triton_shapes
+from .kernels import contraction, gram, pointwise, reduce, row
 from .triton_expr import STABLE
 
 LAUNCH = (
     "GRAM_TILES", "MATRIX_TILES", "POINTWISE_BLOCK", "REDUCE_LANES", "REDUCE_ROWS", "ROW_LANES", "ROW_STEPS",
-    "accumulator", "check_strides", "gram_rows", "precision", "splits", "triton_type",
+    "accumulator", "check_strides", "fitting", "gram_rows", "precision", "splits", "triton_type",
 )  # fmt: skip
 
 Builder = Callable[[str, Any], dict[str, Any]]
 SHAPES: Mapping[type[Program], tuple[str, Builder]] = {
-    Pointwise: ("pointwise", triton_shapes.pointwise),
-    Contraction: ("contraction", triton_shapes.contraction),
-    Gram: ("gram", triton_shapes.gram),
-    Reduce: ("reduce", triton_shapes.reduce),
-    Row: ("row", triton_shapes.row),
+    Pointwise: ("pointwise", pointwise.pointwise),
+    Contraction: ("contraction", contraction.contraction),
+    Gram: ("gram", gram.gram),
+    Reduce: ("reduce", reduce.reduce),
+    Row: ("row", row.row),
 }
 
 

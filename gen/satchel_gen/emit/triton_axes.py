@@ -11,7 +11,7 @@ from ..lowering.programs import Axes, Program, Read
 Group = tuple[str, ...]
 
 
-def chains(tensors: Sequence[Axes], role: Mapping[str, object]) -> list[Group]:
+def chains(tensors: Sequence[Axes], role: Mapping[str, str]) -> list[Group]:
     """Axes of one role that are adjacent, in one order, in every tensor that has any of them: walked as one axis."""
     order = list(dict.fromkeys(axis for axes in tensors for axis in axes))
     groups: list[Group] = []
@@ -101,7 +101,10 @@ def decode(
     names: Mapping[Group, str],
     widen: bool = True,
 ) -> dict[Group, str]:
-    """Statements that take a flat index over several groups apart, by group: `n = row // R`, `r = row % R`."""
+    """Statements that take a flat index over several groups apart, by group: `n = row // R`, `r = row % R`.
+
+    A 64-bit division is a function call on GPUs: 32-bit indices are divided first and widened afterwards.
+    """
     statements = {}
     for position, group in enumerate(axes):
         after = [sizes[g] for g in axes[position + 1 :]]

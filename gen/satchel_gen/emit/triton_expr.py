@@ -94,7 +94,7 @@ class TritonPrinter(Printer):
             dyadic = (int(expr.q) & (int(expr.q) - 1)) == 0
             return PRECEDENCE["Add"] if expr < 0 else PRECEDENCE["Atom"] if dyadic else PRECEDENCE["Mul"]
         if isinstance(expr, sympy.Pow):
-            return PRECEDENCE["Atom"] if expr.exp == sympy.Rational(1, 2) else PRECEDENCE["Mul"]
+            return PRECEDENCE["Atom"] if abs(expr.exp) == sympy.Rational(1, 2) else PRECEDENCE["Mul"]
         return int(precedence(expr))
 
     def emptyPrinter(self, expr: object) -> str:
@@ -157,6 +157,7 @@ class TritonPrinter(Printer):
                 not isinstance(factor, sympy.Function)
                 and exponent.is_Rational
                 and exponent.is_negative
+                and exponent != -sympy.Rational(1, 2)
                 and not factor.is_number
             ):
                 below.append(self.parenthesize(base**-exponent, PRECEDENCE["Mul"] + 1))
@@ -169,6 +170,8 @@ class TritonPrinter(Printer):
         base, exponent = expr.as_base_exp()
         if expr.is_number:
             return self._print_number(expr)
+        if exponent == -sympy.Rational(1, 2):
+            return f"tl.rsqrt({self._print(base)})"
         if exponent.is_negative:
             return f"1 / {self.parenthesize(base**-exponent, PRECEDENCE['Mul'] + 1)}"
         if exponent == sympy.Rational(1, 2):

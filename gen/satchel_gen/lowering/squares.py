@@ -16,12 +16,12 @@ from sympy import Expr
 from ..calculus.instantiate import Formula
 from ..calculus.terms import Term
 from ..notation import Index, index_atoms, plain_names, reads
-from .plan import Axes, Map, Node, Reduce, calls, elements_moved, flops, plan, size
+from .plan import Axes, Map, Node, Reduce, calls, elements_moved, flops, leaves, plan, size
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One program for a rule. `unit` are axes that must have extent 1; `scratch` counts its largest stored intermediate."""
+    """One program for a rule. `unit` are axes that must have extent 1; `inner` is the product before it is squared."""
 
     name: str
     tree: Node
@@ -35,7 +35,8 @@ class Variant:
 
     @property
     def elements(self) -> Expr:
-        return elements_moved(self.tree)
+        """Elements of the operands and the result."""
+        return sum((size(leaf.stored) for leaf in leaves(self.tree)), size(self.tree.axes))
 
     @property
     def calls(self) -> int:
@@ -43,6 +44,12 @@ class Variant:
 
     @property
     def scratch(self) -> Expr:
+        """Elements moved through intermediates: none where blocks of them stay in cache."""
+        return sympy.Integer(0) if self.blockwise else elements_moved(self.tree) - self.elements
+
+    @property
+    def peak(self) -> Expr:
+        """Elements of the product that is stored whole."""
         return size(self.inner.axes) if self.inner is not None and not self.blockwise else sympy.Integer(0)
 
     @property

@@ -59,7 +59,7 @@ def sweep_averaged(plan: Plan, start: Edge, averaged: Tensor, samples: int, visi
     """Pass Ḡ [F, F] from `start`; `visit` gets each wanted parameter's uses and Ḡ over them, joined along their positions."""
     joint = Joint()
     joint.add(start, start, averaged)
-    uses = plan.uses()
+    uses = plan.uses
     for step in plan.steps:
         arrived = [slot for slot in joint.slots if slot[0] is step.node and slot[1] >= 0]
         if not arrived:
@@ -197,17 +197,17 @@ def _by_sample(columns: Tensor, edge: Edge, samples: int, step: Step) -> Tensor:
 
 
 def _elements(edge: Edge, samples: int, step: Step) -> int:
-    """Elements of one sample; the batch must be the first axis here, as a mean over samples is taken."""
+    """Elements of one sample, of which a mean over samples is taken: the samples must be outermost (`probe` has seen to that)."""
     shape = edge_shape(edge)
-    if not shape or shape[0] % max(samples, 1):
-        raise BatchAxisLost(step.name, shape, samples)
+    if prod(shape) % max(samples, 1):
+        raise BatchAxisLost(step.where, shape, samples)
     return features(shape, samples)
 
 
 def needed_bytes(plan: Plan, samples: int, itemsize: int) -> tuple[int, str]:
     """The most that Ḡ and one step's work hold, and the step that holds it."""
     kept: dict[Edge, int] = {edge: features(edge_shape(edge), samples) for edge in plan.start}
-    uses = plan.uses()
+    uses = plan.uses
     most, where = sum(kept.values()) ** 2, "the loss"
     for step in plan.steps:
         arriving = sum(size for edge, size in kept.items() if edge[0] is step.node and edge[1] >= 0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from math import prod
 
 from torch import Tensor
 
 
-def canonical_shape(axes: Sequence[str], shape: Sequence[int]) -> tuple[int, ...] | None:
+def canonical_shape(axes: tuple[str, ...], shape: Sequence[int]) -> tuple[int, ...] | None:
     """`shape` with the starred axis flattened; None if its rank cannot fit `axes`."""
     star = starred(axes)
     if star is None:
@@ -20,18 +21,19 @@ def canonical_shape(axes: Sequence[str], shape: Sequence[int]) -> tuple[int, ...
     return (*shape[:star], prod(shape[star:stop]), *shape[stop:])
 
 
-def starred(axes: Sequence[str]) -> int | None:
+@cache
+def starred(axes: tuple[str, ...]) -> int | None:
     """Position of the starred axis."""
     return next((position for position, axis in enumerate(axes) if axis.endswith("*")), None)
 
 
-def canonical(tensor: Tensor, axes: Sequence[str], lead: int = 0) -> Tensor:
+def canonical(tensor: Tensor, axes: tuple[str, ...], lead: int = 0) -> Tensor:
     """`tensor` [*lead, *shape] with the starred axis of `shape` flattened; `lead` counts the axes in front that have no name."""
     shape = canonical_shape(axes, tensor.shape[lead:])
     assert shape is not None, f"a tensor of shape {tuple(tensor.shape)} has no axes {axes}"
     return tensor.reshape(*tensor.shape[:lead], *shape)
 
 
-def extents(axes: Sequence[str], shape: Sequence[int]) -> Mapping[str, int]:
+def extents(axes: tuple[str, ...], shape: Sequence[int]) -> Mapping[str, int]:
     """Extent by axis name, without the star, of a canonical shape."""
     return {axis.rstrip("*"): extent for axis, extent in zip(axes, shape, strict=True)}

@@ -60,6 +60,15 @@ class LossNotExtended(SatchelError, RuntimeError):
         )
 
 
+class LossIncomplete(SatchelError, NotImplementedError):
+    def __init__(self, loss: str, features: Iterable[str]) -> None:
+        super().__init__(
+            f"{loss}, {_listed(features)}",
+            "what the loss module got as input receives a gradient from elsewhere, too, whose curvature is unknown",
+            "Use extend() on every loss, and write penalties on outputs as loss modules that have a definition",
+        )
+
+
 class UnitUnknown(SatchelError, RuntimeError):
     def __init__(self, parameter: str, feature: str) -> None:
         super().__init__(
@@ -109,9 +118,10 @@ class UnsupportedOption(SatchelError, NotImplementedError):
 class NonlinearNode(SatchelError, NotImplementedError):
     def __init__(self, node: str, features: Iterable[str]) -> None:
         super().__init__(
-            _listed(features),
-            f"{node} is not linear and has no definition, so its second derivative is unknown",
-            "Use a module that has a definition instead of the functional form, or a GGN feature such as DiagGGNExact",
+            f"{node}, {_listed(features)}",
+            "this operation is not linear and has no definition, so its second derivative is unknown",
+            "Use a module that has a definition instead of the functional form (and inplace=False on a part of a tensor), or a"
+            " GGN feature such as DiagGGNExact",
         )
 
 
@@ -157,10 +167,12 @@ class GraphFreed(SatchelError, RuntimeError):
 
 class BatchAxisLost(SatchelError, ValueError):
     def __init__(self, where: str, shape: Sequence[int], samples: int | None) -> None:
-        expected = "the samples along its first axis" if samples is None else f"{samples} samples along its first axis"
+        expected = (
+            "a batch axis" if samples is None else f"the batch axis of the rest of the network ({samples} samples)"
+        )
         super().__init__(
             where,
-            f"shape {tuple(shape)} does not have {expected}, as the rest of the network has",
+            f"shape {tuple(shape)} does not start with {expected}",
             "Keep the batch as the first axis of every layer; for a loss over positions use [N, C, positions] instead of"
             " flattening them into the batch",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from torch import Tensor
@@ -28,6 +29,12 @@ class Step:
     def name(self) -> str:
         return self.node.name()
 
+    @property
+    def where(self) -> str:
+        """The node and the modules that it belongs to, for errors."""
+        marks = [entry.where for entry in entries(self.node) if type(entry) is Mark]
+        return f"{self.name} ({', '.join(marks)})" if marks else self.name
+
 
 @dataclass(frozen=True)
 class LooseParameter:
@@ -47,15 +54,16 @@ class Plan:
     loose: tuple[LooseParameter, ...]
     marks: tuple[Mark, ...]
 
-    @property
+    @cached_property
     def records(self) -> tuple[Record, ...]:
         return tuple(step.record for step in self.steps if step.record is not None)
 
-    @property
+    @cached_property
     def unknown(self) -> tuple[Step, ...]:
         """The nodes that pass factors by their own backward."""
         return tuple(step for step in self.steps if step.record is None)
 
+    @cached_property
     def uses(self) -> Mapping[int, list[Step]]:
         """The steps that use each wanted parameter, by its id."""
         found: dict[int, list[Step]] = {}

@@ -21,7 +21,7 @@ from .torch_private import metadata, version
 
 Edge: TypeAlias = tuple[Node, int]
 
-_KEY = "satchel"
+_KEY = __name__
 
 
 @dataclass(eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ PROGRAMS = 256  # enough to fill a large GPU about twice
 TILE_ROWS = 128  # no tile has more rows
 POINTWISE_BLOCK = 1024
 REDUCE_ROWS, REDUCE_LANES = 8, 128
-ROW_STEPS, ROW_LANES = 32, 32
+ROW_STEPS, ROW_LANES = 32, 16
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
@@ -50,9 +52,9 @@ def check_strides(*strides: int) -> None:
         )
 
 
-def gram_rows(rows: int) -> int:
+def gram_rows(rows: int, dtype: torch.dtype) -> int:
     """The side of a tile of a Gram matrix: no larger than it must be, no smaller than a tensor core takes."""
-    return min(64, max(16, triton.next_power_of_2(rows)))
+    return min(32 if dtype == torch.float64 else 64, max(16, triton.next_power_of_2(rows)))
 
 
 def tiles(*choices: tuple[dict[str, int], int]) -> list[triton.Config]:
@@ -61,10 +63,16 @@ def tiles(*choices: tuple[dict[str, int], int]) -> list[triton.Config]:
     return configs[:1] if triton.knobs.runtime.interpret else configs
 
 
+def fitting(configs: list[triton.Config], tensors: dict[str, Any], **constants: Any) -> list[triton.Config]:
+    """The matrix tiles whose sums stay in registers: float64 takes twice the room."""
+    most = 1024 if constants["COMPUTE"] == tl.float64 else 4096
+    return [config for config in configs if config.kwargs["BLOCK_M"] * config.kwargs["BLOCK_N"] <= most]
+
+
 MATRIX_TILES = tiles(
     ({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8),
     ({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 8),
-    ({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32}, 4),
-    ({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}, 4),
+    ({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16}, 4),
+    ({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}, 4),
 )
 GRAM_TILES = tiles(({"BLOCK_K": 16}, 8), ({"BLOCK_K": 32}, 8), ({"BLOCK_K": 32}, 4))

@@ -45,7 +45,7 @@ def quantities(
 ) -> dict[str, Tensor]:
     """The quantities `names` of one parameter. `lead` counts the axes in front of the factors' output axes.
 
-    Once the individual pullback is there, what is a reduction of it is computed from it.
+    Uses that cannot be joined give reductions of their summed individual pullbacks.
     """
     names = [name for name in names if all(use.offers(name) for use in uses)]
     found: dict[str, Tensor] = {}
@@ -59,10 +59,11 @@ def quantities(
     for name in names:
         if name in found:
             continue
-        if PER_SAMPLE in found and name in reductions:
-            found[name] = reductions[name](found[PER_SAMPLE], *extra)
-        elif len(uses) == 1 or joinable(uses):
+        if len(uses) == 1 or joinable(uses):
+            # Also where the individual pullback is stored: reading it again costs more than a rule that never forms it.
             found[name] = _joined(uses, name, extra, lead, differentiable)
+        elif PER_SAMPLE in found and name in reductions:
+            found[name] = reductions[name](found[PER_SAMPLE], *extra)
         else:
             raise SharedByKinds([use.record.where for use in uses], uses[0].name, name)
     return {name: found[name] for name in names}
@@ -94,7 +95,7 @@ def _joined(uses: Sequence[Use], name: str, extra: Sequence[Tensor], lead: int, 
     return evaluate(rule, first.layer, operand, *arguments, differentiable=differentiable)
 
 
-def join(tensors: Sequence[Tensor], axes: Sequence[str], lead: int) -> Tensor:
+def join(tensors: Sequence[Tensor], axes: tuple[str, ...], lead: int) -> Tensor:
     """Concatenate canonical tensors along their starred axis."""
     star = starred(axes)
     return tensors[0] if len(tensors) == 1 or star is None else torch.cat(_promoted(tensors), lead + star)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ..runtime.extension import Extension
@@ -40,5 +39,5 @@ class DiagHessian(Extension):
 
     def value(self, q: Mapping[str, Tensor], sizes: Sizes) -> Tensor | list[Tensor]:
         parts = [q[name] for name in ("sum_of_squares", "signed_sum_of_squares", "diagonal_sum") if name in q]
-        value = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        value = sum(parts[1:], parts[0])
         return value * (sizes.u / sizes.N) if self.scaling == "table5" else value

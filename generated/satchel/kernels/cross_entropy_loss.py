@@ -18,15 +18,7 @@ from ..runtime.triton_launch import ROW_LANES, ROW_STEPS, accumulator, splits, t
 
 @triton.jit
 def gradient_kernel(
-    input_ptr,
-    target_ptr,
-    out_ptr,
-    rows,
-    K,
-    R,
-    COMPUTE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_ROW: tl.constexpr,
+    input_ptr, target_ptr, out_ptr, rows, K, R, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROW: tl.constexpr
 ):
     """gradient[n, k, r] = probabilities[n, k, r] − [k = target[n, r]]"""
     row = tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
@@ -85,16 +77,7 @@ def gradient(input: Tensor, target: Tensor) -> Tensor:
 
 @triton.jit
 def exact_factor_blocks_kernel(
-    input_ptr,
-    out_ptr,
-    columns,
-    rows,
-    N,
-    K,
-    R,
-    COMPUTE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_ROW: tl.constexpr,
+    input_ptr, out_ptr, columns, rows, N, K, R, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROW: tl.constexpr
 ):
     """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r]"""
     row = tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
@@ -179,6 +162,7 @@ def mc_factor_kernel(
     row_inside = row < rows
     n = tl.cast(row // R, tl.int64)
     r = tl.cast(row % R, tl.int64)
+    factor = tl.rsqrt(tl.cast(M, COMPUTE))
     lse_max = tl.full((1, BLOCK_ROW), float("-inf"), dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
         k_index = start + lane
@@ -194,7 +178,6 @@ def mc_factor_kernel(
     lse_tail = tl.log(lse_sum)
     for m in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         sampled = tl.load(sampled_ptr + m * N * R + n * R + r, mask=row_inside, other=0)
-        factor = 1 / tl.sqrt(tl.cast(M, COMPUTE))
         for start in range(0, K, BLOCK_K):
             k_index = start + lane
             inside = (k_index < K) & row_inside

@@ -19,6 +19,7 @@ from ..runtime.triton_launch import (
     REDUCE_ROWS,
     accumulator,
     check_strides,
+    fitting,
     gram_rows,
     precision,
     splits,
@@ -26,7 +27,9 @@ from ..runtime.triton_launch import (
 )
 
 
-@triton.autotune(configs=MATRIX_TILES, key=["I", "NR", "COMPUTE", "PRECISION"])
+@triton.autotune(
+    configs=MATRIX_TILES, key=["I", "NR", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
+)
 @triton.jit
 def diagonal_kernel(
     curvature_ptr,
@@ -95,7 +98,9 @@ def diagonal(curvature: Tensor, weight: Tensor) -> Tensor:
     return out[0] if parts == 1 else out.sum(0)
 
 
-@triton.autotune(configs=MATRIX_TILES, key=["O", "I", "COMPUTE", "PRECISION"])
+@triton.autotune(
+    configs=MATRIX_TILES, key=["O", "I", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
+)
 @triton.jit
 def weight_sum_of_squares_fused_kernel(
     factor_ptr,
@@ -125,6 +130,7 @@ def weight_sum_of_squares_fused_kernel(
     input_tile = r[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
     for index in range(tl.program_id(0), steps, tl.num_programs(0)):
+        step = tl.cast(index, tl.int64)
         n = tl.cast(index % N, tl.int64)
         factor_start = factor_ptr + step * R * O + o_start
         input_start = input_ptr + n * R * I + i_start
@@ -158,22 +164,13 @@ def weight_sum_of_squares_fused(factor: Tensor, input: Tensor) -> Tensor:
     out = torch.empty((parts, O, I), dtype=dtype, device=factor.device)
     weight_sum_of_squares_fused_kernel[
         lambda meta: (parts, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
-    ](
-        factor,
-        input,
-        out,
-        N,
-        R,
-        O,
-        I,
-        V * N,
-        COMPUTE=triton_type(dtype),
-        PRECISION=precision(factor, input),
-    )
+    ](factor, input, out, N, R, O, I, V * N, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input))
     return out[0] if parts == 1 else out.sum(0)
 
 
-@triton.autotune(configs=MATRIX_TILES, key=["I", "O", "COMPUTE", "PRECISION"])
+@triton.autotune(
+    configs=MATRIX_TILES, key=["I", "O", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
+)
 @triton.jit
 def weight_sum_of_squares_separated_kernel(
     input_ptr,
@@ -231,16 +228,7 @@ def weight_sum_of_squares_separated(input: Tensor, product: Tensor) -> Tensor:
     out = torch.empty((parts, O, I), dtype=dtype, device=input.device)
     weight_sum_of_squares_separated_kernel[
         lambda meta: (parts, triton.cdiv(I, meta["BLOCK_M"]), triton.cdiv(O, meta["BLOCK_N"]))
-    ](
-        input,
-        product,
-        out,
-        N,
-        I,
-        O,
-        COMPUTE=triton_type(dtype),
-        PRECISION=precision(input, product, squared=True),
-    )
+    ](input, product, out, N, I, O, COMPUTE=triton_type(dtype), PRECISION=precision(input, product, squared=True))
     return out[0] if parts == 1 else out.sum(0)
 
 
@@ -323,26 +311,18 @@ def weight_squared_norm_gram(factor: Tensor, input: Tensor) -> Tensor:
     I = input.shape[2]
     check_strides(O, I)
     dtype = accumulator(factor, input)
-    block = gram_rows(R)
+    block = gram_rows(R, dtype)
     tiles = triton.cdiv(R, block)
     out = torch.zeros((N, tiles, tiles), dtype=dtype, device=factor.device)
     weight_squared_norm_gram_kernel[(N, tiles, tiles)](
-        factor,
-        input,
-        out,
-        N,
-        R,
-        O,
-        I,
-        V,
-        COMPUTE=triton_type(dtype),
-        PRECISION=precision(factor, input),
-        BLOCK_M=block,
+        factor, input, out, N, R, O, I, V, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input), BLOCK_M=block
     )
     return out.sum((-2, -1))
 
 
-@triton.autotune(configs=MATRIX_TILES, key=["O", "I", "COMPUTE", "PRECISION"])
+@triton.autotune(
+    configs=MATRIX_TILES, key=["O", "I", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
+)
 @triton.jit
 def weight_signed_sum_of_squares_fused_kernel(
     factor_ptr,
@@ -373,6 +353,7 @@ def weight_signed_sum_of_squares_fused_kernel(
     input_tile = r[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
     for index in range(tl.program_id(0), steps, tl.num_programs(0)):
+        step = tl.cast(index, tl.int64)
         n = tl.cast(index % N, tl.int64)
         factor_start = factor_ptr + step * R * O + o_start
         input_start = input_ptr + n * R * I + i_start
@@ -407,23 +388,13 @@ def weight_signed_sum_of_squares_fused(factor: Tensor, sign: Tensor, input: Tens
     out = torch.empty((parts, O, I), dtype=dtype, device=factor.device)
     weight_signed_sum_of_squares_fused_kernel[
         lambda meta: (parts, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
-    ](
-        factor,
-        sign,
-        input,
-        out,
-        N,
-        R,
-        O,
-        I,
-        V * N,
-        COMPUTE=triton_type(dtype),
-        PRECISION=precision(factor, input),
-    )
+    ](factor, sign, input, out, N, R, O, I, V * N, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input))
     return out[0] if parts == 1 else out.sum(0)
 
 
-@triton.autotune(configs=MATRIX_TILES, key=["I", "O", "COMPUTE", "PRECISION"])
+@triton.autotune(
+    configs=MATRIX_TILES, key=["I", "O", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
+)
 @triton.jit
 def weight_signed_sum_of_squares_separated_kernel(
     input_ptr,
@@ -481,20 +452,13 @@ def weight_signed_sum_of_squares_separated(input: Tensor, product: Tensor) -> Te
     out = torch.empty((parts, O, I), dtype=dtype, device=input.device)
     weight_signed_sum_of_squares_separated_kernel[
         lambda meta: (parts, triton.cdiv(I, meta["BLOCK_M"]), triton.cdiv(O, meta["BLOCK_N"]))
-    ](
-        input,
-        product,
-        out,
-        N,
-        I,
-        O,
-        COMPUTE=triton_type(dtype),
-        PRECISION=precision(input, product, squared=True),
-    )
+    ](input, product, out, N, I, O, COMPUTE=triton_type(dtype), PRECISION=precision(input, product, squared=True))
     return out[0] if parts == 1 else out.sum(0)
 
 
-@triton.autotune(configs=MATRIX_TILES, key=["I", "O", "COMPUTE", "PRECISION"])
+@triton.autotune(
+    configs=MATRIX_TILES, key=["I", "O", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
+)
 @triton.jit
 def weight_diagonal_sum_kernel(
     curvature_ptr,
@@ -565,14 +529,7 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor) -> Tensor:
 
 @triton.jit
 def bias_sum_of_squares_kernel(
-    factor_ptr,
-    out_ptr,
-    R,
-    O,
-    steps,
-    COMPUTE: tl.constexpr,
-    BLOCK_ROW: tl.constexpr,
-    BLOCK_LANE: tl.constexpr,
+    factor_ptr, out_ptr, R, O, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
 ):
     """bias_sum_of_squares[o] = Σ_{n,v} (Σ_{r} factor[v, n, r, o])²"""
     o = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
@@ -581,11 +538,11 @@ def bias_sum_of_squares_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factor_tile = factor_ptr + step[:, None] * R * O + o[None, :]
+        factortile_offset = factor_ptr + step[:, None] * R * O + o[None, :]
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(R):
-            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factor_tile += O
+            part += tl.load(factortile_offset, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
+            factortile_offset += O
         total += part * part
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * O + o, tl.sum(total, axis=0), mask=o_inside)
 
@@ -603,29 +560,14 @@ def bias_sum_of_squares(factor: Tensor) -> Tensor:
     parts = splits(lanes, triton.cdiv(steps, REDUCE_ROWS))
     out = torch.empty((parts, O), dtype=dtype, device=factor.device)
     bias_sum_of_squares_kernel[(1, lanes, parts)](
-        factor,
-        out,
-        R,
-        O,
-        steps,
-        COMPUTE=triton_type(dtype),
-        BLOCK_ROW=REDUCE_ROWS,
-        BLOCK_LANE=REDUCE_LANES,
+        factor, out, R, O, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
     )
     return out[0] if parts == 1 else out.sum(0)
 
 
 @triton.jit
 def bias_squared_norm_kernel(
-    factor_ptr,
-    out_ptr,
-    N,
-    R,
-    O,
-    steps,
-    COMPUTE: tl.constexpr,
-    BLOCK_ROW: tl.constexpr,
-    BLOCK_LANE: tl.constexpr,
+    factor_ptr, out_ptr, N, R, O, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
 ):
     """bias_squared_norm[n] = Σ_{o,v} (Σ_{r} factor[v, n, r, o])²"""
     n = tl.program_id(0).to(tl.int64)
@@ -635,11 +577,11 @@ def bias_squared_norm_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factor_tile = factor_ptr + step[:, None] * N * R * O + n * R * O + o[None, :]
+        factortile_offset = factor_ptr + step[:, None] * N * R * O + n * R * O + o[None, :]
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(R):
-            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factor_tile += O
+            part += tl.load(factortile_offset, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
+            factortile_offset += O
         total += part * part
     tl.store(
         out_ptr + (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2), tl.sum(total)
@@ -659,30 +601,14 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
     parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
     out = torch.empty((N, lanes, parts), dtype=dtype, device=factor.device)
     bias_squared_norm_kernel[(N, lanes, parts)](
-        factor,
-        out,
-        N,
-        R,
-        O,
-        steps,
-        COMPUTE=triton_type(dtype),
-        BLOCK_ROW=REDUCE_ROWS,
-        BLOCK_LANE=REDUCE_LANES,
+        factor, out, N, R, O, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
     )
     return out.sum((-2, -1))
 
 
 @triton.jit
 def bias_signed_sum_of_squares_kernel(
-    factor_ptr,
-    sign_ptr,
-    out_ptr,
-    R,
-    O,
-    steps,
-    COMPUTE: tl.constexpr,
-    BLOCK_ROW: tl.constexpr,
-    BLOCK_LANE: tl.constexpr,
+    factor_ptr, sign_ptr, out_ptr, R, O, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
 ):
     """bias_signed_sum_of_squares[o] = Σ_{n,v} sign[v, n] (Σ_{r} factor[v, n, r, o])²"""
     o = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
@@ -691,12 +617,12 @@ def bias_signed_sum_of_squares_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factor_tile = factor_ptr + step[:, None] * R * O + o[None, :]
+        factortile_offset = factor_ptr + step[:, None] * R * O + o[None, :]
         weight = tl.load(sign_ptr + step, mask=step_inside, other=0).to(COMPUTE)
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(R):
-            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factor_tile += O
+            part += tl.load(factortile_offset, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
+            factortile_offset += O
         total += weight[:, None] * part * part
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * O + o, tl.sum(total, axis=0), mask=o_inside)
 
@@ -714,15 +640,7 @@ def bias_signed_sum_of_squares(factor: Tensor, sign: Tensor) -> Tensor:
     parts = splits(lanes, triton.cdiv(steps, REDUCE_ROWS))
     out = torch.empty((parts, O), dtype=dtype, device=factor.device)
     bias_signed_sum_of_squares_kernel[(1, lanes, parts)](
-        factor,
-        sign,
-        out,
-        R,
-        O,
-        steps,
-        COMPUTE=triton_type(dtype),
-        BLOCK_ROW=REDUCE_ROWS,
-        BLOCK_LANE=REDUCE_LANES,
+        factor, sign, out, R, O, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
     )
     return out[0] if parts == 1 else out.sum(0)
 

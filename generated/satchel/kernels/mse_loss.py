@@ -37,12 +37,7 @@ def gradient(input: Tensor, target: Tensor) -> Tensor:
     out = torch.empty((N, J), dtype=input.dtype, device=input.device)
     blocks = triton.cdiv(size, POINTWISE_BLOCK)
     gradient_kernel[(blocks, 1)](
-        input,
-        target,
-        out,
-        size,
-        COMPUTE=triton_type(accumulator(input, target)),
-        BLOCK=POINTWISE_BLOCK,
+        input, target, out, size, COMPUTE=triton_type(accumulator(input, target)), BLOCK=POINTWISE_BLOCK
     )
     return out
 
@@ -72,12 +67,7 @@ def exact_factor(input: Tensor) -> Tensor:
     out = torch.empty((J, N, J), dtype=input.dtype, device=input.device)
     blocks = triton.cdiv(size, POINTWISE_BLOCK)
     exact_factor_kernel[(blocks, splits(blocks, columns))](
-        out,
-        columns,
-        size,
-        J,
-        COMPUTE=triton_type(accumulator(input)),
-        BLOCK=POINTWISE_BLOCK,
+        out, columns, size, J, COMPUTE=triton_type(accumulator(input)), BLOCK=POINTWISE_BLOCK
     )
     return out
 
@@ -92,7 +82,7 @@ def mc_factor_kernel(sampled_ptr, input_ptr, out_ptr, columns, size, M, COMPUTE:
     for m in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         base = m * size + start
         sampled = tl.load(sampled_ptr + base + lane, mask=inside, other=0).to(COMPUTE)
-        tl.store(out_ptr + base + lane, (2 * input - 2 * sampled) / tl.sqrt(tl.cast(M, COMPUTE)), mask=inside)
+        tl.store(out_ptr + base + lane, (2 * input - 2 * sampled) * tl.rsqrt(tl.cast(M, COMPUTE)), mask=inside)
 
 
 def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
@@ -107,13 +97,6 @@ def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
     out = torch.empty((M, N, J), dtype=input.dtype, device=input.device)
     blocks = triton.cdiv(size, POINTWISE_BLOCK)
     mc_factor_kernel[(blocks, splits(blocks, columns))](
-        sampled,
-        input,
-        out,
-        columns,
-        size,
-        M,
-        COMPUTE=triton_type(accumulator(sampled, input)),
-        BLOCK=POINTWISE_BLOCK,
+        sampled, input, out, columns, size, M, COMPUTE=triton_type(accumulator(sampled, input)), BLOCK=POINTWISE_BLOCK
     )
     return out

@@ -41,13 +41,7 @@ def vjp(factor: Tensor, output: Tensor) -> Tensor:
     out = torch.empty((V, N, J), dtype=factor.dtype, device=factor.device)
     blocks = triton.cdiv(size, POINTWISE_BLOCK)
     vjp_kernel[(blocks, splits(blocks, columns))](
-        factor,
-        output,
-        out,
-        columns,
-        size,
-        COMPUTE=triton_type(accumulator(factor, output)),
-        BLOCK=POINTWISE_BLOCK,
+        factor, output, out, columns, size, COMPUTE=triton_type(accumulator(factor, output)), BLOCK=POINTWISE_BLOCK
     )
     return out
 
@@ -75,11 +69,6 @@ def diagonal(curvature: Tensor, output: Tensor) -> Tensor:
     out = torch.empty((N, J), dtype=curvature.dtype, device=curvature.device)
     blocks = triton.cdiv(size, POINTWISE_BLOCK)
     diagonal_kernel[(blocks, 1)](
-        curvature,
-        output,
-        out,
-        size,
-        COMPUTE=triton_type(accumulator(curvature, output)),
-        BLOCK=POINTWISE_BLOCK,
+        curvature, output, out, size, COMPUTE=triton_type(accumulator(curvature, output)), BLOCK=POINTWISE_BLOCK
     )
     return out

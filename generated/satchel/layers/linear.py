@@ -104,14 +104,17 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor) -> Tensor:
         Program(
             weight_sum_of_squares_separated,
             flops=I * N + 2 * I * N * O + 2 * N * O * V,
-            elements=I * O + 2 * N * O + 3 * I * N + 3 * N * O * V,
+            elements=I * O + I * N * R + N * O * R * V,
+            scratch=2 * N * O + 3 * I * N - I * N * R + 3 * N * O * V - N * O * R * V,
             calls=4,
             valid=R == 1,
         ),
         Program(
             weight_sum_of_squares_per_sample,
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
-            elements=I * O + I * N * R + N * O * R * V + 4 * I * N * O * V,
+            elements=I * O + I * N * R + N * O * R * V,
+            scratch=4 * I * N * O * V,
+            peak=I * N * O * V,
             calls=3,
         ),
         Program(
@@ -160,14 +163,17 @@ def weight_squared_norm(factor: Tensor, input: Tensor) -> Tensor:
         Program(
             weight_squared_norm_separated,
             flops=N + 2 * I * N + 2 * N * O * V,
-            elements=5 * N + 3 * I * N + 3 * N * O * V,
+            elements=N + I * N * R + N * O * R * V,
+            scratch=4 * N + 3 * I * N - I * N * R + 3 * N * O * V - N * O * R * V,
             calls=5,
             valid=R == 1,
         ),
         Program(
             weight_squared_norm_per_sample,
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
-            elements=N + I * N * R + N * O * R * V + 4 * I * N * O * V,
+            elements=N + I * N * R + N * O * R * V,
+            scratch=4 * I * N * O * V,
+            peak=I * N * O * V,
             calls=3,
         ),
         Program(
@@ -179,7 +185,8 @@ def weight_squared_norm(factor: Tensor, input: Tensor) -> Tensor:
         Program(
             weight_squared_norm_gram,
             flops=2 * N * R**2 + 2 * I * N * R**2 + 2 * N * O * V * R**2,
-            elements=N + 4 * N * R**2 + 2 * I * N * R + 2 * N * O * R * V,
+            elements=N + I * N * R + N * O * R * V,
+            scratch=4 * N * R**2 + I * N * R + N * O * R * V,
             calls=3,
         ),
     )(factor, input)
@@ -222,14 +229,17 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor) ->
         Program(
             weight_signed_sum_of_squares_separated,
             flops=I * N + 2 * I * N * O + 3 * N * O * V,
-            elements=I * O + N * V + 2 * N * O + 3 * I * N + 3 * N * O * V,
+            elements=I * O + N * V + I * N * R + N * O * R * V,
+            scratch=2 * N * O + 3 * I * N - I * N * R + 3 * N * O * V - N * O * R * V,
             calls=4,
             valid=R == 1,
         ),
         Program(
             weight_signed_sum_of_squares_per_sample,
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
-            elements=I * O + N * V + I * N * R + N * O * R * V + 4 * I * N * O * V,
+            elements=I * O + N * V + I * N * R + N * O * R * V,
+            scratch=4 * I * N * O * V,
+            peak=I * N * O * V,
             calls=3,
         ),
         Program(

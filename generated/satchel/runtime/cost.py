@@ -23,18 +23,24 @@ class Machine:
 
 @dataclass(frozen=True)
 class Program:
-    """One way to compute a rule: its floating-point operations, elements moved through memory, and operations called."""
+    """One way to compute a rule: its floating-point operations, the elements of operands and result, and operations called.
+
+    `scratch` elements are moved through intermediates, the largest of which has `peak`: through cache where that fits.
+    """
 
     function: Callable[..., Tensor]
     flops: int
     elements: int
+    scratch: int = 0
+    peak: int = 0
     calls: int = 1
     valid: bool = True
 
     def seconds(self, machine: Machine) -> float:
+        moved = self.elements + (self.scratch if self.peak > machine.cache_elements else 0)
         return (
             self.flops / machine.flops_per_second
-            + self.elements / machine.elements_per_second
+            + moved / machine.elements_per_second
             + self.calls * machine.seconds_per_call
         )
 

@@ -7,7 +7,7 @@ Nothing has been freed yet below the loss, and no parameter has got a field: wha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from typing import Any, TypeAlias
@@ -19,16 +19,17 @@ from .averaged import averaged_quantities, needed_bytes, start_of, sweep_average
 from .axes import canonical_shape, extents
 from .demand import SECOND_ORDER, Demand, Source
 from .errors import (
+    BatchAxisLost,
     MemoryLimit,
     NegativeScale,
     NonlinearNode,
-    SatchelError,
     SequentialReuse,
     SharedByKinds,
     TargetRefused,
     UnsupportedOption,
 )
 from .evaluate import evaluate
+from .flags import Flag, first_raised
 from .passing import is_linear
 from .plan import Plan, Step
 from .record import Edge, LossRecord
@@ -39,7 +40,6 @@ from .uses import Use, joinable, quantities, summed
 
 #: Takes a quantity of a parameter, and the source that it comes from, and adds it to what is there.
 Accumulate: TypeAlias = Callable[[Tensor, Source, dict[str, Tensor]], None]
-Flag: TypeAlias = tuple[Tensor, SatchelError]
 
 RESIDUAL, DIAGONAL, AVERAGED = Source("residual"), Source("diagonal"), Source("averaged")
 
@@ -103,15 +103,13 @@ def check_loss(loss: LossRecord, features: list[str]) -> None:
     for option, supported in loss.definition.options.items():
         refuse_option(loss.where, option, loss.options[option], supported, features)
     definition, target = loss.definition, loss.tensor("target")
-    shapes = (
-        canonical_shape(definition.input_axes, loss.input_shape),
-        canonical_shape(definition.target_axes, target.shape),
+    shape, other = (
+        canonical_shape(axes, shape)
+        for axes, shape in ((definition.input_axes, loss.input_shape), (definition.target_axes, target.shape))
     )
-    if (
-        shapes[0] is None
-        or shapes[1] is None
-        or not _agree(definition.input_axes, shapes[0], definition.target_axes, shapes[1])
-    ):
+    if shape is None:
+        raise BatchAxisLost(loss.where, loss.input_shape, None)
+    if other is None or not _agree(definition.input_axes, shape, definition.target_axes, other):
         reason = f"a target of shape {tuple(target.shape)} does not fit an input of shape {loss.input_shape} with axes"
         raise TargetRefused(loss.where, f"{reason} {definition.input_axes} and {definition.target_axes}")
 
@@ -127,7 +125,7 @@ def refuse_option(where: str, option: str, value: object, supported: tuple[objec
         raise UnsupportedOption(where, option, value, supported, features)
 
 
-def check_plan(plan: Plan, demand: Demand, samples: int) -> None:
+def check_plan(plan: Plan, demand: Demand, samples: int, flags: Sequence[Flag]) -> None:
     """Refuse what second-order features cannot do on this graph."""
     layers = [record.definition for record in plan.records]
     features = demand.features(layers, *SECOND_ORDER)
@@ -135,8 +133,8 @@ def check_plan(plan: Plan, demand: Demand, samples: int) -> None:
     if RESIDUAL in sources or AVERAGED in sources:
         for step in plan.unknown:
             if not is_linear(step):
-                raise NonlinearNode(step.name, features)
-    uses = plan.uses()
+                raise first_raised(flags) or NonlinearNode(step.where, features)  # mixed samples are the deeper reason
+    uses = plan.uses
     shared = {parameter: steps for parameter, steps in uses.items() if len(steps) > 1}
     for parameter, steps in shared.items():
         if RESIDUAL in sources and (use := _in_sequence(plan, steps, parameter)) is not None:
@@ -179,7 +177,7 @@ def uses_of(steps: list[Step], parameter: int) -> list[Use]:
 
 def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> None:
     """All sweeps that start at one loss."""
-    shared = {parameter for parameter, steps in plan.uses().items() if len(steps) > 1}
+    shared = {parameter for parameter, steps in plan.uses.items() if len(steps) > 1}
     sources = demand.sources(record.definition for record in plan.records)
     averaged = AVERAGED in sources
     exact = start.exact() if averaged or Source("exact") in sources else None

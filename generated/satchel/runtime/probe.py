@@ -14,7 +14,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .errors import SamplesMixed, SatchelError
+from .errors import SamplesMixed
+from .flags import Flag
 from .passing import edge_shape, pull
 from .plan import Plan
 from .record import Edge
@@ -22,13 +23,16 @@ from .sweep import add, take
 from .torch_private import node_outputs
 
 
-def mixing(plan: Plan, start: Mapping[Edge, Sequence[int]], samples: int) -> list[tuple[Tensor, SatchelError]]:
-    """Flags that are true where samples mix, each with its error. `start` gives the shapes in which the first axis is the batch."""
+def mixing(plan: Plan, start: Mapping[Edge, Sequence[int]], samples: int, everywhere: bool = False) -> list[Flag]:
+    """Flags that are true where samples mix, each with its error; checked at layers, or `everywhere`.
+
+    `start` gives the shapes in which the first axis is the batch, or the batch joined with positions.
+    """
     if samples < 2 or not plan.unknown:
         return []
     live: dict[Edge, Tensor] = {}
     origin: dict[Edge, tuple[str, ...]] = {}
-    flags: list[tuple[Tensor, SatchelError]] = []
+    flags: list[Flag] = []
     needed = {step.node for step in plan.steps}
     for edge, shape in start.items():
         if edge[0] in needed:
@@ -36,20 +40,15 @@ def mixing(plan: Plan, start: Mapping[Edge, Sequence[int]], samples: int) -> lis
     for step in plan.steps:
         columns = take(live, step)
         passed_by = tuple(dict.fromkeys(name for number in columns for name in origin.get((step.node, number), ())))
+        if passed_by and (everywhere or step.record is not None):
+            above = f"{' → '.join(passed_by)}, above {step.where if step.record is None else step.record.where}"
+            flags += [(_leaves_half(column, samples), SamplesMixed(above)) for column in columns.values()]
         if step.record is None:
             if columns:
                 add(live, pull(step, columns))
                 for _, edge in step.inputs:
                     origin[edge] = (*origin.get(edge, ()), *passed_by, step.name)
             continue
-        if passed_by:
-            found = columns[step.record.output_nr].reshape(samples, -1)
-            others = found.masked_fill(_half(samples, found.device)[:, None], 0).nan_to_num(
-                nan=0.0
-            )  # 0 · inf says nothing
-            flags.append(
-                (others.count_nonzero() > 0, SamplesMixed(f"{' → '.join(passed_by)} above {step.record.where}"))
-            )
         for _, edge in step.inputs:
             _start(live, edge, step.record.input_shape, samples)
     return flags
@@ -57,13 +56,21 @@ def mixing(plan: Plan, start: Mapping[Edge, Sequence[int]], samples: int) -> lis
 
 def _start(live: dict[Edge, Tensor], edge: Edge, shape: Sequence[int], samples: int) -> None:
     """Put a column on half of the samples, where the first axis is the batch. Not a constant one: a softmax would pass zero."""
-    if not shape or shape[0] != samples:
+    if not shape or shape[0] % samples:
         return
     node, output_nr = edge
     _, dtype, device = node_outputs(node)[output_nr]
-    row = torch.linspace(0.5, 1.5, prod(shape[1:]), dtype=dtype, device=device)
+    row = torch.linspace(0.5, 1.5, prod(shape) // samples, dtype=dtype, device=device)
     column = _half(samples, device)[:, None] * row
     add(live, {edge: column.reshape(1, *edge_shape(edge))})
+
+
+def _leaves_half(column: Tensor, samples: int) -> Tensor:
+    """Whether a column is non-zero on another sample than those it started on. Products 0 · inf say nothing."""
+    if column.numel() % samples:
+        return torch.ones((), dtype=torch.bool, device=column.device)
+    rows = column.reshape(samples, -1)
+    return rows.masked_fill(_half(samples, column.device)[:, None], 0).nan_to_num(nan=0.0).count_nonzero() > 0
 
 
 def _half(samples: int, device: torch.device) -> Tensor:

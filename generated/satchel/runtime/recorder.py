@@ -59,9 +59,10 @@ class Recorder:
             if output.grad_fn is not None:
                 _attach(output.grad_fn, Mark(self.name, reference))
             return
-        if inplace and view_base(output) is not None and _whole_view(output) is None:
-            # A part, or a permutation, of another tensor changes: autograd's CopySlices passes that by its own backward.
-            _attach(_node(output), Mark(self.name, reference))
+        base = view_base(output) if inplace else None
+        if base is not None and _whole_view(output) is None:
+            # A part, or a permutation, of another tensor changes: the base's node passes that by its own backward.
+            _attach(_node(base), Mark(self.name, reference))
             return
         node, output_nr, edge = _place(x, output, inplace)
         present = {name: module._parameters[name] for name in layer.parameters}  # type: ignore[union-attr]

@@ -11,8 +11,10 @@ import torch
 
 from .axes import canonical_shape
 from .context import backpack
-from .curvature import Flag, refuse_option
-from .errors import BatchAxisLost, CheckpointedRegion, SatchelError, UnsupportedModule
+from .curvature import AVERAGED, refuse_option
+from .demand import CURVATURE, SECOND_ORDER, Demand
+from .errors import BatchAxisLost, CheckpointedRegion, UnsupportedModule
+from .flags import Flag, first_raised
 from .plan import LooseParameter, Plan
 from .probe import mixing
 from .record import Edge, Mark
@@ -38,10 +40,12 @@ def check(
         for axes, shape in ((layer.input_axes, record.input_shape), (layer.output_axes, record.output_shape)):
             if canonical_shape(axes, shape) is None or not shape or shape[0] != expected:
                 raise BatchAxisLost(record.where, shape, expected)
+    _touch(plan, context.demand)
     flags: list[Flag] = []
     if plan.records:
+        everywhere = AVERAGED in context.demand.sources(record.definition for record in plan.records)
         with torch.no_grad():
-            flags = mixing(plan, start, plan.records[0].samples)
+            flags = mixing(plan, start, plan.records[0].samples, everywhere)
     loose = _owned(plan.loose, (*plan.marks, *marks, *plan.records))
     if loose:
         mixed = first_raised(flags)  # why a batch normalisation in training mode can have no definition
@@ -51,13 +55,22 @@ def check(
     return flags
 
 
-def first_raised(flags: Sequence[Flag]) -> SatchelError | None:
-    """The error of the first flag that is true. Reads the device once."""
-    if not flags:
-        return None
-    device = flags[0][0].device
-    raised = torch.stack([flag.reshape(()).to(device) for flag, _ in flags]).tolist()
-    return next((error for (_, error), true in zip(flags, raised, strict=True) if true), None)
+def _touch(plan: Plan, demand: Demand) -> None:
+    """Refuse a tensor that was overwritten, where a rule will read it."""
+    for step in plan.steps:
+        if step.record is None:
+            continue
+        layer = step.record.definition
+        needed = demand.of(layer)
+        kinds = {source.kind for source in needed}
+        names = {name for quantities in needed.values() for name in quantities}
+        rules = [rule for p in step.parameters for name, rule in layer.parameters[p].items() if name in names]
+        if step.inputs and kinds & set(CURVATURE):
+            rules.append(layer.vjp)
+            if kinds & set(SECOND_ORDER):
+                rules += [layer.diagonal, layer.mean_vjp, layer.sandwich, *([layer.residual] if layer.residual else [])]
+        for operand in {operand for rule in rules for operand in rule.operands}:
+            step.record.operand(operand)
 
 
 def _owned(loose: Sequence[LooseParameter], marks: Sequence[Mark]) -> list[tuple[LooseParameter, Mark, str]]:

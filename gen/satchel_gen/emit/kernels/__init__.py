@@ -1,0 +1,1 @@
+"""One file per kernel template: from a program to its context of printed code."""

@@ -1,0 +1,92 @@
+"""What a pass has gathered for each parameter, and the fields that it becomes once all uses have contributed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .demand import Demand, Source, source
+from .extension import Extension
+from .fields import Owner
+from .record import Record
+from .rules import Layer, Sizes
+from .uses import Use, quantities
+
+GRADIENT, INPUT = Source("gradient"), Source("input")
+
+
+class Harvest:
+    """Uses of parameters with their δ, and quantities of curvature that sweeps have left."""
+
+    def __init__(self, demand: Demand) -> None:
+        self.demand = demand
+        self._parameters: dict[int, Tensor] = {}
+        self._uses: dict[int, list[Use]] = {}
+        self._curvature: dict[int, dict[tuple[Source, str], Tensor]] = {}
+        self._owner = Owner()
+
+    def pending(self) -> list[int]:
+        """Ids of the parameters that have been reached and have no fields yet."""
+        return list(self._uses)
+
+    def use(self, parameter: Tensor, record: Record, name: str, factor: Tensor) -> bool:
+        """Note a use with δ [1, *output]; whether it is the parameter's first."""
+        first = id(parameter) not in self._uses
+        self._parameters[id(parameter)] = parameter
+        self._uses.setdefault(id(parameter), []).append(Use(record, name, factor))
+        return first
+
+    def accumulate(self, parameter: Tensor, source: Source, found: dict[str, Tensor]) -> None:
+        """Add what a sweep found: quantities of curvature add over columns, spaces and losses."""
+        results = self._curvature.setdefault(id(parameter), {})
+        for name, tensor in found.items():
+            before = results.get((source, name))
+            results[source, name] = tensor if before is None else before + tensor
+
+    def reap(self, key: int, unit: float | None) -> list[Use]:
+        """Set the fields of a parameter; its uses."""
+        parameter, uses, results = self._parameters.pop(key), self._uses.pop(key), self._curvature.pop(key, {})
+        graph = torch.is_grad_enabled()  # create_graph=True
+        with torch.set_grad_enabled(graph and any(e.differentiable for e in self.demand.extensions)):
+            results |= self._of_gradient(uses)
+        with torch.no_grad():
+            results |= self._of_input(uses)
+        sizes = Sizes(uses[0].record.samples, unit)
+        self._owner.lend([parameter, *(use.factor for use in uses if use.factor is not None)])
+        self._owner.lend([tensor for use in uses for tensor in use.record.tensors.values()])
+        for extension in self.extensions(uses[0].layer, uses[0].name):
+            with torch.set_grad_enabled(graph and extension.differentiable):
+                q = self._asked(extension, uses[0].layer, results)
+                self._owner.set(parameter, extension.field, extension.value(q, sizes))
+        return uses
+
+    def extensions(self, layer: Layer, name: str) -> list[Extension]:
+        """The features that have a value for a parameter."""
+        offered = layer.parameters[name]
+        return [e for e in self.demand.extensions if any(need.quantity in offered for need in e.needs(layer))]
+
+    def clear(self) -> None:
+        self._parameters.clear()
+        self._uses.clear()
+        self._curvature.clear()
+
+    def _of_gradient(self, uses: list[Use]) -> dict[tuple[Source, str], Tensor]:
+        found = quantities(uses, self._names(uses, GRADIENT), differentiable=torch.is_grad_enabled())
+        return {(GRADIENT, name): tensor for name, tensor in found.items()}
+
+    def _of_input(self, uses: list[Use]) -> dict[tuple[Source, str], Tensor]:
+        found = quantities([Use(use.record, use.name) for use in uses], self._names(uses, INPUT))
+        return {(INPUT, name): tensor for name, tensor in found.items()}
+
+    def _names(self, uses: Iterable[Use], source: Source) -> list[str]:
+        return list(dict.fromkeys(name for use in uses for name in self.demand.quantities(use.layer, source)))
+
+    def _asked(
+        self, extension: Extension, layer: Layer, results: dict[tuple[Source, str], Tensor]
+    ) -> dict[str, Tensor]:
+        """What a feature asked for, by name; residuals that never arose are absent. Only its graph is kept."""
+        keys = {need.quantity: (source(extension, need), need.quantity) for need in extension.needs(layer)}
+        q = {name: results[key] for name, key in keys.items() if key in results}
+        return q if torch.is_grad_enabled() else {name: tensor.detach() for name, tensor in q.items()}
