@@ -41,12 +41,14 @@ NEEDS_MIXED_TERM = {definition.name for definition in DEFINITIONS.features if "r
 #: Relative to the largest entry of the reference.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
+KERNELS = ["triton", *(["gpu"] if GPU else [])]
+
 CHOICES: dict[str, Sequence[Any]] = {
     "network": [*NETWORKS, *LAYER_NETWORKS],
     "loss": LOSSES,
     "reduction": ["mean", "sum"],
     "dtype": [torch.float64, torch.float32],
-    "backend": ["aten", "triton", *(["gpu"] if GPU else [])],
+    "backend": ["aten", *KERNELS],
     "feature": FEATURES,
 }
 
@@ -85,8 +87,8 @@ class Pass:
         network = case.network.model()
         target = case.target().to(device)
         model: nn.Module = Revealed(network, case.network.input()) if reveal else network
-        self.model = extend(model.to(device, dtype))
-        self.network = network
+        self.model: Any = extend(model.to(device, dtype))
+        self.network: Any = network
         self.loss = extend(case.criterion())
         self.features = features
         x = case.network.input().to(device, dtype)  # keeps the strides

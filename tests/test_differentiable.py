@@ -14,7 +14,7 @@ from networks import NETWORKS, Case, Network
 from satchel import backend, backpack, extend
 from satchel.extensions import BatchGrad, DiagGGNExact, Variance
 
-DIFFERENTIABLE = [BatchGrad, Variance]
+DIFFERENTIABLE: list[Any] = [BatchGrad, Variance]
 SOME = ("linear", "sigmoid_tanh", "tanh_relu_sigmoid", "sequence", "skip", "siamese", "recurrent", "functional", "gelu",
         "inplace", "inplace_sequence", "frozen_some", "bias_free", "one_sample", "tied_parallel")  # fmt: skip
 some = pytest.mark.parametrize("network", [n for n in NETWORKS if n.name in SOME], ids=lambda n: n.name)
@@ -34,6 +34,10 @@ def fields_of(case: Case, feature: Any, model: nn.Module, x: Tensor, name: str =
     with backend(name), backpack(feature()):
         extend(case.criterion())(case.arranged(extend(model)(x)), target).backward(create_graph=True)
     return {n: getattr(p, feature.field) for n, p in model.named_parameters() if p.requires_grad}
+
+
+def small() -> Any:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 def plain_fields(case: Case, feature: Any, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -90,7 +94,7 @@ def test_against_finite_differences(feature: Any, loss: Any, agree: Agree) -> No
 def test_other_fields_are_constants(feature: Any) -> None:
     """Without create_graph no field carries a graph; with it only those that say so."""
     for create_graph in (False, True):
-        model, loss = extend(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))), extend(nn.MSELoss())
+        model, loss = extend(small()), extend(nn.MSELoss())
         with backpack(feature()):
             loss(model(torch.randn(6, 4)), torch.randn(6, 3)).backward(create_graph=create_graph)
         for p in model.parameters():
@@ -106,7 +110,7 @@ def test_differentiable_features() -> None:
 
 def test_field_and_curvature_together() -> None:
     """A feature without a graph beside one with it does not cut it."""
-    model, loss = extend(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))).double(), extend(nn.MSELoss())
+    model, loss = extend(small()).double(), extend(nn.MSELoss())
     with backpack(BatchGrad(), DiagGGNExact(), Variance()):
         loss(model(torch.randn(6, 4).double()), torch.randn(6, 3).double()).backward(create_graph=True)
     slopes = torch.autograd.grad(
@@ -120,7 +124,7 @@ def test_field_and_curvature_together() -> None:
 def test_gradient_penalty_trains(call: str) -> None:
     """The use: penalise the variance of the individual gradients."""
     torch.manual_seed(0)
-    model, loss = extend(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))), extend(nn.MSELoss())
+    model, loss = extend(small()), extend(nn.MSELoss())
     x, y = torch.randn(6, 4), torch.randn(6, 3)
     penalties = []
     for _ in range(30):

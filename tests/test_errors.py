@@ -26,7 +26,7 @@ CURVATURE = [feature for feature in FEATURES if feature not in FIRST_ORDER]
 KEPT = torch.zeros(())
 
 
-def sequence(*between: nn.Module) -> nn.Sequential:
+def sequence(*between: nn.Module) -> Any:
     return nn.Sequential(nn.Linear(4, 6), *between, nn.Linear(6, 3))
 
 
@@ -222,7 +222,7 @@ def test_parameter_used_by_a_functional(feature: Any) -> None:
     def wire(m: Any, x: Tensor) -> Tensor:
         return m.b(torch.tanh(F.linear(m.act(m.a(x)), m.a.weight.T)))
 
-    def build() -> nn.Module:
+    def build() -> Any:
         torch.manual_seed(0)
         return Wired(wire, a=nn.Linear(4, 6), act=nn.Tanh(), b=nn.Linear(4, 3)).double()
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from conftest import DEFINITIONS, FEATURES, LOSSES, Agree, Pass, as_list, is_defined, is_sampled
+from conftest import DEFINITIONS, FEATURES, KERNELS, LOSSES, Agree, Pass, as_list, is_defined, is_sampled
 from networks import NETWORKS, Case, Network
 from satchel import backpack, extend, extensions
 from satchel.registry import REGISTRY
@@ -43,15 +43,21 @@ def test_field(network: Network, loss: Any, reduction: str, dtype: torch.dtype, 
     agree(Pass(case, dtype, "aten", feature()).fields(feature), expected(case, feature))
 
 
-def test_fields_together(
-    network: Network, loss: Any, reduction: str, dtype: torch.dtype, backend: str, agree: Agree
-) -> None:
-    """All in one pass, where they share what they need."""
-    case = Case(network, loss, reduction)
-    features = [feature for feature in EXACT if is_defined(network, feature)]
+def check_together(case: Case, dtype: torch.dtype, backend: str, agree: Agree) -> None:
+    features = [feature for feature in EXACT if is_defined(case.network, feature)]
     done = Pass(case, dtype, backend, *(feature() for feature in features))
     for feature in features:
         agree(done.fields(feature), expected(case, feature))
+
+
+def test_fields_together(network: Network, loss: Any, reduction: str, dtype: torch.dtype, agree: Agree) -> None:
+    """All in one pass, where they share what they need."""
+    check_together(Case(network, loss, reduction), dtype, "aten", agree)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_fields_on_kernels(network: Network, loss: Any, dtype: torch.dtype, backend: str, agree: Agree) -> None:
+    check_together(Case(network, loss, "mean"), dtype, backend, agree)
 
 
 @pytest.mark.parametrize("mc_samples", [1, 3])

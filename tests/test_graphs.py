@@ -17,14 +17,14 @@ from reference import Contributions, Reference, contributions
 from satchel import backpack, extend
 from satchel.extensions import KFLR, BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC, SumGradSquared, Variance
 
-EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
-FIRST_ORDER = [BatchGrad, BatchL2Grad, SumGradSquared, Variance]
+EXACT: list[Any] = [feature for feature in FEATURES if not is_sampled(feature)]
+FIRST_ORDER: list[Any] = [BatchGrad, BatchL2Grad, SumGradSquared, Variance]
 x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 labels = torch.tensor([0, 2, 1, 1, 0])
 values = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def built(build: Callable[[], nn.Module]) -> nn.Module:
+def built(build: Callable[[], nn.Module]) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return build().double()
@@ -37,7 +37,7 @@ def check(
     losses: Sequence[Contributions],
     features: Sequence[Any],
     inputs: Tensor = x,
-) -> nn.Module:
+) -> Any:
     """total: outputs of the model → the loss; losses: the same as contributions of the samples, one per output."""
     model, reference = extend(built(build)), Reference(built(build), [inputs], losses)
     with backpack(*(feature() for feature in features)):
@@ -98,7 +98,7 @@ def test_two_backwards_overwrite(agree: Agree) -> None:
     model = extend(built(one_head_twice))
     ce, mse = extend(nn.CrossEntropyLoss()), extend(nn.MSELoss())
     f, _ = model(x)
-    features = [BatchGrad, DiagGGNExact]
+    features: list[Any] = [BatchGrad, DiagGGNExact]
     for loss, reference in [
         (ce(f, labels), contributions(nn.CrossEntropyLoss(), labels)),
         (mse(f, values), contributions(nn.MSELoss(), values)),
@@ -122,7 +122,8 @@ def test_rescaled_loss(factor: float, feature: Any, agree: Agree) -> None:
 @pytest.mark.parametrize("feature", EXACT)
 def test_gradient_passed_to_backward(feature: Any, agree: Agree) -> None:
     """``loss.backward(gradient=3)`` is ``(3 * loss).backward()``."""
-    model, loss = extend(built(lambda: nn.Linear(4, 3))), extend(nn.MSELoss(reduction="sum"))
+    model: Any = extend(built(lambda: nn.Linear(4, 3)))
+    loss = extend(nn.MSELoss(reduction="sum"))
     with backpack(feature()):
         loss(model(x), values).backward(gradient=torch.tensor(3.0, dtype=torch.float64))
     weighted = contributions(nn.MSELoss(reduction="sum"), values, 3.0)
@@ -133,7 +134,8 @@ def test_gradient_passed_to_backward(feature: Any, agree: Agree) -> None:
 
 def test_rescaled_sampled_loss() -> None:
     """S is scaled by √factor."""
-    model, loss = extend(built(lambda: nn.Linear(4, 3))), extend(nn.CrossEntropyLoss())
+    model: Any = extend(built(lambda: nn.Linear(4, 3)))
+    loss = extend(nn.CrossEntropyLoss())
     fields = []
     for factor in (1.0, 4.0):
         with backpack(DiagGGNMC(generator=torch.Generator().manual_seed(0))):
@@ -173,7 +175,8 @@ def test_loss_of_each_sample(agree: Agree) -> None:
 
 def test_regularisation_of_parameters_is_no_sample(agree: Agree) -> None:
     """A term that reads the parameters themselves adds to .grad, not to a sample."""
-    model, loss = extend(built(lambda: nn.Linear(4, 3))), extend(nn.MSELoss())
+    model: Any = extend(built(lambda: nn.Linear(4, 3)))
+    loss = extend(nn.MSELoss())
     with backpack(BatchGrad(), DiagGGNExact()):
         (loss(model(x), values) + model.weight.square().sum()).backward()
     reference = Reference(built(lambda: nn.Linear(4, 3)), [x], [contributions(nn.MSELoss(), values)])
@@ -194,7 +197,7 @@ def test_unused_parameters_have_no_fields(feature: Any) -> None:
         m.dead(x)
         return m.a(x)
 
-    model = extend(Wired(wire, a=nn.Linear(4, 3), dead=nn.Linear(4, 2), uncalled=nn.Linear(1, 1)).double())
+    model: Any = extend(Wired(wire, a=nn.Linear(4, 3), dead=nn.Linear(4, 2), uncalled=nn.Linear(1, 1)).double())
     loss = extend(nn.MSELoss())
     with backpack(feature()):
         loss(model(x), values).backward()
@@ -243,7 +246,8 @@ def test_only_part_is_extended(agree: Agree) -> None:
 
 
 def test_keyword_call() -> None:
-    model, loss = extend(built(lambda: nn.Linear(4, 3))), extend(nn.MSELoss())
+    model: Any = extend(built(lambda: nn.Linear(4, 3)))
+    loss = extend(nn.MSELoss())
     with backpack(BatchGrad(), DiagGGNExact()):
         loss(target=values, input=model(input=x)).backward()
     torch.testing.assert_close(model.weight.grad_batch.sum(0), model.weight.grad)
@@ -333,12 +337,13 @@ def test_python_function(feature: Any) -> None:
             return 2 * h
 
         @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
             return 2 * gradient
 
     fields = []
     for op in (Double.apply, lambda h: 2 * h):
-        model, loss = extend(built(around_op(op))), extend(nn.MSELoss())
+        model: Any = extend(built(around_op(op)))
+        loss = extend(nn.MSELoss())
         torch.manual_seed(0)
         with backpack(feature()):
             loss(model(x), values).backward()

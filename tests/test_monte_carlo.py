@@ -47,8 +47,8 @@ def moments(case: Case, J: Tensor) -> Moments:
     """Of Σ_n (J_nᵀ s_n)², J [N, F, P], for s_n = √c ∂ℓ(f_n, ŷ)/∂f_n: exact."""
     if issubclass(case.loss, nn.CrossEntropyLoss):
         pairs = [(torch.einsum("nfp,nf->np", J, s).square(), p) for s, p in outcomes(case)]
-        mean = sum(p[:, None] * t for t, p in pairs)
-        square = sum(p[:, None] * t.square() for t, p in pairs)
+        mean = torch.stack([p[:, None] * t for t, p in pairs]).sum(0)
+        square = torch.stack([p[:, None] * t.square() for t, p in pairs]).sum(0)
         return Moments(mean.sum(0), (square - mean.square()).sum(0))
     scale = 1 / case.reference().outputs[0].numel() if case.reduction == "mean" else 1.0
     mean = 2 * scale * J.square().sum(1)  # ∂ℓ/∂f = 2(f − ŷ) ~ N(0, 2)
@@ -76,7 +76,8 @@ def test_variance_falls_with_the_samples(M: int) -> None:
     """The spread over 300 passes is that of independent samples: within 5 standard errors of Var/M (fourth moments ≤ 15 σ⁴)."""
     case, passes = Case(BY_NAME["linear"], nn.MSELoss, "mean"), 300
     generator = torch.Generator().manual_seed(0)
-    model, loss = extend(case.network.model().double()), extend(case.criterion())
+    model: Any = extend(case.network.model().double())
+    loss = extend(case.criterion())
     values = []
     for _ in range(passes):
         with backpack(DiagGGNMC(mc_samples=M, generator=generator)):
@@ -178,7 +179,8 @@ def test_loss_far_from_the_target_does_not_matter() -> None:
     case = Case(BY_NAME["relu"], nn.MSELoss, "mean")
     values = []
     for shift in (0.0, 1e6):
-        model, loss = extend(case.network.model().double()), extend(case.criterion())
+        model: Any = extend(case.network.model().double())
+        loss = extend(case.criterion())
         generator = torch.Generator().manual_seed(0)
         with backpack(DiagGGNMC(generator=generator), DiagGGNExact()):
             loss(model(case.network.input().double()), case.target().double() + shift).backward()

@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of emitted Triton kernels without a GPU, and what the compiled code uses.
 
 `measure` runs in a process of its own: TRITON_INTERPRET, which tests set, changes Triton for good where it is imported.
-A table for one emitted module: `python -m satchel_gen.emit.compile generated/satchel/kernels/linear.py`.
+A table for an emitted module: `python -m satchel_gen.emit.compile generated/satchel/kernels/linear.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from types import ModuleType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 TARGETS: Mapping[str, tuple[str, int | str, int]] = {
@@ -42,6 +41,7 @@ DTYPES: Mapping[str, str] = {"float32": "*fp32", "tf32": "*fp32", "bfloat16": "*
 class Usage:
     """What the compiled code of a kernel uses: registers per thread, bytes of shared memory, spilling instructions."""
 
+    module: str
     kernel: str
     target: str
     dtype: str
@@ -61,15 +61,17 @@ class Job:
     dtype: str
 
 
-def measure(path: Path, targets: Iterable[str] = tuple(TARGETS), dtypes: Iterable[str] = tuple(DTYPES)) -> list[Usage]:
-    """Compiles every kernel of an emitted module; results in TRITON_CACHE_DIR are reused."""
-    command = [sys.executable, "-m", __name__, str(path), "--json"]
+def measure(
+    paths: Sequence[Path], targets: Iterable[str] = tuple(TARGETS), dtypes: Iterable[str] = tuple(DTYPES)
+) -> list[Usage]:
+    """Compiles every kernel of emitted modules; results in TRITON_CACHE_DIR are reused."""
+    command = [sys.executable, "-m", __name__, *map(str, paths), "--json"]
     command += ["--targets", *targets, "--dtypes", *dtypes]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{path.name} does not compile for {', '.join(targets)}:\n{done.stderr}")
+        raise RuntimeError(f"kernels do not compile for {', '.join(targets)}:\n{done.stderr}")
     return [Usage(**usage) for usage in json.loads(done.stdout)]
 
 
@@ -80,7 +82,8 @@ def kernel_names(path: Path) -> list[str]:
 
 def table(usages: Iterable[Usage]) -> str:
     """The usages as a Markdown table."""
-    head = "| kernel | target | dtype | tiles | registers | shared | spills |\n|---|---|---|---|---:|---:|---:|"
+    names = [column.name for column in fields(Usage)]
+    head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
     rows = ["| " + " | ".join(str(value) for value in asdict(usage).values()) + " |" for usage in usages]
     return "\n".join([head, *rows])
 
@@ -88,11 +91,11 @@ def table(usages: Iterable[Usage]) -> str:
 def show(package: Path, console: Console) -> None:
     """Prints what every kernel of an emitted package uses."""
     paths = [path for path in sorted((package / "kernels").glob("*.py")) if kernel_names(path)]
-    columns = Table("module", *(column.name for column in fields(Usage)))
-    for path in track(paths, description="compiling", console=console):
-        for usage in measure(path):
-            columns.add_row(path.stem, *(str(value) for value in asdict(usage).values()))
-    console.print(columns)
+    rows = Table(*(column.name for column in fields(Usage)))
+    with console.status("compiling"):
+        for usage in measure(paths):
+            rows.add_row(*(str(value) for value in asdict(usage).values()))
+    console.print(rows)
 
 
 def compile_all(jobs: Sequence[Job], workers: int = 2) -> list[Usage]:
@@ -116,7 +119,7 @@ def compile_one(job: Job) -> Usage:
     registers, spills = (_nvidia_usage if target.backend == "cuda" else _amd_usage)(compiled.asm)
     blocks = [f"{name.removeprefix('BLOCK_')}={size}" for name, size in constants.items() if name.startswith("BLOCK")]
     tiles = " ".join([*blocks, f"warps={warps}"])
-    return Usage(job.kernel, job.target, job.dtype, tiles, registers, compiled.metadata.shared, spills)
+    return Usage(job.path.stem, job.kernel, job.target, job.dtype, tiles, registers, compiled.metadata.shared, spills)
 
 
 @functools.cache
@@ -204,14 +207,15 @@ def _amd_usage(asm: Mapping[str, Any]) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Registers, shared memory and spills of emitted Triton kernels.")
-    parser.add_argument("path", type=Path, help="a module of kernels inside its package")
+    parser.add_argument("paths", nargs="+", type=Path, help="modules of kernels inside their packages")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
     jobs = [
-        Job(options.path, kernel, target, dtype)
-        for kernel in kernel_names(options.path)
+        Job(path, kernel, target, dtype)
+        for path in options.paths
+        for kernel in kernel_names(path)
         for target in options.targets
         for dtype in options.dtypes
     ]

@@ -131,10 +131,10 @@ def printer_for(
 
 
 def hoisted_name(printer: TritonPrinter, lines: Lines) -> Callable[[sympy.Expr], str]:
-    """Names a part that is computed once before a loop: `factor`, `factor_2`, …"""
+    """Names a part that is computed once before a loop: `fixed`, `fixed_2`, …"""
 
     def name(expr: sympy.Expr) -> str:
-        symbol = lines.fresh("factor")
+        symbol = lines.fresh("fixed")
         printer.values[symbol] = printer.statements(expr, symbol)
         return symbol
 

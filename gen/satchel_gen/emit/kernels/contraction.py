@@ -24,7 +24,10 @@ from .context import (
 
 
 def contraction(definition: str, program: Contraction) -> Context:
-    a, b, out = program.a, program.b, program.out
+    out = program.out
+    a, b = (
+        (program.a, program.b) if out[-1] in program.b.axes else (program.b, program.a)
+    )  # the last axis across the tile
     steps = program.accumulate
     role: dict[str, str] = {axis: "k" for axis in program.sums} | {axis: "step" for axis in steps}
     for axis in out:
