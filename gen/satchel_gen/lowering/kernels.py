@@ -168,7 +168,13 @@ def _loss_kernel(loss: LoweredLoss, rule: LossRule) -> Program:
     expr = _program_expr(expr, symbols)
     if not stages:
         return Pointwise(
-            name=kernel_name(loss, rule), doc=doc, out=names(rule.axes), equal=equal, signature=signature, reads=accesses, expr=expr
+            name=kernel_name(loss, rule),
+            doc=doc,
+            out=names(rule.axes),
+            equal=equal,
+            signature=signature,
+            reads=accesses,
+            expr=expr,
         )
     (_, value) = stages[0]
     (row,) = value.over

@@ -103,14 +103,14 @@ def exact_factor_blocks_kernel(
         k2 = tl.cast(index // R, tl.int64)
         r2 = tl.cast(index % R, tl.int64)
         input_column = tl.load(input_ptr + n * K * R + k2 * R + r, mask=row_inside, other=0).to(COMPUTE)
-        factor = (r2 == r).to(COMPUTE) * tl.exp(0.5 * input_column - 0.5 * lse_max - 0.5 * lse_tail)
+        fixed = (r2 == r).to(COMPUTE) * tl.exp(0.5 * input_column - 0.5 * lse_max - 0.5 * lse_tail)
         for start in range(0, K, BLOCK_K):
             k_index = start + lane
             inside = (k_index < K) & row_inside
             input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
             tl.store(
                 out_ptr + column * N * K * R + n * K * R + k_index * R + r,
-                factor * ((k2 == k_index).to(COMPUTE) - tl.exp(input - lse_max - lse_tail)),
+                fixed * ((k2 == k_index).to(COMPUTE) - tl.exp(input - lse_max - lse_tail)),
                 mask=inside,
             )
 
@@ -162,7 +162,7 @@ def mc_factor_kernel(
     row_inside = row < rows
     n = tl.cast(row // R, tl.int64)
     r = tl.cast(row % R, tl.int64)
-    factor = tl.rsqrt(tl.cast(M, COMPUTE))
+    fixed = tl.rsqrt(tl.cast(M, COMPUTE))
     lse_max = tl.full((1, BLOCK_ROW), float("-inf"), dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
         k_index = start + lane
@@ -184,7 +184,7 @@ def mc_factor_kernel(
             input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
             tl.store(
                 out_ptr + m * N * K * R + n * K * R + k_index * R + r,
-                factor * (tl.exp(input - lse_max - lse_tail) - (k_index == sampled).to(COMPUTE)),
+                fixed * (tl.exp(input - lse_max - lse_tail) - (k_index == sampled).to(COMPUTE)),
                 mask=inside,
             )
 

@@ -28,7 +28,7 @@ from ..runtime.triton_launch import (
 
 
 @triton.autotune(
-    configs=MATRIX_TILES, key=["I", "NR", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
+    configs=MATRIX_TILES, key=["NR", "I", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
 )
 @triton.jit
 def diagonal_kernel(
@@ -46,31 +46,31 @@ def diagonal_kernel(
 ):
     """diagonal[n, r, i] = Σ_{o} curvature[n, r, o] weight[o, i]²"""
     part = tl.program_id(0).to(tl.int64)
-    i_start = tl.program_id(1).to(tl.int64) * BLOCK_M
-    nr_start = tl.program_id(2).to(tl.int64) * BLOCK_N
-    i = tl.arange(0, BLOCK_M)
-    nr = tl.arange(0, BLOCK_N)
+    nr_start = tl.program_id(1).to(tl.int64) * BLOCK_M
+    i_start = tl.program_id(2).to(tl.int64) * BLOCK_N
+    nr = tl.arange(0, BLOCK_M)
+    i = tl.arange(0, BLOCK_N)
     o = tl.arange(0, BLOCK_K)
-    i_inside = i < I - i_start
     nr_inside = nr < NR - nr_start
-    weight_tile = o[None, :] * I + i[:, None]
-    curvature_tile = nr[None, :] * O + o[:, None]
+    i_inside = i < I - i_start
+    curvature_tile = nr[:, None] * O + o[None, :]
+    weight_tile = o[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
-    weight_start = weight_ptr + part * BLOCK_K * I + i_start
     curvature_start = curvature_ptr + nr_start * O + part * BLOCK_K
+    weight_start = weight_ptr + part * BLOCK_K * I + i_start
     o_step = tl.num_programs(0).to(tl.int64) * BLOCK_K
     for o_start in range(part * BLOCK_K, O, o_step):
         o_inside = o < O - o_start
-        weight = tl.load(weight_start + weight_tile, mask=i_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-        curvature = tl.load(curvature_start + curvature_tile, mask=o_inside[:, None] & nr_inside[None, :], other=0).to(
+        curvature = tl.load(curvature_start + curvature_tile, mask=nr_inside[:, None] & o_inside[None, :], other=0).to(
             COMPUTE
         )
-        total = tl.dot(weight * weight, curvature, total, input_precision=PRECISION, out_dtype=COMPUTE)
-        weight_start += o_step * I
+        weight = tl.load(weight_start + weight_tile, mask=o_inside[:, None] & i_inside[None, :], other=0).to(COMPUTE)
+        total = tl.dot(curvature, weight * weight, total, input_precision=PRECISION, out_dtype=COMPUTE)
         curvature_start += o_step
+        weight_start += o_step * I
     out_start = out_ptr + part * NR * I + nr_start * I + i_start
-    out_tile = nr[None, :] * I + i[:, None]
-    tl.store(out_start + out_tile, total, mask=i_inside[:, None] & nr_inside[None, :])
+    out_tile = nr[:, None] * I + i[None, :]
+    tl.store(out_start + out_tile, total, mask=nr_inside[:, None] & i_inside[None, :])
 
 
 def diagonal(curvature: Tensor, weight: Tensor) -> Tensor:
@@ -81,11 +81,11 @@ def diagonal(curvature: Tensor, weight: Tensor) -> Tensor:
     curvature, weight = curvature.contiguous(), weight.contiguous()
     N, R, O = curvature.shape
     I = weight.shape[1]
-    check_strides(I, O)
+    check_strides(O, I)
     dtype = accumulator(curvature, weight)
-    parts = splits(triton.cdiv(I, 64) * triton.cdiv((N * R), 64), triton.cdiv(O, 16))
+    parts = splits(triton.cdiv((N * R), 64) * triton.cdiv(I, 64), triton.cdiv(O, 16))
     out = torch.empty((parts, N, R, I), dtype=dtype, device=weight.device)
-    diagonal_kernel[lambda meta: (parts, triton.cdiv(I, meta["BLOCK_M"]), triton.cdiv((N * R), meta["BLOCK_N"]))](
+    diagonal_kernel[lambda meta: (parts, triton.cdiv((N * R), meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))](
         curvature,
         weight,
         out,
@@ -93,7 +93,7 @@ def diagonal(curvature: Tensor, weight: Tensor) -> Tensor:
         I,
         N * R,
         COMPUTE=triton_type(dtype),
-        PRECISION=precision(weight, curvature, squared=True),
+        PRECISION=precision(curvature, weight, squared=True),
     )
     return out[0] if parts == 1 else out.sum(0)
 
@@ -169,7 +169,7 @@ def weight_sum_of_squares_fused(factor: Tensor, input: Tensor) -> Tensor:
 
 
 @triton.autotune(
-    configs=MATRIX_TILES, key=["I", "O", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
+    configs=MATRIX_TILES, key=["O", "I", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
 )
 @triton.jit
 def weight_sum_of_squares_separated_kernel(
@@ -187,31 +187,31 @@ def weight_sum_of_squares_separated_kernel(
 ):
     """weight_sum_of_squares[o, i] = Σ_{n,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²"""
     part = tl.program_id(0).to(tl.int64)
-    i_start = tl.program_id(1).to(tl.int64) * BLOCK_M
-    o_start = tl.program_id(2).to(tl.int64) * BLOCK_N
-    i = tl.arange(0, BLOCK_M)
-    o = tl.arange(0, BLOCK_N)
+    o_start = tl.program_id(1).to(tl.int64) * BLOCK_M
+    i_start = tl.program_id(2).to(tl.int64) * BLOCK_N
+    o = tl.arange(0, BLOCK_M)
+    i = tl.arange(0, BLOCK_N)
     n = tl.arange(0, BLOCK_K)
-    i_inside = i < I - i_start
     o_inside = o < O - o_start
-    input_tile = n[None, :] * I + i[:, None]
-    product_value_tile = n[:, None] * O + o[None, :]
+    i_inside = i < I - i_start
+    product_value_tile = n[None, :] * O + o[:, None]
+    input_tile = n[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
-    input_start = input_ptr + part * BLOCK_K * I + i_start
     product_value_start = product_ptr + part * BLOCK_K * O + o_start
+    input_start = input_ptr + part * BLOCK_K * I + i_start
     n_step = tl.num_programs(0).to(tl.int64) * BLOCK_K
     for n_start in range(part * BLOCK_K, N, n_step):
         n_inside = n < N - n_start
-        input = tl.load(input_start + input_tile, mask=i_inside[:, None] & n_inside[None, :], other=0).to(COMPUTE)
         product_value = tl.load(
-            product_value_start + product_value_tile, mask=n_inside[:, None] & o_inside[None, :], other=0
+            product_value_start + product_value_tile, mask=o_inside[:, None] & n_inside[None, :], other=0
         ).to(COMPUTE)
-        total = tl.dot(input * input, product_value, total, input_precision=PRECISION, out_dtype=COMPUTE)
-        input_start += n_step * I
+        input = tl.load(input_start + input_tile, mask=n_inside[:, None] & i_inside[None, :], other=0).to(COMPUTE)
+        total = tl.dot(product_value, input * input, total, input_precision=PRECISION, out_dtype=COMPUTE)
         product_value_start += n_step * O
+        input_start += n_step * I
     out_start = out_ptr + part * O * I + o_start * I + i_start
-    out_tile = o[None, :] * I + i[:, None]
-    tl.store(out_start + out_tile, total, mask=i_inside[:, None] & o_inside[None, :])
+    out_tile = o[:, None] * I + i[None, :]
+    tl.store(out_start + out_tile, total, mask=o_inside[:, None] & i_inside[None, :])
 
 
 def weight_sum_of_squares_separated(input: Tensor, product: Tensor) -> Tensor:
@@ -222,13 +222,13 @@ def weight_sum_of_squares_separated(input: Tensor, product: Tensor) -> Tensor:
     input, product = input.contiguous(), product.contiguous()
     N, I = input.shape
     O = product.shape[1]
-    check_strides(I, O)
+    check_strides(O, I)
     dtype = accumulator(input, product)
-    parts = splits(triton.cdiv(I, 64) * triton.cdiv(O, 64), triton.cdiv(N, 16))
+    parts = splits(triton.cdiv(O, 64) * triton.cdiv(I, 64), triton.cdiv(N, 16))
     out = torch.empty((parts, O, I), dtype=dtype, device=input.device)
     weight_sum_of_squares_separated_kernel[
-        lambda meta: (parts, triton.cdiv(I, meta["BLOCK_M"]), triton.cdiv(O, meta["BLOCK_N"]))
-    ](input, product, out, N, I, O, COMPUTE=triton_type(dtype), PRECISION=precision(input, product, squared=True))
+        lambda meta: (parts, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
+    ](input, product, out, N, I, O, COMPUTE=triton_type(dtype), PRECISION=precision(product, input, squared=True))
     return out[0] if parts == 1 else out.sum(0)
 
 
@@ -393,7 +393,7 @@ def weight_signed_sum_of_squares_fused(factor: Tensor, sign: Tensor, input: Tens
 
 
 @triton.autotune(
-    configs=MATRIX_TILES, key=["I", "O", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
+    configs=MATRIX_TILES, key=["O", "I", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
 )
 @triton.jit
 def weight_signed_sum_of_squares_separated_kernel(
@@ -411,31 +411,31 @@ def weight_signed_sum_of_squares_separated_kernel(
 ):
     """weight_signed_sum_of_squares[o, i] = Σ_{n,v} sign[v, n] (Σ_{r} factor[v, n, r, o] input[n, r, i])²"""
     part = tl.program_id(0).to(tl.int64)
-    i_start = tl.program_id(1).to(tl.int64) * BLOCK_M
-    o_start = tl.program_id(2).to(tl.int64) * BLOCK_N
-    i = tl.arange(0, BLOCK_M)
-    o = tl.arange(0, BLOCK_N)
+    o_start = tl.program_id(1).to(tl.int64) * BLOCK_M
+    i_start = tl.program_id(2).to(tl.int64) * BLOCK_N
+    o = tl.arange(0, BLOCK_M)
+    i = tl.arange(0, BLOCK_N)
     n = tl.arange(0, BLOCK_K)
-    i_inside = i < I - i_start
     o_inside = o < O - o_start
-    input_tile = n[None, :] * I + i[:, None]
-    product_value_tile = n[:, None] * O + o[None, :]
+    i_inside = i < I - i_start
+    product_value_tile = n[None, :] * O + o[:, None]
+    input_tile = n[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
-    input_start = input_ptr + part * BLOCK_K * I + i_start
     product_value_start = product_ptr + part * BLOCK_K * O + o_start
+    input_start = input_ptr + part * BLOCK_K * I + i_start
     n_step = tl.num_programs(0).to(tl.int64) * BLOCK_K
     for n_start in range(part * BLOCK_K, N, n_step):
         n_inside = n < N - n_start
-        input = tl.load(input_start + input_tile, mask=i_inside[:, None] & n_inside[None, :], other=0).to(COMPUTE)
         product_value = tl.load(
-            product_value_start + product_value_tile, mask=n_inside[:, None] & o_inside[None, :], other=0
+            product_value_start + product_value_tile, mask=o_inside[:, None] & n_inside[None, :], other=0
         ).to(COMPUTE)
-        total = tl.dot(input * input, product_value, total, input_precision=PRECISION, out_dtype=COMPUTE)
-        input_start += n_step * I
+        input = tl.load(input_start + input_tile, mask=n_inside[:, None] & i_inside[None, :], other=0).to(COMPUTE)
+        total = tl.dot(product_value, input * input, total, input_precision=PRECISION, out_dtype=COMPUTE)
         product_value_start += n_step * O
+        input_start += n_step * I
     out_start = out_ptr + part * O * I + o_start * I + i_start
-    out_tile = o[None, :] * I + i[:, None]
-    tl.store(out_start + out_tile, total, mask=i_inside[:, None] & o_inside[None, :])
+    out_tile = o[:, None] * I + i[None, :]
+    tl.store(out_start + out_tile, total, mask=o_inside[:, None] & i_inside[None, :])
 
 
 def weight_signed_sum_of_squares_separated(input: Tensor, product: Tensor) -> Tensor:
@@ -446,18 +446,18 @@ def weight_signed_sum_of_squares_separated(input: Tensor, product: Tensor) -> Te
     input, product = input.contiguous(), product.contiguous()
     N, I = input.shape
     O = product.shape[1]
-    check_strides(I, O)
+    check_strides(O, I)
     dtype = accumulator(input, product)
-    parts = splits(triton.cdiv(I, 64) * triton.cdiv(O, 64), triton.cdiv(N, 16))
+    parts = splits(triton.cdiv(O, 64) * triton.cdiv(I, 64), triton.cdiv(N, 16))
     out = torch.empty((parts, O, I), dtype=dtype, device=input.device)
     weight_signed_sum_of_squares_separated_kernel[
-        lambda meta: (parts, triton.cdiv(I, meta["BLOCK_M"]), triton.cdiv(O, meta["BLOCK_N"]))
-    ](input, product, out, N, I, O, COMPUTE=triton_type(dtype), PRECISION=precision(input, product, squared=True))
+        lambda meta: (parts, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
+    ](input, product, out, N, I, O, COMPUTE=triton_type(dtype), PRECISION=precision(product, input, squared=True))
     return out[0] if parts == 1 else out.sum(0)
 
 
 @triton.autotune(
-    configs=MATRIX_TILES, key=["I", "O", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
+    configs=MATRIX_TILES, key=["O", "I", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
 )
 @triton.jit
 def weight_diagonal_sum_kernel(
@@ -475,31 +475,31 @@ def weight_diagonal_sum_kernel(
 ):
     """weight_diagonal_sum[o, i] = Σ_{n,r} curvature[n, r, o] input[n, r, i]²"""
     part = tl.program_id(0).to(tl.int64)
-    i_start = tl.program_id(1).to(tl.int64) * BLOCK_M
-    o_start = tl.program_id(2).to(tl.int64) * BLOCK_N
-    i = tl.arange(0, BLOCK_M)
-    o = tl.arange(0, BLOCK_N)
+    o_start = tl.program_id(1).to(tl.int64) * BLOCK_M
+    i_start = tl.program_id(2).to(tl.int64) * BLOCK_N
+    o = tl.arange(0, BLOCK_M)
+    i = tl.arange(0, BLOCK_N)
     nr = tl.arange(0, BLOCK_K)
-    i_inside = i < I - i_start
     o_inside = o < O - o_start
-    input_tile = nr[None, :] * I + i[:, None]
-    curvature_tile = nr[:, None] * O + o[None, :]
+    i_inside = i < I - i_start
+    curvature_tile = nr[None, :] * O + o[:, None]
+    input_tile = nr[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
-    input_start = input_ptr + part * BLOCK_K * I + i_start
     curvature_start = curvature_ptr + part * BLOCK_K * O + o_start
+    input_start = input_ptr + part * BLOCK_K * I + i_start
     nr_step = tl.num_programs(0).to(tl.int64) * BLOCK_K
     for nr_start in range(part * BLOCK_K, NR, nr_step):
         nr_inside = nr < NR - nr_start
-        input = tl.load(input_start + input_tile, mask=i_inside[:, None] & nr_inside[None, :], other=0).to(COMPUTE)
-        curvature = tl.load(curvature_start + curvature_tile, mask=nr_inside[:, None] & o_inside[None, :], other=0).to(
+        curvature = tl.load(curvature_start + curvature_tile, mask=o_inside[:, None] & nr_inside[None, :], other=0).to(
             COMPUTE
         )
-        total = tl.dot(input * input, curvature, total, input_precision=PRECISION, out_dtype=COMPUTE)
-        input_start += nr_step * I
+        input = tl.load(input_start + input_tile, mask=nr_inside[:, None] & i_inside[None, :], other=0).to(COMPUTE)
+        total = tl.dot(curvature, input * input, total, input_precision=PRECISION, out_dtype=COMPUTE)
         curvature_start += nr_step * O
+        input_start += nr_step * I
     out_start = out_ptr + part * O * I + o_start * I + i_start
-    out_tile = o[None, :] * I + i[:, None]
-    tl.store(out_start + out_tile, total, mask=i_inside[:, None] & o_inside[None, :])
+    out_tile = o[:, None] * I + i[None, :]
+    tl.store(out_start + out_tile, total, mask=o_inside[:, None] & i_inside[None, :])
 
 
 def weight_diagonal_sum(curvature: Tensor, input: Tensor) -> Tensor:
@@ -510,11 +510,11 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor) -> Tensor:
     curvature, input = curvature.contiguous(), input.contiguous()
     N, R, O = curvature.shape
     I = input.shape[2]
-    check_strides(I, O)
+    check_strides(O, I)
     dtype = accumulator(curvature, input)
-    parts = splits(triton.cdiv(I, 64) * triton.cdiv(O, 64), triton.cdiv(N * R, 16))
+    parts = splits(triton.cdiv(O, 64) * triton.cdiv(I, 64), triton.cdiv(N * R, 16))
     out = torch.empty((parts, O, I), dtype=dtype, device=input.device)
-    weight_diagonal_sum_kernel[lambda meta: (parts, triton.cdiv(I, meta["BLOCK_M"]), triton.cdiv(O, meta["BLOCK_N"]))](
+    weight_diagonal_sum_kernel[lambda meta: (parts, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))](
         curvature,
         input,
         out,
@@ -522,7 +522,7 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor) -> Tensor:
         I,
         O,
         COMPUTE=triton_type(dtype),
-        PRECISION=precision(input, curvature, squared=True),
+        PRECISION=precision(curvature, input, squared=True),
     )
     return out[0] if parts == 1 else out.sum(0)
 

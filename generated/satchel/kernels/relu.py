@@ -22,11 +22,11 @@ def vjp_kernel(factor_ptr, output_ptr, out_ptr, columns, size, COMPUTE: tl.const
     lane = tl.arange(0, BLOCK)
     inside = lane < size - start
     output = tl.load(output_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
-    factor_2 = tl.where(output > 0, 1.0, 0.0)
+    fixed = tl.where(output > 0, 1.0, 0.0)
     for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         base = v * size + start
         factor = tl.load(factor_ptr + base + lane, mask=inside, other=0).to(COMPUTE)
-        tl.store(out_ptr + base + lane, factor * factor_2, mask=inside)
+        tl.store(out_ptr + base + lane, factor * fixed, mask=inside)
 
 
 def vjp(factor: Tensor, output: Tensor) -> Tensor:

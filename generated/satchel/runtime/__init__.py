@@ -5,9 +5,11 @@
 recorder, record    the forward hook and what it leaves in the graph
 context, backward   the active features, and one backward under them
 plan, survey        what lies below a loss, and what is refused
+probe, flags        whether samples mix, and what else only values can tell
 sweep, passing      columns through layers, and through nodes without a definition
 curvature           the factors of a loss; residual and averaged add DiagHessian's and KFRA's recursions
-uses, demand        what a parameter's uses give, and what features ask for
+demand, uses        what features ask for, and what a parameter's uses give
+harvest, fields     what a pass has gathered for a parameter, and the tensors that it becomes
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _KEY = __name__
 
 @dataclass(eq=False)
 class Mark:
-    """A module without a definition (`passes` False), or one that returned its input and so has no node of its own."""
+    """A module without a definition, or one that returned its input and so has no node of its own."""
 
     name: str
     module: weakref.ref[nn.Module]

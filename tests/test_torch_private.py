@@ -1,0 +1,75 @@
+"""torch's private names do what the engine expects."""
+
+from __future__ import annotations
+
+import torch
+
+from satchel.runtime import torch_private as t
+
+
+def test_graph_task_and_node():
+    x = torch.ones(3, requires_grad=True)
+    y = x * 2
+    seen = []
+    y.grad_fn.register_prehook(lambda g: seen.append((t.graph_task(), t.current_node() is y.grad_fn, t.keeps_graph())))
+    assert t.graph_task() == -1
+    y.sum().backward(retain_graph=True)
+    y.sum().backward()
+    assert seen[0][0] != seen[1][0] and [s[1:] for s in seen] == [(True, True), (True, False)]
+
+
+def test_end_of_backward():
+    x = torch.ones(3, requires_grad=True)
+    y = x * 2
+    seen = []
+    y.register_hook(lambda g: t.at_end_of_backward(lambda: seen.append(x.grad is not None)))
+    y.sum().backward()
+    assert seen == [True]
+
+
+def test_computes_gradient_of():
+    a, b = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+
+    def asked(run):
+        y = a * b
+        seen = []
+        y.register_hook(lambda g: seen.append((t.computes_gradient_of(a), t.computes_gradient_of(b))))
+        run(y.sum())
+        return seen[0]
+
+    assert asked(lambda y: y.backward()) == (True, True)
+    assert asked(lambda y: y.backward(inputs=[a])) == (True, False)
+    assert asked(lambda y: torch.autograd.grad(y, b)) == (False, True)
+
+
+def test_nodes():
+    x = torch.ones(3, 2, requires_grad=True)
+    (node,) = {(x * 1).unbind(1)[0].grad_fn}
+    assert [o[0] for o in t.node_outputs(node)] == [(3,), (3,)] and t.node_outputs(node)[0][1] == x.dtype
+    assert t.is_accumulator(t.accumulator(x)) and t.leaf_of(t.accumulator(x)) is x and t.leaf_of(node) is None
+    t.metadata(node)["k"] = 1
+    assert node.metadata == {"k": 1} and not t.is_python_function(node)
+
+
+def test_tensors():
+    x = torch.ones(3, 2)
+    v = t.version(x)
+    x.mul_(2)
+    assert t.version(x) == v + 1 and t.view_base(x) is None and t.view_base(x.view(6)) is x
+    with torch.inference_mode():
+        assert t.version(torch.ones(2)) == 0
+
+
+def test_surroundings():
+    assert not t.inside_functorch() and not t.inside_checkpoint()
+    seen = []
+    torch.vmap(lambda x: (seen.append(t.inside_functorch()), x)[1])(torch.ones(2))
+    from torch.utils.checkpoint import checkpoint
+
+    checkpoint(
+        lambda x: (seen.append(t.inside_checkpoint()), x * 2)[1], torch.ones(2, requires_grad=True), use_reentrant=False
+    )
+    y = checkpoint(lambda x: x * 2, torch.ones(2, requires_grad=True), use_reentrant=True)
+    assert seen[:2] == [True, True] and t.is_reentrant_checkpoint(y.grad_fn) and t.is_python_function(y.grad_fn)
+    with torch.autograd.graph.save_on_cpu():
+        assert not t.inside_checkpoint()
