@@ -77,7 +77,9 @@ def test_each_program_is_chosen_where_it_is_cheapest(layer, rule, program, monke
     assert len(chosen) == 1 and chosen[0] in EQUIVALENT.get(program, {program})
 
 
-@pytest.mark.parametrize("columns,samples,each", [(1, 1, 1), (3, 5, 7), (2, 9, 10**9), (4, 3, 1 << 16)])
+@pytest.mark.parametrize(
+    "columns,samples,each", [(1, 1, 1), (3, 5, 7), (2, 9, 10**9), (4, 3, 1 << 16), (2, 9, 1 << 16)]
+)
 def test_blocks_cover_every_column_and_sample_once(columns, samples, each):
     seen = torch.zeros(columns, samples)
     parts = list(cost.blocks(columns, samples, each))

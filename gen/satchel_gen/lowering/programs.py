@@ -79,7 +79,7 @@ class Program:
 
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Program):
-    """out = expr(reads), each read broadcast over the axes it lacks; the result has the dtype of the first read."""
+    """out = expr(reads), each read broadcast over the axes it lacks; the result is float32 or wider."""
 
     reads: tuple[Read, ...]
     expr: sympy.Expr
@@ -174,7 +174,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Program):
-    """Reductions over one axis, then out = expr(reads, stages); the result has the dtype of the first read.
+    """Reductions over one axis, then out = expr(reads, stages); the result is float32 or wider.
 
     The first read carries the row axis; its other axes number the rows. Axes of `out` that it lacks are columns.
     A read that lacks the row axis but carries a column axis is loaded once per column.

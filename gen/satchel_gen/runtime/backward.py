@@ -100,7 +100,7 @@ class Pass:
         if loss.edge is None or gradient is None:
             return
         self.reductions.add(loss.options.get("reduction", "mean"))
-        if len(self.reductions) > 1:
+        if len(self.reductions) > 1 or "none" in self.reductions:
             self._refuse_table5("of any layer")
         plan = walk([loss.edge], self._is_wanted)
         curved = self.demand.features([record.definition for record in plan.records], *CURVATURE)

@@ -23,7 +23,8 @@ def extend(module: Module) -> Module:
     for name, inner in module.named_modules():
         recorder = next((hook for hook in inner._forward_hooks.values() if isinstance(hook, Recorder)), None)
         if recorder is None:
-            inner.register_forward_hook(Recorder(name), with_kwargs=True)
+            # First of all hooks: one that changes the output comes after the record, as another operation.
+            inner.register_forward_hook(Recorder(name), with_kwargs=True, prepend=True)
         elif len(name) > len(recorder.name):  # extended as a part before: the longer path says more
             recorder.name = name
     return module

@@ -1,7 +1,8 @@
-"""Samples must not mix: found by passing a column that is supported on a pseudo-random half of them.
+"""Samples must not mix: found by passing columns that are each supported on half of them.
 
-Whatever lies between two recorded layers must keep the support; the rules of a layer do by construction, so the probe starts
-afresh, full, at the input of each. The verdicts are tensors, read once when the pass ends.
+For every binary digit of a sample's number there is a column on the samples that have it and one on those that have not, so
+any two samples are told apart, in both directions. Whatever lies between two recorded layers must keep the supports; the rules
+of a layer do by construction, so the probe starts afresh at the input of each. The verdicts are tensors, read once when the pass ends.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def mixing(plan: Plan, start: Mapping[Edge, Sequence[int]], samples: int, everyw
         passed_by = tuple(dict.fromkeys(name for number in columns for name in origin.get((step.node, number), ())))
         if passed_by and (everywhere or step.record is not None):
             above = f"{' → '.join(passed_by)}, above {step.where if step.record is None else step.record.where}"
-            flags += [(_leaves_half(column, samples), SamplesMixed(above)) for column in columns.values()]
+            flags += [(_leaves_support(arrived, samples), SamplesMixed(above)) for arrived in columns.values()]
         if step.record is None:
             if columns:
                 add(live, pull(step, columns))
@@ -53,26 +54,26 @@ def mixing(plan: Plan, start: Mapping[Edge, Sequence[int]], samples: int, everyw
 
 
 def _start(live: dict[Edge, Tensor], edge: Edge, shape: Sequence[int], samples: int) -> None:
-    """Put a column on half of the samples, where the first axis is the batch. Not a constant one: a softmax would pass zero."""
+    """Put the columns on their samples, where the first axis is the batch. Not constant ones: a softmax would pass zero."""
     if not shape or shape[0] % samples:
         return
     node, output_nr = edge
     _, dtype, device = node_outputs(node)[output_nr]
     row = torch.linspace(0.5, 1.5, prod(shape) // samples, dtype=dtype, device=device)
-    column = _half(samples, device)[:, None] * row
-    add(live, {edge: column.reshape(1, *edge_shape(edge))})
+    columns = _supports(samples, device)[:, :, None] * row
+    add(live, {edge: columns.reshape(len(columns), *edge_shape(edge))})
 
 
-def _leaves_half(column: Tensor, samples: int) -> Tensor:
+def _leaves_support(columns: Tensor, samples: int) -> Tensor:
     """Whether a column is non-zero on another sample than those it started on. Products 0 · inf say nothing."""
-    if column.numel() % samples:
-        return torch.ones((), dtype=torch.bool, device=column.device)
-    rows = column.reshape(samples, -1)
-    return rows.masked_fill(_half(samples, column.device)[:, None], 0).nan_to_num(nan=0.0).count_nonzero() > 0
+    if columns[0].numel() % samples:
+        return torch.ones((), dtype=torch.bool, device=columns.device)
+    rows = columns.reshape(len(columns), samples, -1)
+    return rows.masked_fill(_supports(samples, columns.device)[:, :, None], 0).nan_to_num(nan=0.0).count_nonzero() > 0
 
 
-def _half(samples: int, device: torch.device) -> Tensor:
-    """Which samples are in the support: the first and not the second, others by a multiplicative hash. No flip, shift or other
-    regular permutation keeps the half."""
-    n = torch.arange(samples, device=device)
-    return (n * 2654435761 >> 16) % 2 == 0
+def _supports(samples: int, device: torch.device) -> Tensor:
+    """Which samples each column is on [columns, N]: those with a binary digit, then those without it."""
+    digits = torch.arange((samples - 1).bit_length(), device=device)
+    has = (torch.arange(samples, device=device) >> digits[:, None]) % 2 == 1
+    return torch.cat([has, ~has])

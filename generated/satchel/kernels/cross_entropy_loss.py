@@ -59,18 +59,11 @@ def gradient(input: Tensor, target: Tensor) -> Tensor:
     input, target = input.contiguous(), target.contiguous()
     N, K, R = input.shape
     rows = N * R
-    out = torch.empty((N, K, R), dtype=input.dtype, device=input.device)
+    dtype = accumulator(input, target)
+    out = torch.empty((N, K, R), dtype=dtype, device=input.device)
     blocks = triton.cdiv(rows, ROW_LANES)
     gradient_kernel[(blocks, 1)](
-        input,
-        target,
-        out,
-        rows,
-        K,
-        R,
-        COMPUTE=triton_type(accumulator(input, target)),
-        BLOCK_K=ROW_STEPS,
-        BLOCK_ROW=ROW_LANES,
+        input, target, out, rows, K, R, COMPUTE=triton_type(dtype), BLOCK_K=ROW_STEPS, BLOCK_ROW=ROW_LANES
     )
     return out
 
@@ -124,19 +117,11 @@ def exact_factor_blocks(input: Tensor) -> Tensor:
     N, K, R = input.shape
     rows = N * R
     columns = K * R
-    out = torch.empty((K, R, N, K, R), dtype=input.dtype, device=input.device)
+    dtype = accumulator(input)
+    out = torch.empty((K, R, N, K, R), dtype=dtype, device=input.device)
     blocks = triton.cdiv(rows, ROW_LANES)
     exact_factor_blocks_kernel[(blocks, splits(blocks, columns))](
-        input,
-        out,
-        columns,
-        rows,
-        N,
-        K,
-        R,
-        COMPUTE=triton_type(accumulator(input)),
-        BLOCK_K=ROW_STEPS,
-        BLOCK_ROW=ROW_LANES,
+        input, out, columns, rows, N, K, R, COMPUTE=triton_type(dtype), BLOCK_K=ROW_STEPS, BLOCK_ROW=ROW_LANES
     )
     return out
 
@@ -199,7 +184,8 @@ def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
     K = input.shape[1]
     rows = N * R
     columns = M
-    out = torch.empty((M, N, K, R), dtype=input.dtype, device=input.device)
+    dtype = accumulator(sampled, input)
+    out = torch.empty((M, N, K, R), dtype=dtype, device=input.device)
     blocks = triton.cdiv(rows, ROW_LANES)
     mc_factor_kernel[(blocks, splits(blocks, columns))](
         sampled,
@@ -211,7 +197,7 @@ def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
         K,
         R,
         M,
-        COMPUTE=triton_type(accumulator(sampled, input)),
+        COMPUTE=triton_type(dtype),
         BLOCK_K=ROW_STEPS,
         BLOCK_ROW=ROW_LANES,
     )

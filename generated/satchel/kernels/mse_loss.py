@@ -34,11 +34,10 @@ def gradient(input: Tensor, target: Tensor) -> Tensor:
     input, target = input.contiguous(), target.contiguous()
     N, J = input.shape
     size = N * J
-    out = torch.empty((N, J), dtype=input.dtype, device=input.device)
+    dtype = accumulator(input, target)
+    out = torch.empty((N, J), dtype=dtype, device=input.device)
     blocks = triton.cdiv(size, POINTWISE_BLOCK)
-    gradient_kernel[(blocks, 1)](
-        input, target, out, size, COMPUTE=triton_type(accumulator(input, target)), BLOCK=POINTWISE_BLOCK
-    )
+    gradient_kernel[(blocks, 1)](input, target, out, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK)
     return out
 
 
@@ -64,10 +63,11 @@ def exact_factor(input: Tensor) -> Tensor:
     N, J = input.shape
     size = N * J
     columns = J
-    out = torch.empty((J, N, J), dtype=input.dtype, device=input.device)
+    dtype = accumulator(input)
+    out = torch.empty((J, N, J), dtype=dtype, device=input.device)
     blocks = triton.cdiv(size, POINTWISE_BLOCK)
     exact_factor_kernel[(blocks, splits(blocks, columns))](
-        out, columns, size, J, COMPUTE=triton_type(accumulator(input)), BLOCK=POINTWISE_BLOCK
+        out, columns, size, J, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
     return out
 
@@ -94,9 +94,10 @@ def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
     M, N, J = sampled.shape
     size = N * J
     columns = M
-    out = torch.empty((M, N, J), dtype=input.dtype, device=input.device)
+    dtype = accumulator(sampled, input)
+    out = torch.empty((M, N, J), dtype=dtype, device=input.device)
     blocks = triton.cdiv(size, POINTWISE_BLOCK)
     mc_factor_kernel[(blocks, splits(blocks, columns))](
-        sampled, input, out, columns, size, M, COMPUTE=triton_type(accumulator(sampled, input)), BLOCK=POINTWISE_BLOCK
+        sampled, input, out, columns, size, M, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
     return out

@@ -38,10 +38,11 @@ def vjp(factor: Tensor, output: Tensor) -> Tensor:
     V, N, J = factor.shape
     size = N * J
     columns = V
-    out = torch.empty((V, N, J), dtype=factor.dtype, device=factor.device)
+    dtype = accumulator(factor, output)
+    out = torch.empty((V, N, J), dtype=dtype, device=factor.device)
     blocks = triton.cdiv(size, POINTWISE_BLOCK)
     vjp_kernel[(blocks, splits(blocks, columns))](
-        factor, output, out, columns, size, COMPUTE=triton_type(accumulator(factor, output)), BLOCK=POINTWISE_BLOCK
+        factor, output, out, columns, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
     return out
 
@@ -66,11 +67,10 @@ def diagonal(curvature: Tensor, output: Tensor) -> Tensor:
     curvature, output = curvature.contiguous(), output.contiguous()
     N, J = curvature.shape
     size = N * J
-    out = torch.empty((N, J), dtype=curvature.dtype, device=curvature.device)
+    dtype = accumulator(curvature, output)
+    out = torch.empty((N, J), dtype=dtype, device=curvature.device)
     blocks = triton.cdiv(size, POINTWISE_BLOCK)
-    diagonal_kernel[(blocks, 1)](
-        curvature, output, out, size, COMPUTE=triton_type(accumulator(curvature, output)), BLOCK=POINTWISE_BLOCK
-    )
+    diagonal_kernel[(blocks, 1)](curvature, output, out, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK)
     return out
 
 
@@ -93,9 +93,8 @@ def residual(delta: Tensor, output: Tensor) -> Tensor:
     delta, output = delta.contiguous(), output.contiguous()
     N, J = delta.shape
     size = N * J
-    out = torch.empty((N, J), dtype=delta.dtype, device=delta.device)
+    dtype = accumulator(delta, output)
+    out = torch.empty((N, J), dtype=dtype, device=delta.device)
     blocks = triton.cdiv(size, POINTWISE_BLOCK)
-    residual_kernel[(blocks, 1)](
-        delta, output, out, size, COMPUTE=triton_type(accumulator(delta, output)), BLOCK=POINTWISE_BLOCK
-    )
+    residual_kernel[(blocks, 1)](delta, output, out, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK)
     return out

@@ -100,5 +100,5 @@ LOSS = Loss(
     mc_factor=Rule(mc_factor, ("input",), kernel="mc_factor"),
     violation=Rule(violation, ("target", "input")),
     violation_text="target outside 0 ≤ y < K, K the number of classes",
-    options={"reduction": ("mean", "sum"), "weight": (None,), "label_smoothing": (0.0,)},
+    options={"reduction": ("mean", "sum"), "weight": (None,), "ignore_index": (-100,), "label_smoothing": (0.0,)},
 )

@@ -145,6 +145,8 @@ class Registry:
 
     def definition(self, module: nn.Module) -> Layer | Loss | None:
         """By its forward function: a subclass that computes the same is the same."""
+        if "forward" in vars(module):  # patched on the instance: it may compute anything
+            return None
         return self._by_forward.get(type(module).forward)
 
 

@@ -29,7 +29,10 @@ CROSS_ENTROPY_LOSS = Loss(
     ),
     distribution=Categorical(probabilities=exp(f[n, k, r] - lse[n, r]), over=k),
     domain=(Integer(0), extent(k)),
-    options={"reduction": ("mean", "sum"), "weight": (None,), "label_smoothing": (0.0,)},
+    options={"reduction": ("mean", "sum"), "weight": (None,), "ignore_index": (-100,), "label_smoothing": (0.0,)},
     examples=(Example((3,)), Example((3, 2)), Example((3, 2, 2))),
-    refused=(Refused((3,), "label_smoothing", {"label_smoothing": 0.1}),),
+    refused=(
+        Refused((3,), "label_smoothing", {"label_smoothing": 0.1}),
+        Refused((3,), "ignore_index", {"ignore_index": 0}),
+    ),
 )

@@ -1,0 +1,57 @@
+"""What an adversarial reader broke once: each was a wrong number without an error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from satchel import backpack, extend
+from satchel.extensions import BatchGrad, DiagGGNExact
+
+MIXING = {
+    "subtract the first": lambda h: h - h[:1],
+    "times the first": lambda h: h * h[0],
+    "gather the first twice": lambda h: h[[0, 0, *range(2, len(h))]],
+    "swap two": lambda h: h[[*range(len(h) - 2), len(h) - 1, len(h) - 2]],
+    "flip": lambda h: h.flip(0),
+    "shift": lambda h: h.roll(1, 0),
+    "subtract the largest": lambda h: h - h.max(),
+}
+
+
+@pytest.mark.parametrize("samples", [2, 3, 6, 22, 38])
+@pytest.mark.parametrize("mix", MIXING)
+def test_samples_that_mix_are_found_in_either_direction(mix, samples):
+    torch.manual_seed(0)
+    model, loss = extend(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))), extend(nn.MSELoss())
+    output = model[1](MIXING[mix](model[0](torch.randn(samples, 3))))
+    with pytest.raises(ValueError, match=r"mixes the samples"), backpack(BatchGrad(), DiagGGNExact()):
+        loss(output, torch.randn(samples, 2)).backward()
+
+
+@pytest.mark.parametrize("change", [lambda m, a, o: o * 2, lambda m, a, o: o.mul_(2)], ids=["new", "in place"])
+def test_hooks_that_change_the_output_come_after_the_record(change):
+    model = nn.Linear(3, 2)
+    model.register_forward_hook(change)
+    loss = extend(nn.MSELoss())
+    extend(model)
+    with backpack(BatchGrad()):
+        loss(model(torch.randn(5, 3)), torch.randn(5, 2)).backward()
+    torch.testing.assert_close(model.weight.grad_batch.sum(0), model.weight.grad)
+
+
+def test_a_patched_forward_is_no_definition():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    original = model[0].forward
+    model[0].forward = lambda x: original(x) * 2
+    extend(model)
+    loss = extend(nn.MSELoss())
+    with pytest.raises(NotImplementedError, match=r"weight"), backpack(BatchGrad()):
+        loss(model(torch.randn(5, 3)), torch.randn(5, 2)).backward()
+
+
+def test_table5_of_an_unreduced_loss_is_refused():
+    model, loss = extend(nn.Linear(3, 2)), extend(nn.MSELoss(reduction="none"))
+    with pytest.raises(RuntimeError, match="table5"), backpack(BatchGrad(scaling="table5")):
+        loss(model(torch.randn(5, 3)), torch.randn(5, 2)).mean().backward()
