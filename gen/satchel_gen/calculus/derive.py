@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr, Indexed, IndexedBase
 
-from ..notation import Fresh, Index, IndexSum, LogSumExp, reads
+from ..notation import Fresh, Index, LogSumExp, reads
 from .terms import CalculusError, Term, contract, terms
 
 
@@ -165,6 +165,3 @@ def total_jacobian(
         for part in total_jacobian(inner, name, through, wrt, statements, fresh):
             derivative += [contract((o * part.freshened(fresh)).summed(through)) for o in outer]
     return [d for d in derivative if not d.is_zero]
-
-
-__all__ = ["IndexSum", "Statement", "differentiate", "jacobian", "total_derivative", "total_jacobian", "vjp"]

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import sympy
-from sympy import Expr, Symbol
+from sympy import Expr
 
-from ..notation import ONE, Equal, Fresh, Index, IndexSum, LogSumExp, index_atoms, plain_names
+from ..notation import ONE, Equal, Fresh, Index, IndexSum, index_atoms, plain_names
 
 Delta = tuple[Index, Index]
 
@@ -155,10 +155,3 @@ def text(term: Term) -> str:
     from ..emit.formula import render_term  # printing is presentation; only str() needs it
 
     return render_term(term)
-
-
-def scalars(expr: Expr) -> set[Symbol]:
-    return {s for s in expr.free_symbols if not isinstance(s, Index) and not isinstance(s, sympy.IndexedBase)}
-
-
-__all__ = ["CalculusError", "Delta", "LogSumExp", "Term", "contract", "numerator", "scalars", "terms", "tidy"]

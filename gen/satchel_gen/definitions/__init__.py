@@ -7,6 +7,7 @@ import pkgutil
 from dataclasses import dataclass
 from types import ModuleType
 
+from ..calculus.derive import Statement
 from ..notation import Equal, LogSumExp, Sum, extent, indices, sigmoid, softplus, tensors
 from .model import (
     Categorical,
@@ -18,7 +19,6 @@ from .model import (
     Normal,
     Quantity,
     Refused,
-    Statement,
     activation,
     z,
 )

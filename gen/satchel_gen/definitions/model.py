@@ -13,7 +13,7 @@ import sympy
 from sympy import Expr, Indexed, IndexedBase, Symbol
 
 from ..calculus.derive import Statement
-from ..notation import Equal, Index, IndexSum, LogSumExp, index_atoms, indices, reads, tensors
+from ..notation import Index, IndexSum, LogSumExp, indices, reads, tensors
 
 
 class DefinitionError(ValueError):
@@ -252,9 +252,3 @@ z: Indexed = _x[_n, _j]
 def activation(name: str, value: Expr, **details: Any) -> Layer:
     """An elementwise module y = value(z)."""
     return Layer(name, input=z, statements=(Statement(_y[_n, _j], sympy.sympify(value)),), source=_caller(), **details)
-
-
-__all__ = [
-    "Categorical", "DefinitionError", "Distribution", "Equal", "Example", "Feature", "Layer", "Loss", "Normal", "Quantity",
-    "Refused", "Source", "Statement", "activation", "index_atoms", "z",
-]  # fmt: skip

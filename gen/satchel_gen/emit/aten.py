@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from string import ascii_lowercase
 
 import sympy
-from sympy import Expr, Indexed
+from sympy import Expr
 from sympy.printing.str import StrPrinter
 
 from ..calculus.terms import CalculusError
@@ -318,6 +318,3 @@ def unpack_extents(needed: set[sympy.Symbol], arguments: Mapping[str, Axes]) -> 
     if missing:
         raise CalculusError(f"no argument of {sorted(arguments)} carries the extents {sorted(map(str, missing))}")
     return lines
-
-
-__all__ = ["AtenPrinter", "Body", "Indexed", "unpack_extents"]

@@ -83,7 +83,6 @@ class LayerContext(_Uses):
     parameters: Mapping[str, Mapping[str, RuleContext]]
     approximation: str
     options: str
-    inplace_from_output: bool
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,6 @@ def layer_context(lowered: LoweredLayer) -> LayerContext:
         parameters=parameters,
         approximation=layer.approximation,
         options=repr(dict(layer.options)),
-        inplace_from_output=lowered.inplace_from_output,
     )
 
 

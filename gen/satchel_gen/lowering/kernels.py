@@ -223,6 +223,3 @@ def loss_formula(rule: LossRule) -> str:
 
 def names(axes: Axes) -> tuple[str, ...]:
     return tuple(i.name for i in axes)
-
-
-__all__ = ["KernelRule", "layer_kernels", "loss_kernels", "names"]

@@ -92,6 +92,3 @@ def _needed(expr: Expr, named: tuple[Statement, ...]) -> tuple[Statement, ...]:
             kept.insert(0, statement)
             wanted |= {str(r.base) for r in reads(statement.value)}
     return tuple(kept)
-
-
-__all__ = ["LossRule", "LoweredLoss", "lower_loss"]

@@ -11,8 +11,8 @@ from ..calculus.instantiate import Formula, Instance
 from ..calculus.terms import Term, numerator
 from ..definitions import quantities as Q
 from ..definitions.model import Layer, Quantity
-from ..notation import Index, reads
-from .plan import Axes, Leaf, leaves
+from ..notation import reads
+from .plan import Axes, leaves
 from .squares import Variant, variants
 
 #: Tensors that the runtime passes to a rule; all others are operands, taken from the record.
@@ -44,11 +44,6 @@ class LoweredLayer:
         """Every rule, passes first."""
         found = [rule for rule in self.passes.values() if rule is not None]
         return found + [rule for quantities in self.parameters.values() for rule in quantities.values()]
-
-    @property
-    def inplace_from_output(self) -> bool:
-        """Whether no rule reads the input, so that an in-place module may overwrite it."""
-        return not any("input" in rule.operands for rule in self.rules)
 
 
 def lower_layer(layer: Layer) -> LoweredLayer:
@@ -137,10 +132,3 @@ def _same_at_output(slope: Expr, read: Indexed, value: Expr) -> bool:
         abs(sympy.N(slope.xreplace({z: sympy.N(value.xreplace({z: at}))}) - slope.xreplace({z: at}))) < 1e-12
         for at in _GRID
     )
-
-
-def index_names(axes: Axes) -> str:
-    return ", ".join(i.name for i in axes)
-
-
-__all__ = ["EXPLICIT", "Index", "Leaf", "LoweredLayer", "LoweredRule", "in_output", "index_names", "lower_layer"]

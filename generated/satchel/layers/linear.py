@@ -419,5 +419,4 @@ LAYER = Layer(
     },
     approximation="expand",
     options={},
-    inplace_from_output=False,
 )

@@ -79,5 +79,4 @@ LAYER = Layer(
     parameters={},
     approximation="expand",
     options={},
-    inplace_from_output=True,
 )

@@ -83,12 +83,9 @@ class Recorder:
         record.versions.update({name: version(parameter) for name, parameter in parameters.items()})
         trainable = record.trainable()
         reads = layer.reads(trainable)
-        if "input" in reads:
-            if layer.inplace_from_output:  # right from the output, which autograd keeps anyway
-                record.keep(input=alias(output))
-            elif not inplace:
-                # Attached where a field can be differentiated; autograd has saved the same tensor then.
-                record.keep(input=x if trainable else alias(x))
+        if "input" in reads and not inplace:
+            # Attached where a field can be differentiated; autograd has saved the same tensor then.
+            record.keep(input=x if trainable else alias(x))
         if "output" in reads:
             record.keep(output=alias(output))
         _attach(node, record)

@@ -61,7 +61,6 @@ class Layer:
     parameters: Mapping[str, Mapping[str, Rule]]
     approximation: str = "expand"
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: _EMPTY)
-    inplace_from_output: bool = False
 
     def reads(self, parameters: Iterable[str]) -> frozenset[str]:
         """Operands of the rules by which factors pass, and of the quantities of `parameters`: what a record must keep."""
