@@ -10,7 +10,7 @@ import sympy
 import torch
 from sympy import Rational, exp, log, sqrt, tanh
 
-from satchel_gen.calculus.derive import Statement, jacobian, total_jacobian, vjp
+from satchel_gen.calculus.derive import Statement, jacobian, total_derivative, total_jacobian, vjp
 from satchel_gen.calculus.evaluate import evaluate, evaluate_statements
 from satchel_gen.calculus.kronecker import kronecker
 from satchel_gen.calculus.terms import CalculusError, Term, contract, terms
@@ -116,6 +116,31 @@ def test_total_jacobian_is_autograd(case):
 
     expected = torch.autograd.functional.jacobian(along, inputs[order.index(name)])
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_second_derivatives_are_autograds(case):
+    """∂²φ/∂u∂u′ of φ = Σ c · y, through every named intermediate: what residuals are made of."""
+    tensors, extents = values(case), sizes(case)
+    known = tensors | evaluate_statements(case.statements, tensors, extents)
+    known["c"] = np.random.default_rng(3).normal(size=known["y"].shape)
+    fresh, last = Fresh(), case.statements[-1]
+    at, first, second = fresh.all(last.axes), fresh.all(case.wrt.indices), fresh.all(case.wrt.indices)
+    name = str(case.wrt.base)
+    weight = Term(sympy.IndexedBase("c")[at])
+    gradient = [
+        contract((weight * part).summed(at)) for part in total_jacobian(last, name, at, first, case.statements, fresh)
+    ]
+    parts = [d for part in gradient for d in total_derivative(part, name, second, case.statements, fresh)]
+    found = evaluate(parts, (*first, *second), known, extents)
+    order, inputs = list(tensors), [torch.tensor(v) for v in tensors.values()]
+
+    def phi(value):
+        y = case.torch(*(value if key == name else inputs[order.index(key)] for key in order))
+        return (torch.tensor(known["c"]) * y).sum()
+
+    expected = torch.autograd.functional.hessian(phi, inputs[order.index(name)])
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-9, atol=1e-10)
 
 
 def test_a_primed_copy_does_not_capture_the_definitions_own_indices():
