@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .errors import SubsamplingOutOfRange
 from .rules import Layer, Need, Sizes
 
 SCALINGS = ("backpack", "table5")
@@ -68,6 +69,12 @@ class Extension:
             if value is not None and (key, value) != ("scaling", "backpack")
         }
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in given.items())})"
+
+    def check(self, samples: int) -> None:
+        """Refuse, before a field is set, what does not fit the batch."""
+        for index in self.subsampling or ():
+            if not -samples <= index < samples:
+                raise SubsamplingOutOfRange(self.name, index, samples)
 
     def needs(self, layer: Layer) -> tuple[Need, ...]:
         """The quantities that the value is made of; a parameter without one of them goes without."""

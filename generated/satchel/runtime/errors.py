@@ -80,6 +80,13 @@ class UnitUnknown(SatchelError, RuntimeError):
         )
 
 
+class SubsamplingOutOfRange(SatchelError, IndexError):
+    def __init__(self, feature: str, index: int, samples: int) -> None:
+        super().__init__(
+            feature, f"subsampling names sample {index}, but the batch has {samples}", f"Use indices below {samples}"
+        )
+
+
 # ------------------------------------------------------------------------------------------------- modules and nodes
 
 

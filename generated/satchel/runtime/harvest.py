@@ -50,6 +50,8 @@ class Harvest:
     def reap(self, key: int, unit: float | None) -> list[Use]:
         """Set the fields of a parameter; its uses."""
         parameter, uses, results = self._parameters.pop(key), self._uses.pop(key), self._curvature.pop(key, {})
+        for extension in self.demand.extensions:
+            extension.check(uses[0].record.samples)
         graph = torch.is_grad_enabled()  # create_graph=True
         with torch.set_grad_enabled(graph and any(e.differentiable for e in self.demand.extensions)):
             results |= self._of_gradient(uses)
