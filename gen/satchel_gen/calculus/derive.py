@@ -59,8 +59,7 @@ def jacobian(statement: Statement, name: str, at: Sequence[Index], wrt: Sequence
     derivative: list[Term] = []
     for summand in summands:
         for read in [r for r in reads(summand.factor) if str(r.base) == name]:
-            slot = sympy.Dummy()
-            partial = summand.factor.xreplace({read: slot}).diff(slot).xreplace({slot: read})
+            partial = _partial(summand.factor, read)
             if partial == 0:
                 continue
             if any(not isinstance(i, Index) for i in read.indices):
@@ -68,6 +67,13 @@ def jacobian(statement: Statement, name: str, at: Sequence[Index], wrt: Sequence
             deltas = summand.deltas + tuple(zip(read.indices, wrt, strict=True))
             derivative.append(contract(Term(weight * partial, summand.sums, deltas)))
     return [term for term in derivative if not term.is_zero]
+
+
+def _partial(factor: Expr, read: Indexed) -> Expr:
+    """∂ factor / ∂ read, of a real number. A jump has the derivative 0, as torch's kinks do, not a Dirac delta."""
+    slot = sympy.Dummy(real=True)
+    partial = factor.xreplace({read: slot}).diff(slot)
+    return partial.replace(sympy.DiracDelta, lambda *_: sympy.Integer(0)).xreplace({slot: read})
 
 
 def vjp(
@@ -125,8 +131,7 @@ def differentiate(term: Term, name: str, wrt: Sequence[Index], fresh: Fresh) -> 
     term = term.freshened(fresh)
     derivative = []
     for read in [r for r in reads(term.factor) if str(r.base) == name]:
-        slot = sympy.Dummy()
-        partial = term.factor.xreplace({read: slot}).diff(slot).xreplace({slot: read})
+        partial = _partial(term.factor, read)
         deltas = term.deltas + tuple(zip(read.indices, wrt, strict=True))
         derivative.append(contract(Term(partial, term.sums, deltas)))
     return [d for d in derivative if not d.is_zero]
