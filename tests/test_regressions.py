@@ -59,6 +59,9 @@ def test_table5_of_an_unreduced_loss_is_refused():
 
 def test_subsampling_beyond_the_batch_is_refused_before_a_field_is_set():
     model, loss = extend(nn.Linear(3, 2)), extend(nn.MSELoss())
-    with pytest.raises(IndexError, match=r"sample 7.*batch has 4"), backpack(DiagGGNExact(), BatchGrad(subsampling=[7])):
+    with (
+        pytest.raises(IndexError, match=r"sample 7.*batch has 4"),
+        backpack(DiagGGNExact(), BatchGrad(subsampling=[7])),
+    ):
         loss(model(torch.randn(4, 3)), torch.randn(4, 2)).backward()
     assert not any(hasattr(parameter, "diag_ggn_exact") for parameter in model.parameters())
