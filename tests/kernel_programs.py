@@ -12,9 +12,7 @@ from sympy import Function, Piecewise, Rational, exp, sqrt, symbols, tanh
 import satchel_gen
 from satchel_gen.emit.triton import render_kernels
 from satchel_gen.lowering.programs import (
-    AxisDelta,
     Contraction,
-    Extent,
     Gram,
     Pointwise,
     Program,
@@ -23,6 +21,7 @@ from satchel_gen.lowering.programs import (
     Row,
     Stage,
 )
+from satchel_gen.notation import Equal, Extent
 
 v, x, d, f, w, y, W = symbols("v x d f w y W")
 lse, peak, f_v = symbols("lse peak f_v")
@@ -49,7 +48,7 @@ POINTWISE: tuple[Program, ...] = (
     ),
     Pointwise(
         name="columns", doc="out[v, n, j] = √2 δ(v, j)", out=("v", "n", "j"), reads=(Read("f", ("n", "j")),),
-        expr=sqrt(2) * AxisDelta("v", "j"), equal={"v": "j"},
+        expr=sqrt(2) * Equal("v", "j"), equal={"v": "j"},
     ),
     Pointwise(
         name="sampled", doc="out[m, n, j] = 2 (f[n, j] − y[m, n, j]) / √M", out=("m", "n", "j"),
@@ -134,17 +133,17 @@ _P = exp(f - lse)
 ROWS: tuple[Program, ...] = (
     Row(
         name="softmax_gradient", doc="out[n, k, r] = exp(f[n, k, r] − lse[n, r]) − [k = y[n, r]]", out=("n", "k", "r"),
-        row="k", reads=(_F, Read("y", ("n", "r"))), stages=(_LSE,), expr=_P - AxisDelta("k", "y"),
+        row="k", reads=(_F, Read("y", ("n", "r"))), stages=(_LSE,), expr=_P - Equal("k", "y"),
     ),
     Row(
         name="softmax_factor", doc="out[v·R + q, n, k, r] = √p[n, v, r] ([v = k] − p[n, k, r]) [q = r]",
         out=("v", "q", "n", "k", "r"), columns=2, equal={"v": "k", "q": "r"}, row="k",
         reads=(_F, Read("f", ("n", "v", "r"), alias="f_v")), stages=(_LSE,),
-        expr=exp((f_v - lse) / 2) * (AxisDelta("v", "k") - _P) * AxisDelta("q", "r"),
+        expr=exp((f_v - lse) / 2) * (Equal("v", "k") - _P) * Equal("q", "r"),
     ),
     Row(
         name="softmax_sampled", doc="out[m, n, k, r] = (p[n, k, r] − [k = y[m, n, r]]) / √M", out=("m", "n", "k", "r"), row="k",
-        reads=(_F, Read("y", ("m", "n", "r"))), stages=(_LSE,), expr=(_P - AxisDelta("k", "y")) / sqrt(Extent("m")),
+        reads=(_F, Read("y", ("m", "n", "r"))), stages=(_LSE,), expr=(_P - Equal("k", "y")) / sqrt(Extent("m")),
         signature=("y", "f"),
     ),
     Row(

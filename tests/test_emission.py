@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from satchel_gen import cli
 from satchel_gen.definitions import load
 from satchel_gen.emit import package
 
@@ -114,3 +116,10 @@ def test_list_and_explain():
 def test_the_readme_shows_the_emitted_support_table():
     table = run("list", "--markdown").stdout.strip()
     assert table in (ROOT / "README.md").read_text()
+
+
+def test_error_messages_keep_their_brackets(capsys):
+    """An index in brackets is no markup of the terminal's."""
+    with pytest.raises(typer.Exit):
+        cli._fail("input[n, k] reads an undeclared tensor")
+    assert "input[n, k]" in capsys.readouterr().out

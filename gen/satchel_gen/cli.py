@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.syntax import Syntax
 from rich.table import Table
@@ -38,7 +39,7 @@ def _definitions(only: str = "") -> Definitions:
 
 
 def _fail(message: str) -> NoReturn:
-    console.print(f"[bold red]error[/] {message}", highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error[/] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(1)
 
 

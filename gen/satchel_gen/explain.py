@@ -10,11 +10,11 @@ import sympy
 from .calculus.instantiate import Instance
 from .definitions import DefinitionError, Definitions, Feature, Layer, Loss
 from .definitions import quantities as Q
-from .emit.formula import render, render_formula, render_term
 from .emit.functions import Function, loss_function, rule_functions, sample_function
 from .emit.package import format_files
 from .emit.triton import environment
-from .lowering.kernels import KernelRule, flat_columns, layer_kernels
+from .formula import render, render_formula, render_term
+from .lowering.kernels import KernelRule, layer_kernels
 from .lowering.losses import lower_loss
 from .lowering.rules import LoweredRule, lower_layer
 from .lowering.support import PASSES
@@ -117,5 +117,5 @@ def _loss(loss: Loss) -> Iterator[Part]:
     yield Part(f"  S = {render(derived.exact_factor)}")
     yield Part("\nEmitted functions", heading=True)
     for rule in lowered.rules:
-        yield Part(code(loss_function(rule, flat_columns(lowered, rule))), code=True)
+        yield Part(code(loss_function(rule)), code=True)
     yield Part(f"  sample: {sample_function(lowered).formula}")

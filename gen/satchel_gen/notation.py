@@ -43,6 +43,11 @@ def tensors(names: str) -> tuple[IndexedBase, ...]:
     return tuple(IndexedBase(name) for name in names.split())
 
 
+def base_name(index: Symbol) -> str:
+    """The name that copies of one axis share: `o` of `o2` and of a fresh `o#7`."""
+    return str(index.name.split("#")[0].rstrip("0123456789"))
+
+
 class IndexSum(Expr):
     """Σ over whole index ranges: `IndexSum(body, Tuple(i, j))`. Written `Sum(body, i, j)`."""
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr, Indexed, IndexedBase
 
-from ..notation import Fresh, Index, LogSumExp, reads
+from ..formula import render
+from ..notation import ONE, Fresh, Index, LogSumExp, reads
 from .terms import CalculusError, Term, contract, terms
 
 
@@ -35,8 +36,6 @@ class Statement:
         return [read for read in reads(self.value) if str(read.base) == name]
 
     def __str__(self) -> str:
-        from ..emit.formula import render
-
         return f"{render(self.target)} = {render(self.value)}"
 
 
@@ -54,19 +53,9 @@ def jacobian(statement: Statement, name: str, at: Sequence[Index], wrt: Sequence
         weight = sympy.exp(body - value)
         summands = [Term(body, frozenset(inner.values()))]
     else:
-        weight = sympy.Integer(1)
+        weight = ONE
         summands = [t.freshened(fresh).rename(renamed) for t in terms(statement.value)]
-    derivative: list[Term] = []
-    for summand in summands:
-        for read in [r for r in reads(summand.factor) if str(r.base) == name]:
-            partial = _partial(summand.factor, read)
-            if partial == 0:
-                continue
-            if any(not isinstance(i, Index) for i in read.indices):
-                raise CalculusError(f"the access {read} is not a plain index")
-            deltas = summand.deltas + tuple(zip(read.indices, wrt, strict=True))
-            derivative.append(contract(Term(weight * partial, summand.sums, deltas)))
-    return [term for term in derivative if not term.is_zero]
+    return [part for summand in summands for part in differentiate(summand, name, wrt, weight)]
 
 
 def _partial(factor: Expr, read: Indexed) -> Expr:
@@ -124,16 +113,16 @@ def _axes_of(name: str, statements: Sequence[Statement], wrt: Indexed) -> tuple[
     return None
 
 
-def differentiate(term: Term, name: str, wrt: Sequence[Index], fresh: Fresh) -> list[Term]:
-    """∂ term / ∂ name[wrt] by the direct reads of `name` in a term."""
+def differentiate(term: Term, name: str, wrt: Sequence[Index], weight: Expr = ONE) -> list[Term]:
+    """weight · ∂ term / ∂ name[wrt] by the direct reads of `name` in a term whose bound indices occur nowhere else."""
     if term.square is not None:
         raise CalculusError("cannot differentiate a squared sum")
-    term = term.freshened(fresh)
     derivative = []
     for read in [r for r in reads(term.factor) if str(r.base) == name]:
-        partial = _partial(term.factor, read)
+        if any(not isinstance(i, Index) for i in read.indices):
+            raise CalculusError(f"the access {read} is not a plain index")
         deltas = term.deltas + tuple(zip(read.indices, wrt, strict=True))
-        derivative.append(contract(Term(partial, term.sums, deltas)))
+        derivative.append(contract(Term(weight * _partial(term.factor, read), term.sums, deltas)))
     return [d for d in derivative if not d.is_zero]
 
 
@@ -141,13 +130,13 @@ def total_derivative(
     term: Term, name: str, wrt: Sequence[Index], statements: Sequence[Statement], fresh: Fresh
 ) -> list[Term]:
     """∂ term / ∂ name[wrt], through the named intermediates that the term reads as well."""
-    derivative = differentiate(term, name, wrt, fresh)
+    derivative = differentiate(term.freshened(fresh), name, wrt)
     for statement in statements:
         if not any(str(r.base) == statement.name for r in reads(term.factor)):
             continue
         through = fresh.all(statement.axes)
         inner = total_jacobian(statement, name, through, wrt, statements, fresh)
-        for outer in differentiate(term, statement.name, through, fresh):
+        for outer in differentiate(term.freshened(fresh), statement.name, through):
             derivative += [contract((outer * part.freshened(fresh)).summed(through)) for part in inner]
     return [d for d in derivative if not d.is_zero]
 

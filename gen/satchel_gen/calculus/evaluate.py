@@ -10,7 +10,7 @@ import numpy as np
 import sympy
 from numpy.typing import NDArray
 
-from ..notation import Equal, Extent, Index, LogSumExp, reads
+from ..notation import Equal, Extent, Index, LogSumExp, base_name, reads
 from .derive import Statement
 from .terms import Term, terms
 
@@ -48,7 +48,7 @@ def evaluate_statements(
 
 def _extent(index: Index, extents: Mapping[str, int]) -> int:
     name = index.name.split("#")[0]
-    return extents[name] if name in extents else extents[name.rstrip("0123456789")]
+    return extents[name] if name in extents else extents[base_name(index)]
 
 
 def _evaluate(term: Term, axes: Axes, tensors: Mapping[str, Array], extents: Mapping[str, int]) -> Array:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import sympy
 from sympy import Expr
 
+from ..formula import render_term
 from ..notation import ONE, Equal, Fresh, Index, IndexSum, index_atoms, plain_names
 
 Delta = tuple[Index, Index]
@@ -82,7 +83,7 @@ class Term:
         return Term(ONE, frozenset(), outside, replace(inner, deltas=()))
 
     def __str__(self) -> str:
-        return text(self)
+        return render_term(self)
 
 
 def contract(term: Term) -> Term:
@@ -148,10 +149,3 @@ def numerator(factor: Expr) -> tuple[Expr, list[Expr]]:
         else:
             constant *= part
     return constant, parts
-
-
-def text(term: Term) -> str:
-    """The term as mathematics, for docstrings and `explain`."""
-    from ..emit.formula import render_term  # printing is presentation; only str() needs it
-
-    return render_term(term)

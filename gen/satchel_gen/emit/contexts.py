@@ -14,14 +14,14 @@ from ..calculus.derive import Statement
 from ..calculus.terms import Term
 from ..definitions.model import Categorical, Feature, Layer, Loss, Quantity
 from ..definitions.quantities import PULLBACKS, J, S, n, p, v, y
-from ..lowering.kernels import KernelRule, flat_columns, kernel_name, layer_kernels, loss_kernels
+from ..formula import render, render_formula
+from ..lowering.kernels import KernelRule, layer_kernels
 from ..lowering.losses import LoweredLoss
 from ..lowering.plan import Axes, plan
 from ..lowering.programs import Program
 from ..lowering.rules import LoweredLayer, LoweredRule
-from ..notation import Index, IndexSum, Sum
+from ..notation import Index, IndexSum, Sum, base_name
 from .aten import AtenPrinter, Body, unpack_extents
-from .formula import render, render_formula
 from .functions import Function, loss_function, rule_functions, sample_function, violation_function
 
 
@@ -32,11 +32,8 @@ class RuleContext:
     kernel: str | None
 
 
-class _Uses:
-    """Whether a word occurs in the functions of a module, which decides its imports."""
-
-    functions: tuple[Function, ...]
-    extra: str = ""
+class _Stated:
+    """What is defined by formulas, one per statement."""
 
     formulas: tuple[str, ...]
 
@@ -50,26 +47,9 @@ class _Uses:
         *before, last = self.formulas
         return " ".join([*(repr(f"{line}; ") for line in before), repr(last)])
 
-    def uses(self, word: str) -> bool:
-        text = self.extra + " ".join(
-            " ".join(
-                [
-                    *f.lines,
-                    f.result,
-                    "widened " * f.entry,
-                    "Program " * bool(f.choices),
-                    "blocks " * (f.block is not None),
-                ]
-            )
-            for f in self.functions
-        )
-        if any(f.block is not None for f in self.functions):
-            text += " ".join(f.block.summand for f in self.functions if f.block is not None)
-        return re.search(rf"\b{word}\b", text) is not None
-
 
 @dataclass(frozen=True)
-class LayerContext(_Uses):
+class LayerContext(_Stated):
     name: str
     module: str
     formulas: tuple[str, ...]
@@ -86,7 +66,7 @@ class LayerContext(_Uses):
 
 
 @dataclass(frozen=True)
-class LossContext(_Uses):
+class LossContext(_Stated):
     name: str
     module: str
     formulas: tuple[str, ...]
@@ -101,7 +81,6 @@ class LossContext(_Uses):
     rules: Mapping[str, RuleContext | None]
     violation_text: str
     options: str
-    extra: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,17 +94,6 @@ class Dispatcher:
     lines: tuple[str, ...]
     separated: str
     otherwise: str
-
-
-@dataclass(frozen=True)
-class Flattened:
-    """A Triton rule whose result has its leading axes flattened."""
-
-    name: str
-    formula: str
-    signature: str
-    call: str
-    axes: int
 
 
 def snake(name: str) -> str:
@@ -186,10 +154,9 @@ def loss_context(lowered: LoweredLoss) -> LossContext:
     functions: list[Function] = []
     rules: dict[str, RuleContext | None] = {}
     for rule in lowered.rules:
-        columns = flat_columns(lowered, rule)
-        functions.append(loss_function(rule, columns))
+        functions.append(loss_function(rule))
         rules[rule.name] = RuleContext(rule.name, tuple(str(t.base) for t in rule.operands), rule.name)
-        if columns:
+        if rule.name == "exact_factor":
             draws = tuple(str(t.base) for t in lowered.draws.operands)
             rules["sample"] = RuleContext("sample", draws, None)
     violation = violation_function(loss)
@@ -211,14 +178,13 @@ def loss_context(lowered: LoweredLoss) -> LossContext:
         input_axes=axis_names(loss.input.indices),
         target_axes=axis_names(loss.target.indices),
         elements=tuple(i.name for i in loss.terms.indices),
-        columns=tuple(i.name.rstrip("2") for i in lowered.columns),
+        columns=tuple(base_name(i) for i in lowered.columns),
         functions=tuple(functions),
         sample=sample,
         sampler="categorical" if isinstance(loss.distribution, Categorical) else "normal",
         rules=rules,
         violation_text=text,
         options=repr(dict(loss.options)),
-        extra=" ".join((*sample.lines, sample.result)),
     )
 
 
@@ -233,22 +199,6 @@ def layer_programs(lowered: LoweredLayer) -> tuple[list[Program], list[Dispatche
         if kernel.separated is not None:
             dispatchers.append(_dispatcher(kernel))
     return programs, dispatchers
-
-
-def loss_programs(lowered: LoweredLoss) -> tuple[list[Program], list[Flattened]]:
-    """The kernels of a loss and the functions that number columns over several axes by one."""
-    flattened = [
-        Flattened(
-            name=rule.name,
-            formula=f"{rule.name}, columns numbered by one axis.",
-            signature=", ".join(f"{t.base}: Tensor" for t in (*rule.explicit, *rule.operands)),
-            call=f"{kernel_name(lowered, rule)}({', '.join(str(t.base) for t in (*rule.explicit, *rule.operands))})",
-            axes=flat_columns(lowered, rule),
-        )
-        for rule in lowered.rules
-        if flat_columns(lowered, rule) > 1
-    ]
-    return loss_kernels(lowered), flattened
 
 
 def _dispatcher(kernel: KernelRule) -> Dispatcher:
@@ -294,13 +244,6 @@ _OPTION_TEXTS = {
 
 def feature_context(feature: Feature) -> dict[str, Any]:
     """The context of extension.py.jinja."""
-    context = _feature_context(feature)
-    printed = f"{context['value']} {context['table5']}"
-    context["uses_torch"] = "generator" in feature.options or "torch." in printed
-    return context
-
-
-def _feature_context(feature: Feature) -> dict[str, Any]:
     curvature = set(feature.needs) - {"gradient", "input"}
     context: dict[str, Any] = {
         "name": feature.name, "field": feature.field, "file": module_name(feature), "formula": feature.formula,

@@ -11,13 +11,13 @@ from sympy import Expr
 from ..calculus.derive import Statement
 from ..calculus.terms import Term, terms
 from ..definitions.model import Loss, Normal
+from ..formula import render, render_formula
 from ..lowering.losses import LossRule, LoweredLoss
-from ..lowering.plan import Axes, Map, Node, leaf, plan
+from ..lowering.plan import Axes, Map, Node, extent_symbol, leaf, plan
 from ..lowering.rules import LoweredRule
 from ..lowering.squares import Variant
 from ..notation import Extent, LogSumExp, index_atoms, reads
 from .aten import Body, unpack_extents
-from .formula import render, render_formula
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,7 @@ class Block:
 
 
 def shape(axes: Axes) -> str:
-    return f"[{', '.join(_extent_name(i) for i in axes)}]"
-
-
-def _extent_name(index: sympy.Symbol) -> str:
-    return index.name.rstrip("0123456789").upper()
+    return f"[{', '.join(str(extent_symbol(i)) for i in axes)}]"
 
 
 def shapes_line(arguments: Mapping[str, Axes], result: Axes) -> str:
@@ -128,9 +124,7 @@ def _program(rule: LoweredRule, variant: Variant) -> Function:
 
 def _block(rule: LoweredRule, variant: Variant) -> tuple[Block, tuple[str, ...]]:
     body = Body(dict(rule.arguments), slices={"v": "columns", "n": "samples"})
-    assert variant.inner is not None
-    each = body.scalar(sympy.Mul(*(Extent(i) for i in variant.inner.axes if i.name not in ("v", "n"))))
-    columns, samples = (body.scalar(Extent(i)) for name in ("v", "n") for i in variant.inner.axes if i.name == name)
+    columns, samples, each = _loops(variant, body)
     out = rule.formula.axes
     sizes = ", ".join(body.scalar(Extent(i)) for i in out)
     summand = body(variant.tree)
@@ -139,20 +133,25 @@ def _block(rule: LoweredRule, variant: Variant) -> tuple[Block, tuple[str, ...]]
     return block, tuple(unpack_extents(body.extents, rule.arguments))
 
 
+def _loops(variant: Variant, body: Body) -> tuple[str, str, str]:
+    """Extents of the columns and samples that a blockwise program loops over, and the elements of one product."""
+    assert variant.inner is not None
+    each = sympy.Mul(*(Extent(i) for i in variant.inner.axes if i.name not in ("v", "n")))
+    columns, samples = (body.scalar(Extent(i)) for name in ("v", "n") for i in variant.inner.axes if i.name == name)
+    return columns, samples, body.scalar(each)
+
+
 def _choice(rule: LoweredRule, variant: Variant, body: Body) -> Choice:
     called = str(variant.calls)
     if variant.blockwise:
-        assert variant.inner is not None
-        each = sympy.Mul(*(Extent(i) for i in variant.inner.axes if i.name not in ("v", "n")))
-        v, n = (Extent(i) for name in ("v", "n") for i in variant.inner.axes if i.name == name)
-        called = f"{variant.calls} * block_count({body.scalar(v)}, {body.scalar(n)}, {body.scalar(each)})"
+        called = f"{variant.calls} * block_count({', '.join(_loops(variant, body))})"
     valid = " and ".join(f"{body.scalar(Extent(i))} == 1" for i in variant.unit)
     costs = {"flops": variant.flops, "elements": variant.elements, "scratch": variant.scratch, "peak": variant.peak}
     counted = {name: body.scalar(cost) for name, cost in costs.items() if cost != 0}
     return Choice(f"{rule.name}_{variant.name}", {**counted, "calls": called}, valid)
 
 
-def loss_function(rule: LossRule, flat_columns: int = 0) -> Function:
+def loss_function(rule: LossRule) -> Function:
     """A rule of a loss: its intermediates, then one elementwise expression."""
     arguments = {str(t.base): tuple(t.indices) for t in (*rule.explicit, *rule.operands)}
     body = Body(dict(arguments))
@@ -161,8 +160,8 @@ def loss_function(rule: LossRule, flat_columns: int = 0) -> Function:
     result = body(_elementwise(rule.expr, rule.axes))
     if set(rule.axes) - index_atoms(rule.expr):
         result = f"({result}).expand({', '.join(body.scalar(Extent(i)) for i in rule.axes)})"
-    if flat_columns > 1:
-        result = f"({result}).flatten(0, {flat_columns - 1})"
+    if rule.columns > 1:
+        result = f"({result}).flatten(0, {rule.columns - 1})"
     lines = unpack_extents(body.extents, arguments) + body.lines
     formula = f"{rule.name}[{', '.join(i.name for i in rule.axes)}] = {render(rule.expr)}"
     return Function(rule.name, formula, shapes_line(arguments, rule.axes), tuple(arguments), tuple(lines), result)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ..definitions import Definitions, Feature, Layer, Loss
+from ..lowering.kernels import loss_kernels
 from ..lowering.losses import lower_loss
 from ..lowering.rules import lower_layer
 from . import contexts
@@ -59,7 +60,7 @@ def _layer_files(layer: Layer) -> dict[str, str]:
     programs, dispatchers = contexts.layer_programs(lowered)
     if programs:
         code = render_kernels(context.module, context.formula, programs)
-        files[f"kernels/{name}.py"] = header + code + _render("dispatch.jinja", dispatchers=dispatchers, flattened=())
+        files[f"kernels/{name}.py"] = header + code + _render("dispatch.jinja", dispatchers=dispatchers)
     return files
 
 
@@ -67,9 +68,7 @@ def _loss_files(loss: Loss) -> dict[str, str]:
     lowered = lower_loss(loss)
     context = contexts.loss_context(lowered)
     name, header = contexts.module_name(lowered.loss), HEADER.format(source=_source(loss))
-    programs, flattened = contexts.loss_programs(lowered)
-    code = render_kernels(context.module, context.formula, programs)
-    code += _render("dispatch.jinja", dispatchers=(), flattened=flattened)
+    code = render_kernels(context.module, context.formula, loss_kernels(lowered))
     return {f"losses/{name}.py": header + _render("loss.py.jinja", loss=context), f"kernels/{name}.py": header + code}
 
 
@@ -112,7 +111,7 @@ def render(
 
 
 def format_files(files: dict[str, str]) -> dict[str, str]:
-    """`ruff format` and import sorting over all files at once. Generated Python that does not parse fails here."""
+    """`ruff format`, sorted imports and none unused, over all files at once. Generated Python that does not parse fails here."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name, text in files.items():
@@ -123,7 +122,18 @@ def format_files(files: dict[str, str]) -> dict[str, str]:
         options = ["--isolated", "--quiet", "--no-cache", "--line-length", "120", "--target-version", "py310"]
         config = ["--config", "line-length=120", "--config", 'target-version="py310"']
         subprocess.run(
-            [*ruff, "check", "--isolated", "--quiet", "--no-cache", *config, "--select", "I,RUF022", "--fix", folder],
+            [
+                *ruff,
+                "check",
+                "--isolated",
+                "--quiet",
+                "--no-cache",
+                *config,
+                "--select",
+                "F401,I,RUF022",
+                "--fix",
+                folder,
+            ],
             check=True,
         )
         subprocess.run([*ruff, "format", *options, folder], check=True)

@@ -10,9 +10,10 @@ from sympy.logic.boolalg import Boolean
 from sympy.printing.precedence import PRECEDENCE, precedence
 from sympy.printing.printer import Printer
 
+from ..notation import Equal, Extent
+
 STABLE = frozenset({"expm1", "log1p", "sigmoid", "sign", "softplus", "tanh"})  # in runtime/triton_math.py
 BUILTIN = {"Abs": "tl.abs", "erf": "tl.erf", "exp": "tl.exp", "log": "tl.log"}
-DELTAS = frozenset({"AxisDelta", "Equal"})
 
 
 class UnprintableError(ValueError):
@@ -201,9 +202,9 @@ class TritonPrinter(Printer):
 
     def _print_Function(self, expr: sympy.Function) -> str:
         name = expr.func.__name__
-        if name in DELTAS:
+        if isinstance(expr, Equal):
             return self._print_delta(expr)
-        if name == "Extent":
+        if isinstance(expr, Extent):
             return f"tl.cast({self.extents[_name(expr.args[0])]}, COMPUTE)"
         if expr.is_number:
             return self._print_number(expr)
@@ -287,6 +288,6 @@ def hoist(expr: sympy.Expr, inner: frozenset[str], name: Callable[[sympy.Expr], 
         fixed = [a for a in expr.args if not {_name(symbol) for symbol in a.free_symbols} & inner]
         moving = [hoist(a, inner, name) for a in expr.args if a not in fixed]
         return expr.func(hoist(expr.func(*fixed), inner, name), *moving)
-    if expr.func.__name__ in DELTAS or isinstance(expr, sympy.Piecewise):
+    if isinstance(expr, Equal | sympy.Piecewise):
         return expr
     return expr.func(*(hoist(a, inner, name) for a in expr.args))

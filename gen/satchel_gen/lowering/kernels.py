@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr, Indexed
 
-from ..emit.formula import render, render_formula
-from ..notation import Equal, Extent, Index, LogSumExp, reads
+from ..formula import render, render_formula
+from ..notation import LogSumExp, base_name, reads
 from .losses import LossRule, LoweredLoss
 from .plan import Axes, Contract, Leaf, Map, Node, leaves
-from .programs import AxisDelta, Contraction, Gram, Pointwise, Program, Read, Reduce, Row, Stage
-from .programs import Extent as ProgramExtent
+from .programs import Contraction, Gram, Pointwise, Program, Read, Reduce, Row, Stage
 from .rules import LoweredLayer, LoweredRule
 from .squares import Variant
 
@@ -143,19 +142,9 @@ def loss_kernels(loss: LoweredLoss) -> list[Program]:
     return [_loss_kernel(loss, rule) for rule in loss.rules]
 
 
-def kernel_name(loss: LoweredLoss, rule: LossRule) -> str:
-    """Columns over several axes are flattened by a function of the rule's own name."""
-    return f"{rule.name}_blocks" if flat_columns(loss, rule) > 1 else rule.name
-
-
-def flat_columns(loss: LoweredLoss, rule: LossRule) -> int:
-    """How many leading axes of a rule together number the columns."""
-    return sum(1 for i in rule.axes if i in loss.columns)
-
-
 def _loss_kernel(loss: LoweredLoss, rule: LossRule) -> Program:
-    equal = {i.name: i.name.rstrip("2") for i in rule.axes if i in loss.columns}
-    doc = f"{rule.name}[{', '.join(names(rule.axes))}] = {loss_formula(rule)}"
+    equal = {i.name: base_name(i) for i in rule.axes if i in loss.columns}
+    doc = f"{rule.name}[{', '.join(names(rule.axes))}] = {render(rule.expr)}"
     signature = tuple(str(t.base) for t in (*rule.explicit, *rule.operands))
     stages, expr = [], rule.expr
     for statement in reversed(rule.intermediates):
@@ -165,13 +154,14 @@ def _loss_kernel(loss: LoweredLoss, rule: LossRule) -> Program:
         for read in [r for r in reads(expr) if str(r.base) == statement.name]:
             expr = expr.xreplace({read: statement.value.xreplace(dict(zip(statement.axes, read.indices, strict=True)))})
     accesses, symbols = _program_reads(expr, [s.name for s, _ in stages], loss)
-    expr = _program_expr(expr, symbols)
+    expr = expr.xreplace(symbols)
     if not stages:
         return Pointwise(
-            name=kernel_name(loss, rule),
+            name=rule.name,
             doc=doc,
             out=names(rule.axes),
             equal=equal,
+            columns=rule.columns,
             signature=signature,
             reads=accesses,
             expr=expr,
@@ -179,11 +169,12 @@ def _loss_kernel(loss: LoweredLoss, rule: LossRule) -> Program:
     (_, value) = stages[0]
     (row,) = value.over
     reductions = tuple(
-        Stage(s.name, "logsumexp", _program_expr(v.body, {v.body: sympy.Symbol(str(v.body.base), real=True)}))
+        Stage(s.name, "logsumexp", v.body.xreplace({v.body: sympy.Symbol(str(v.body.base), real=True)}))
         for s, v in stages
     )
     return Row(
-        name=kernel_name(loss, rule), doc=doc, out=names(rule.axes), equal=equal, signature=signature, reads=accesses, row=row.name,
+        name=rule.name, doc=doc, out=names(rule.axes), equal=equal, columns=rule.columns, signature=signature,
+        reads=accesses, row=row.name,
         stages=reductions, expr=expr,
     )  # fmt: skip
 
@@ -205,20 +196,6 @@ def _program_reads(
         found.append(Read(name, names(read.indices), alias=alias))
         symbols[read] = sympy.Symbol(alias or name, real=True)
     return tuple(found) or (Read(str(loss.loss.input.base), own),), symbols
-
-
-def _program_expr(expr: Expr, symbols: dict[Indexed, sympy.Symbol]) -> Expr:
-    equals = {
-        e: AxisDelta(*(sympy.Symbol(a.name) if isinstance(a, Index) else symbols[a] for a in e.args))
-        for e in expr.atoms(Equal)
-    }
-    extents = {e: ProgramExtent(sympy.Symbol(e.args[0].name)) for e in expr.atoms(Extent)}
-    return expr.xreplace(equals).xreplace(extents).xreplace(symbols)
-
-
-def loss_formula(rule: LossRule) -> str:
-
-    return render(rule.expr)
 
 
 def names(axes: Axes) -> tuple[str, ...]:

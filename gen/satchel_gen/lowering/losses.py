@@ -15,7 +15,7 @@ from .plan import Axes
 
 @dataclass(frozen=True)
 class LossRule:
-    """`name[axes] = expr`, after the intermediates that it reads."""
+    """`name[axes] = expr`, after the intermediates that it reads. The first `columns` axes are returned as one."""
 
     name: str
     axes: Axes
@@ -23,6 +23,7 @@ class LossRule:
     intermediates: tuple[Statement, ...]
     explicit: tuple[Indexed, ...]
     operands: tuple[Indexed, ...]
+    columns: int
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def lower_loss(loss: Loss) -> LoweredLoss:
         read = {str(r.base) for e in (expr, *(s.value for s in needed)) for r in reads(e)}
         read.add(str(loss.input.base))  # a constant factor still has the input's extents
         operands = tuple(t for t in (loss.input, loss.target) if str(t.base) in read)
-        return LossRule(name, out, expr, needed, explicit, operands)
+        return LossRule(name, out, expr, needed, explicit, operands, sum(i in derived.columns for i in out) or 1)
 
     if isinstance(loss.distribution, Categorical):
         over = loss.distribution.over

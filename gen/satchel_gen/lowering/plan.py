@@ -14,14 +14,14 @@ import sympy
 from sympy import Expr, Indexed
 
 from ..calculus.terms import CalculusError, Term
-from ..notation import ONE, Equal, Index, index_atoms, reads
+from ..notation import ONE, Equal, Index, base_name, index_atoms, reads
 
 Axes = tuple[Index, ...]
 
 
 def extent_symbol(index: Index) -> sympy.Symbol:
     """The extent of an index; copies of one axis (`o`, `o2`) share it."""
-    return sympy.Symbol(index.name.rstrip("0123456789").upper(), positive=True, integer=True)
+    return sympy.Symbol(base_name(index).upper(), positive=True, integer=True)
 
 
 def size(axes: Iterable[Index]) -> Expr:
@@ -30,7 +30,7 @@ def size(axes: Iterable[Index]) -> Expr:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor argument; `dropped` are axes of extent 1 that the program squeezes."""
+    """A tensor argument with its `stored` axes; those that `axes` lacks have extent 1 and are squeezed."""
 
     name: str
     axes: Axes
@@ -134,11 +134,6 @@ def leaves(node: Node) -> list[Leaf]:
         return [node]
     found = {leaf.name: leaf for child in children(node) for leaf in leaves(child)}
     return list(found.values())
-
-
-def read_order(term: Term) -> list[str]:
-    names = [str(read.base) for read in reads(term.factor)]
-    return list(dict.fromkeys(names + (read_order(term.square) if term.square is not None else [])))
 
 
 def leaf(read: Indexed, dropped: frozenset[str] = frozenset()) -> Leaf:

@@ -14,14 +14,6 @@ import sympy
 Axes = tuple[str, ...]
 
 
-class AxisDelta(sympy.Function):
-    """δ(a, b) in a program's expression: 1 where two axes, or an axis and an integer tensor, agree, else 0."""
-
-
-class Extent(sympy.Function):
-    """The extent of an axis, as a number in a program's expression."""
-
-
 @dataclass(frozen=True)
 class Read:
     """One access: the axes of a tensor, the name it has in expressions, and whether it is squared on load."""

@@ -27,7 +27,6 @@ class Variant:
     tree: Node
     unit: Axes = ()
     inner: Node | None = None
-    weight: Node | None = None
 
     @property
     def flops(self) -> Expr:
@@ -65,8 +64,7 @@ def variants(formula: Formula) -> tuple[Variant, ...]:
     if term.square is None:
         return (Variant("", plan(term, formula.axes)),)
     inner = term.square
-    product_axes = _inner_axes(term, formula.axes)
-    stored = plan(inner, product_axes)
+    stored = plan(inner, _inner_axes(term, formula.axes))
     per_sample = _square_of(term, stored, formula.axes)
     if len(reads(inner.factor)) < 2:
         return (Variant("", per_sample),)
@@ -76,7 +74,7 @@ def variants(formula: Formula) -> tuple[Variant, ...]:
     found = [
         Variant("separated", plan(apart, formula.axes, dropped), unit),
         Variant("per_sample", per_sample, inner=stored),
-        Variant("blockwise", per_sample, inner=stored, weight=_weight(term, product_axes)),
+        Variant("blockwise", per_sample, inner=stored),
     ]
     gram = _gram(term)
     if gram is not None:

@@ -1,13 +1,11 @@
-"""Runs a rule: resolves its operands, picks the backend, and gives all floating operands one dtype."""
+"""Runs a rule: resolves its operands, and picks the backend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .rules import Layer, Loss, Rule
@@ -21,7 +19,7 @@ def evaluate(
     rule: Rule, definition: Layer | Loss, operand: Callable[[str], Any], *arguments: Any, differentiable: bool = False
 ) -> Tensor:
     """The rule's value; `operand` gives an operand by name. Only the ATen program is differentiable."""
-    values = _one_dtype([*arguments, *map(operand, rule.operands)])
+    values = [*arguments, *map(operand, rule.operands)]
     if rule.kernel is None or differentiable or not _fused(values):
         return rule.aten(*values)
     return getattr(import_module(f"{_PACKAGE}.kernels.{definition.kernels}"), rule.kernel)(*values)
@@ -32,12 +30,3 @@ def _fused(values: list[Any]) -> bool:
     if backend == "auto":
         return any(isinstance(value, Tensor) and value.is_cuda for value in values)
     return backend == "triton"
-
-
-def _one_dtype(values: list[Any]) -> list[Any]:
-    """Under autocast a layer meets bfloat16 activations and float32 weights: all take the widest."""
-    dtypes = {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
-    if len(dtypes) < 2:
-        return values
-    wide = reduce(torch.promote_types, dtypes)
-    return [value.to(wide) if isinstance(value, Tensor) and value.is_floating_point() else value for value in values]

@@ -38,7 +38,7 @@ class Mark:
         return f"layer {self.name or '(root)'!r} ({type(module).__name__ if module is not None else 'deleted'})"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class _Kept(Mark):
     """A module with a definition: the tensors that its rules read, with their versions."""
 
@@ -68,11 +68,11 @@ class _Kept(Mark):
         return tensor
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Record(_Kept):
     """One call of a layer. Its node receives the gradient of the output, reshaped to `node_shape`; `edge` leads to the input."""
 
-    definition: Layer = None  # type: ignore[assignment]
+    definition: Layer
     parameters: dict[str, weakref.ref[Tensor]] = field(default_factory=dict)
     input_shape: tuple[int, ...] = ()
     output_shape: tuple[int, ...] = ()
@@ -104,11 +104,11 @@ class Record(_Kept):
         return {name: p for name, p in alive.items() if p is not None and p.requires_grad}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class LossRecord(_Kept):
     """One call of a loss."""
 
-    definition: Loss = None  # type: ignore[assignment]
+    definition: Loss
     input_shape: tuple[int, ...] = ()
 
     @property

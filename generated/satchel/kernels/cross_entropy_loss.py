@@ -69,7 +69,7 @@ def gradient(input: Tensor, target: Tensor) -> Tensor:
 
 
 @triton.jit
-def exact_factor_blocks_kernel(
+def exact_factor_kernel(
     input_ptr, out_ptr, columns, rows, N, K, R, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROW: tl.constexpr
 ):
     """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r]"""
@@ -96,7 +96,7 @@ def exact_factor_blocks_kernel(
         k2 = tl.cast(index // R, tl.int64)
         r2 = tl.cast(index % R, tl.int64)
         input_column = tl.load(input_ptr + n * K * R + k2 * R + r, mask=row_inside, other=0).to(COMPUTE)
-        fixed = (r2 == r).to(COMPUTE) * tl.exp(0.5 * input_column - 0.5 * lse_max - 0.5 * lse_tail)
+        fixed = tl.exp(0.5 * input_column - 0.5 * lse_max - 0.5 * lse_tail) * (r2 == r).to(COMPUTE)
         for start in range(0, K, BLOCK_K):
             k_index = start + lane
             inside = (k_index < K) & row_inside
@@ -108,19 +108,19 @@ def exact_factor_blocks_kernel(
             )
 
 
-def exact_factor_blocks(input: Tensor) -> Tensor:
+def exact_factor(input: Tensor) -> Tensor:
     """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r]
 
-    input [N, K, R] -> [K, R, N, K, R].
+    input [N, K, R] -> [K * R, N, K, R].
     """
     input = input.contiguous()
     N, K, R = input.shape
     rows = N * R
     columns = K * R
     dtype = accumulator(input)
-    out = torch.empty((K, R, N, K, R), dtype=dtype, device=input.device)
+    out = torch.empty((K * R, N, K, R), dtype=dtype, device=input.device)
     blocks = triton.cdiv(rows, ROW_LANES)
-    exact_factor_blocks_kernel[(blocks, splits(blocks, columns))](
+    exact_factor_kernel[(blocks, splits(blocks, columns))](
         input, out, columns, rows, N, K, R, COMPUTE=triton_type(dtype), BLOCK_K=ROW_STEPS, BLOCK_ROW=ROW_LANES
     )
     return out
@@ -202,8 +202,3 @@ def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
         BLOCK_ROW=ROW_LANES,
     )
     return out
-
-
-def exact_factor(input: Tensor) -> Tensor:
-    """exact_factor, columns numbered by one axis."""
-    return exact_factor_blocks(input).flatten(0, 1)

@@ -13,11 +13,6 @@ from torch import Tensor
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that values of `dtype` accumulate in."""
-    return torch.float32 if dtype in _HALF else dtype
-
-
 def widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function` with every floating operand in one dtype, float32 or wider (mixed dtypes occur under autocast)."""
 

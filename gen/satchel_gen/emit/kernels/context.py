@@ -8,8 +8,9 @@ from typing import Any
 import sympy
 
 from ...lowering.programs import Axes, Pointwise, Program, Read, Row
+from ...notation import Equal, Extent
 from ..triton_axes import Group, Names, offset, product, used
-from ..triton_expr import DELTAS, Lines, TritonPrinter
+from ..triton_expr import Lines, TritonPrinter
 
 Context = dict[str, Any]
 #: Names that templates use: no tensor or axis may take them.
@@ -93,15 +94,13 @@ def pointers(program: Program) -> list[str]:
 
 def delta_axes(expr: sympy.Expr, axes: Axes) -> tuple[str, ...]:
     """The axes whose index the expression compares."""
-    deltas = [atom for atom in expr.atoms(sympy.Function) if atom.func.__name__ in DELTAS]
+    deltas = sorted(expr.atoms(Equal), key=str)
     named = {str(getattr(argument, "name", argument)) for delta in deltas for argument in delta.args}
     return tuple(axis for axis in axes if axis in named)
 
 
 def extent_axes(expr: sympy.Expr) -> list[str]:
-    return [
-        str(getattr(e.args[0], "name", e.args[0])) for e in expr.atoms(sympy.Function) if e.func.__name__ == "Extent"
-    ]
+    return [str(getattr(e.args[0], "name", e.args[0])) for e in expr.atoms(Extent)]
 
 
 def used_in(read: Read, expr: sympy.Expr) -> bool:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 import sympy
 
 from ...lowering.programs import Axes, Read, Row
+from ...notation import Equal
 from ..triton_axes import Group, Names, decode, plus, product, scaled, used
-from ..triton_expr import DELTAS, Lines, hoist
+from ..triton_expr import Lines, hoist
 from .context import (
     KERNEL_NAMES,
     Context,
@@ -123,10 +124,7 @@ def _replaced(expr: sympy.Expr, parts: Mapping[str, sympy.Expr]) -> sympy.Expr:
 
 def _compared_only(read: Read, expressions: Iterable[sympy.Expr]) -> bool:
     """Whether a tensor holds indices: it occurs in deltas and nowhere else."""
-    bare = [
-        expr.replace(lambda e: getattr(e.func, "__name__", "") in DELTAS, lambda e: sympy.Integer(1))
-        for expr in expressions
-    ]
+    bare = [expr.replace(Equal, lambda *_: sympy.Integer(1)) for expr in expressions]
     return not any(used_in(read, expr) for expr in bare)
 
 

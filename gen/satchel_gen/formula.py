@@ -8,11 +8,11 @@ import sympy
 from sympy import Expr
 from sympy.printing.str import StrPrinter
 
-from ..notation import Index
+from .notation import Index
 
 if TYPE_CHECKING:
-    from ..calculus.instantiate import Formula
-    from ..calculus.terms import Term
+    from .calculus.instantiate import Formula
+    from .calculus.terms import Term
 
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
