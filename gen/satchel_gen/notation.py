@@ -34,6 +34,35 @@ class Index(Symbol):
         return (*super()._hashable_content(), self.many)
 
 
+class Option(Symbol):
+    """A number that the module was built with: its attribute, or component `part` of it, as in stride[0]."""
+
+    __slots__ = ("attribute", "part")
+    attribute: str
+    part: int | None
+
+    def __new__(cls, attribute: str, part: int | None = None, integer: bool = False) -> Option:
+        name = attribute if part is None else f"{attribute}[{part}]"
+        option = Symbol.__xnew__(cls, name, integer=integer or None, real=True)
+        option.attribute, option.part = attribute, part
+        return option
+
+
+class Length(Function):
+    """The number of components of an option."""
+
+    nargs = 1
+    is_integer = True
+
+
+#: The number of axes of the tensor that a rank belongs to.
+NDIM = Symbol("ndim", integer=True)
+
+
+def options(names: str) -> tuple[Option, ...]:
+    return tuple(Option(name) for name in names.split())
+
+
 def indices(names: str) -> tuple[Index, ...]:
     """`indices("n r* o")`: a trailing star marks an index that stands for any number of axes."""
     return tuple(Index(name.rstrip("*"), name.endswith("*")) for name in names.split())
@@ -95,6 +124,19 @@ class Equal(Function):
         return f"[{printer.doprint(self.args[0])} = {printer.doprint(self.args[1])}]"
 
 
+class Access(Function):
+    """Where an axis is read: `Access(axis, position, place)`, the position affine in `place` and one more index, the tap.
+
+    A tensor is zero outside its range, and where the position is not an integer.
+    """
+
+    nargs = 3
+    is_integer = True
+
+    def _sympystr(self, printer: Any) -> str:
+        return str(printer.doprint(self.args[1]))
+
+
 class LogSumExp(Expr):
     """log Σ_over exp(body), evaluated stably; ∂/∂body = exp(body − value)."""
 
@@ -145,7 +187,8 @@ def reads(expr: Expr) -> list[Indexed]:
 
 def index_atoms(expr: Expr) -> set[Index]:
     """The indices that the value depends on; an extent does not depend on its index."""
-    return expr.xreplace({e: Symbol("extent") for e in expr.atoms(Extent)}).atoms(Index)
+    accesses = {access: access.args[1] for access in expr.atoms(Access)}
+    return expr.xreplace({e: Symbol("extent") for e in expr.atoms(Extent)} | accesses).atoms(Index)
 
 
 class Fresh:

@@ -6,7 +6,7 @@
     with backpack(BatchGrad(), KFAC()):
         loss_fn(model(x), y).backward()
 
-Features are in `satchel.extensions`. Layers: Flatten, Identity, Linear, ReLU, Sigmoid, Tanh.
+Features are in `satchel.extensions`. Layers: Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Flatten, Identity, LayerNorm, Linear, ReLU, Sigmoid, Tanh.
 Losses: CrossEntropyLoss, MSELoss.
 """
 

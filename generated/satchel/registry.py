@@ -17,8 +17,15 @@ from .extensions import (
     Variance,
 )
 from .extensions.reductions import REDUCTIONS
+from .layers.conv1d import LAYER as CONV1D
+from .layers.conv2d import LAYER as CONV2D
+from .layers.conv3d import LAYER as CONV3D
+from .layers.conv_transpose1d import LAYER as CONV_TRANSPOSE1D
+from .layers.conv_transpose2d import LAYER as CONV_TRANSPOSE2D
+from .layers.conv_transpose3d import LAYER as CONV_TRANSPOSE3D
 from .layers.flatten import LAYER as FLATTEN
 from .layers.identity import LAYER as IDENTITY
+from .layers.layer_norm import LAYER as LAYER_NORM
 from .layers.linear import LAYER as LINEAR
 from .layers.relu import LAYER as RELU
 from .layers.sigmoid import LAYER as SIGMOID
@@ -29,8 +36,15 @@ from .runtime.rules import Registry
 
 REGISTRY = Registry(
     layers=(
+        CONV1D,
+        CONV2D,
+        CONV3D,
+        CONV_TRANSPOSE1D,
+        CONV_TRANSPOSE2D,
+        CONV_TRANSPOSE3D,
         FLATTEN,
         IDENTITY,
+        LAYER_NORM,
         LINEAR,
         RELU,
         SIGMOID,

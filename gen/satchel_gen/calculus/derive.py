@@ -13,7 +13,7 @@ import sympy
 from sympy import Expr, Indexed, IndexedBase
 
 from ..formula import render
-from ..notation import ONE, Fresh, Index, LogSumExp, reads
+from ..notation import ONE, Access, Fresh, Index, LogSumExp, reads
 from .terms import CalculusError, Term, contract, terms
 
 
@@ -37,6 +37,10 @@ class Statement:
 
     def __str__(self) -> str:
         return f"{render(self.target)} = {render(self.value)}"
+
+
+#: A derived statement: its target and the terms that add up to it.
+Derived = tuple[Indexed, list[Term]]
 
 
 def jacobian(statement: Statement, name: str, at: Sequence[Index], wrt: Sequence[Index], fresh: Fresh) -> list[Term]:
@@ -67,7 +71,7 @@ def _partial(factor: Expr, read: Indexed) -> Expr:
 
 def vjp(
     statements: Sequence[Statement], wrt: Indexed, cotangent: Expr, fresh: Fresh | None = None
-) -> list[tuple[Indexed, list[Term]]]:
+) -> list[Derived]:
     """Reverse accumulation: Σ_out cotangent[out] ∂out/∂wrt as statements, the last one for `wrt`.
 
     `cotangent` is an expression in the indices of the last statement's target; further free indices of it (a column index)
@@ -77,7 +81,7 @@ def vjp(
     last = statements[-1]
     extra = tuple(sorted(cotangent.atoms(Index) - set(last.axes), key=str))
     adjoints: dict[str, tuple[tuple[Index, ...], list[Term]]] = {last.name: (last.axes, [Term(cotangent)])}
-    derived: list[tuple[Indexed, list[Term]]] = []
+    derived: list[Derived] = []
     for statement in reversed(statements):
         if statement.name not in adjoints:
             continue
@@ -104,6 +108,38 @@ def vjp(
     return derived
 
 
+def jvp(
+    statements: Sequence[Statement | Derived], wrt: Indexed, tangent: Indexed, fresh: Fresh
+) -> list[Derived]:
+    """Forward accumulation: Σ ∂target/∂wrt · tangent of every target that depends on `wrt`, named `dot_<target>`.
+
+    The indices that `tangent` has more than `wrt` (a column index) become leading axes of every derivative.
+    """
+    extra = tuple(tangent.indices[: len(tangent.indices) - len(wrt.indices)])
+    dots: dict[str, tuple[IndexedBase, tuple[Index, ...]]] = {str(wrt.base): (tangent.base, tuple(wrt.indices))}
+    derived: list[Derived] = []
+    for statement in statements:
+        target = statement.target if isinstance(statement, Statement) else statement[0]
+        changes: list[Term] = []
+        for name, (base, axes) in dots.items():
+            through = fresh.all(axes)
+            along = Term(base[(*extra, *through)])
+            outer = _partials(statement, name, through, fresh)
+            changes += [contract((part * along).summed(through)) for part in outer]
+        if changes:
+            head = IndexedBase(f"dot_{target.base}")
+            dots[str(target.base)] = (head, tuple(target.indices))
+            derived.append((head[(*extra, *target.indices)], changes))
+    return derived
+
+
+def _partials(statement: Statement | Derived, name: str, wrt: Sequence[Index], fresh: Fresh) -> list[Term]:
+    """∂ target / ∂ name[wrt] by direct reads."""
+    if isinstance(statement, Statement):
+        return jacobian(statement, name, statement.axes, wrt, fresh)
+    return [part for term in statement[1] for part in differentiate(term.freshened(fresh), name, wrt)]
+
+
 def _axes_of(name: str, statements: Sequence[Statement], wrt: Indexed) -> tuple[Index, ...] | None:
     if name == str(wrt.base):
         return tuple(wrt.indices)
@@ -119,9 +155,8 @@ def differentiate(term: Term, name: str, wrt: Sequence[Index], weight: Expr = ON
         raise CalculusError("cannot differentiate a squared sum")
     derivative = []
     for read in [r for r in reads(term.factor) if str(r.base) == name]:
-        if any(not isinstance(i, Index) for i in read.indices):
-            raise CalculusError(f"the access {read} is not a plain index")
-        deltas = term.deltas + tuple(zip(read.indices, wrt, strict=True))
+        positions = [i.args[1] if isinstance(i, Access) else i for i in read.indices]
+        deltas = term.deltas + tuple(zip(positions, wrt, strict=True))
         derivative.append(contract(Term(weight * _partial(term.factor, read), term.sums, deltas)))
     return [d for d in derivative if not d.is_zero]
 

@@ -9,9 +9,10 @@ import sympy
 from sympy import Expr
 
 from ..formula import render_term
-from ..notation import ONE, Equal, Fresh, Index, IndexSum, index_atoms, plain_names
+from ..notation import ONE, Access, Equal, Fresh, Index, IndexSum, index_atoms, plain_names, reads
 
-Delta = tuple[Index, Index]
+#: δ(a, b): two indices, or one and a position that is affine in others.
+Delta = tuple[Expr, Expr]
 
 
 class CalculusError(ValueError):
@@ -30,7 +31,7 @@ class Term:
     @property
     def free(self) -> set[Index]:
         """The indices that the value depends on."""
-        inside = index_atoms(self.factor) | {i for delta in self.deltas for i in delta}
+        inside = index_atoms(self.factor) | {i for delta in self.deltas for side in delta for i in index_atoms(side)}
         if self.square is not None:
             inside |= self.square.free
         return inside - self.sums
@@ -45,7 +46,7 @@ class Term:
         return Term(
             self.factor.xreplace(dict(names)),
             frozenset(names.get(i, i) for i in self.sums),
-            tuple((names.get(a, a), names.get(b, b)) for a, b in self.deltas),
+            tuple((a.xreplace(dict(names)), b.xreplace(dict(names))) for a, b in self.deltas),
             self.square.rename(names) if self.square is not None else None,
         )
 
@@ -87,7 +88,7 @@ class Term:
 
 
 def contract(term: Term) -> Term:
-    """Solve every delta that touches a summed index: Σ_a δ(a,b) f(a) = f(b). Unsolved deltas are the structure."""
+    """Solve every delta of two indices that touches a summed one: Σ_a δ(a,b) f(a) = f(b). Unsolved deltas are the structure."""
     if term.square is not None:
         term = replace(term, square=contract(term.square))
     pending = list(term.deltas)
@@ -96,18 +97,42 @@ def contract(term: Term) -> Term:
         a, b = pending.pop(0)
         if a == b:
             continue
+        if not (isinstance(a, Index) and isinstance(b, Index)):
+            kept.append((a, b))
+            continue
         if b in term.sums and (a not in term.sums or a.name < b.name):
             a, b = b, a
         if a in term.sums:
             names = {a: b}
-            pending = [(names.get(p, p), names.get(q, q)) for p, q in pending]
-            kept = [(names.get(p, p), names.get(q, q)) for p, q in kept]
+            pending = [(p.xreplace(names), q.xreplace(names)) for p, q in pending]
+            kept = [(p.xreplace(names), q.xreplace(names)) for p, q in kept]
             rest = replace(term, deltas=()).rename(names)
             term = replace(rest, sums=term.sums - {a})
         else:
             kept.append((a, b))
     unique = dict.fromkeys(tuple(sorted(delta, key=str)) for delta in kept)
     return replace(term, deltas=tuple(unique))  # type: ignore[arg-type]
+
+
+def solve(term: Term, cotangent: str) -> Term:
+    """Solve the deltas of a position, δ(u, s·h + d·a − p), for an index of the cotangent: h = (u + p − d·a) / s.
+
+    What the cotangent is read at is an `Access`: zero outside its range and where h is not an integer.
+    """
+    for pair in [pair for pair in term.deltas if not all(isinstance(side, Index) for side in pair)]:
+        index, position = pair if isinstance(pair[0], Index) else pair[::-1]
+        (read,) = [r for r in reads(term.factor) if str(r.base) == cotangent]
+        unknown = next((i for i in read.indices if i in term.sums and i in index_atoms(position)), None)
+        if unknown is None or sum(unknown in index_atoms(r) for r in reads(term.factor)) != 1:
+            raise CalculusError(f"no index of {read} solves δ({index}, {position})")
+        position = sympy.expand(position)
+        slope = position.coeff(unknown)
+        solution = sympy.expand((index - (position - slope * unknown)) / slope)
+        axis = Index(unknown.name.split("#")[0], unknown.many)
+        at = [Access(axis, solution, index) if i == unknown else i for i in read.indices]
+        rest = tuple(delta for delta in term.deltas if delta is not pair)
+        term = Term(term.factor.xreplace({read: read.base[tuple(at)]}), term.sums - {unknown}, rest)
+    return term
 
 
 def tidy(term: Term, axes: Iterable[Index]) -> Term:

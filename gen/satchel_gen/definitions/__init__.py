@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from ..calculus.derive import Statement
-from ..notation import Equal, LogSumExp, Sum, extent, indices, sigmoid, softplus, tensors
+from ..notation import NDIM, Equal, Index, Length, LogSumExp, Option, Sum, extent, indices, options, sigmoid, softplus, tensors
 from .model import (
     Categorical,
     DefinitionError,
@@ -73,6 +73,6 @@ def _modules(folder: str) -> list[ModuleType]:
 
 
 __all__ = [
-    "Categorical", "DefinitionError", "Definitions", "Equal", "Example", "Feature", "Layer", "LogSumExp", "Loss", "Normal",
-    "Quantity", "Refused", "Statement", "Sum", "activation", "extent", "indices", "load", "sigmoid", "softplus", "tensors", "z",
+    "NDIM", "Categorical", "DefinitionError", "Definitions", "Equal", "Example", "Feature", "Index", "Layer", "Length", "LogSumExp", "Loss", "Normal", "Option",
+    "Quantity", "Refused", "Statement", "Sum", "activation", "extent", "indices", "load", "options", "sigmoid", "softplus", "tensors", "z",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ import sympy
 from sympy import Expr, Indexed, IndexedBase, Symbol
 
 from ..calculus.derive import Statement
-from ..notation import Index, IndexSum, LogSumExp, indices, reads, tensors
+from ..notation import Access, Extent, Index, IndexSum, LogSumExp, Option, indices, reads, tensors
 
 
 class DefinitionError(ValueError):
@@ -106,7 +106,7 @@ class _Validated:
                 names = ", ".join(sorted(map(str, loose)))
                 self._fail(f"index {names} is neither summed nor an index of {statement.target}")
             unbound = {s for s in statement.value.free_symbols if not isinstance(s, Index | IndexedBase | Indexed)}
-            unbound = {s for s in unbound if str(s) not in ranks}
+            unbound = {s for s in unbound if str(s) not in ranks and not isinstance(s, Option)}
             if unbound:
                 self._fail(
                     f"unbound symbol {', '.join(sorted(map(str, unbound)))} in the statement of {statement.target}"
@@ -119,6 +119,10 @@ class _Validated:
 def _free(expr: Expr) -> set[Index]:
     if isinstance(expr, IndexSum | LogSumExp):
         return _free(expr.body) - set(expr.over)
+    if isinstance(expr, Extent):
+        return set()
+    if isinstance(expr, Access):
+        return _free(expr.args[1])
     if not expr.args or isinstance(expr, Index):
         return {expr} if isinstance(expr, Index) else set()
     return set().union(*(_free(arg) for arg in expr.args))
@@ -129,13 +133,28 @@ class Layer(_Validated):
     """A module y = f(x, θ), one statement per named intermediate, the output's last.
 
     `options` maps attributes of the module to the values that the formula covers; other values are refused by name.
+    `joined` are indices that torch stores as one axis, the first with the extent in `extents`: ((g, c),), {g: groups}.
+    `ranks` gives the number of axes of a starred index where two stand side by side, in options and the tensor's rank `ndim`.
+    `buffers` are tensors of the module that are not trained.
+    `operation` names the autograd node that the module ends in, where its input and numbers in `saved` are taken from it:
+    what the module did before (padding, say) then passes by nodes of its own.
+    `when` are attributes that tell definitions of one module apart; `reasons` say why an option is refused, and the remedy.
+    A parameter that is absent (None) is 1 where a rule reads it.
     """
 
     name: str
     input: Indexed
     statements: tuple[Statement, ...]
     parameters: tuple[Indexed, ...] = ()
+    buffers: tuple[Indexed, ...] = ()
+    joined: tuple[tuple[Index, ...], ...] = ()
+    extents: Mapping[Index, Option] = dataclasses.field(default_factory=dict)
+    ranks: Mapping[Index, Expr] = dataclasses.field(default_factory=dict)
     module: str = ""
+    operation: str = ""
+    saved: tuple[str, ...] = ()
+    when: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reasons: Mapping[str, str] = dataclasses.field(default_factory=dict)
     options: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     examples: tuple[Example, ...] = (Example((3,)),)
     refused: tuple[Refused, ...] = ()
@@ -144,8 +163,10 @@ class Layer(_Validated):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "module", self.module or f"torch.nn.{self.name}")
-        known = {str(t.base): tuple(t.indices) for t in (self.input, *self.parameters)}
-        if len(known) != 1 + len(self.parameters):
+        object.__setattr__(self, "statements", tuple(_accesses(s, self.input) for s in self.statements))
+        tensors = (self.input, *self.parameters, *self.buffers)
+        known = {str(t.base): tuple(t.indices) for t in tensors}
+        if len(known) != len(tensors):
             self._fail("two tensors share a name")
         batch = self.input.indices[0]
         for parameter in self.parameters:
@@ -162,6 +183,31 @@ class Layer(_Validated):
     @property
     def batch(self) -> Index:
         return self.input.indices[0]
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the input is read at positions that are affine in several indices."""
+        return any(s.value.has(Access) for s in self.statements)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Attributes of the module that the formulas read."""
+        expressions = (*(s.value for s in self.statements), *self.extents.values(), *self.ranks.values())
+        return tuple(sorted({o.attribute for e in expressions for o in e.atoms(Option)}))
+
+
+def _accesses(statement: Statement, tensor: Indexed) -> Statement:
+    """Positions of `tensor` that are not plain indices, as accesses to its own axes; the place is an index of the target."""
+
+    def access(axis: Index, position: Expr) -> Expr:
+        if isinstance(position, Index):
+            return position
+        places = [i for i in statement.axes if i in position.atoms(Index)]
+        return Access(axis, position, *places[:1])
+
+    found = [read for read in statement.reads(str(tensor.base)) if len(read.indices) == len(tensor.indices)]
+    names = {read: read.base[tuple(map(access, tensor.indices, read.indices))] for read in found}
+    return dataclasses.replace(statement, value=statement.value.xreplace(names))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from string import ascii_lowercase
@@ -11,8 +12,8 @@ from sympy import Expr
 from sympy.printing.str import StrPrinter
 
 from ..calculus.terms import CalculusError
-from ..lowering.plan import Axes, Contract, Leaf, Map, Node, Permute, Reduce, Scaled, extent_symbol
-from ..notation import Equal, Extent, Index
+from ..lowering.plan import Add, Axes, Contract, Leaf, Map, Node, Permute, Reduce, Scaled, Window, extent_symbol
+from ..notation import Equal, Extent, Index, Option
 
 _FUNCTIONS = {
     "exp": "torch.exp", "log": "torch.log", "tanh": "torch.tanh", "sigmoid": "torch.sigmoid", "erf": "torch.erf",
@@ -49,6 +50,9 @@ class AtenPrinter(StrPrinter):
         for part in negative:
             text += (" - " if text else "-") + self.parenthesize(-part, 45)
         return text
+
+    def _print_Mod(self, expr: Expr) -> str:
+        return " % ".join(self.parenthesize(part, 50) for part in expr.args)
 
     def _print_Extent(self, expr: Extent) -> str:
         return str(extent_symbol(expr.args[0]))
@@ -167,11 +171,22 @@ class Body:
                 return self._scaled(child, coefficient)
             case Contract():
                 return self._contract(node)
+            case Add():
+                return self._add(node)
+
+    def _add(self, node: Add) -> str:
+        """`bar_centred - total[..., None] / J`."""
+        text = ""
+        for part in node.parts:
+            value = self._aligned(self._operand(part), part.axes, node.axes) if part.axes != node.axes else self(part)
+            sign = value.startswith("-")
+            text += (" - " if sign else " + ") + value.removeprefix("-") if text else value
+        return text
 
     def scalar(self, expr: Expr) -> str:
         """An expression of extents and numbers."""
         expr = expr.xreplace({e: extent_symbol(e.args[0]) for e in expr.atoms(Extent)})
-        self.extents |= {s for s in expr.free_symbols if isinstance(s, sympy.Symbol)}
+        self.extents |= {s for s in expr.free_symbols if isinstance(s, sympy.Symbol) and not isinstance(s, Option)}
         return sympy.sstr(expr, order="none")
 
     def _scaled(self, child: Node, coefficient: Expr) -> str:
@@ -186,6 +201,8 @@ class Body:
 
     def _leaf(self, node: Leaf) -> str:
         text = self.renamed.get(node.name, node.name)
+        if node.windows:
+            return self._windows(node, text)
         if any(i.name in self.slices for i in node.stored):
             places = [self.slices.get(i.name, ":") for i in node.stored]
             while places[-1] == ":":
@@ -194,6 +211,60 @@ class Body:
         for i in reversed([i for i in node.stored if i not in node.axes]):
             text = f"{text}.squeeze({node.stored.index(i)})"
         return text
+
+    def _sliced(self, node: Leaf) -> str:
+        """The whole tensor, in this block of columns and samples."""
+        plain = Leaf(node.name, node.stored, node.stored)
+        return self._leaf(plain)
+
+    def _windows(self, node: Leaf, text: str) -> str:
+        places, taps = (self._sizes([getattr(w, kind) for w in node.windows]) for kind in ("place", "tap"))
+        transposed, geometry = self._geometry(node.windows)
+        function = "transposed_windows" if transposed else "windows"
+        return self.local("patches", f"{function}({self._sliced(node)}, {places}, {taps}, {', '.join(geometry)})")
+
+    def _sizes(self, axes: Sequence[Index]) -> str:
+        return _sequence([self.scalar(Extent(i)) for i in axes])
+
+    def _geometry(self, found: Sequence[Window]) -> tuple[bool, list[str]]:
+        """Stride, dilation and padding, and whether the windows are those of the transposed access."""
+        transposed = any(w.divisor != 1 for w in found) or all(w.reach.could_extract_minus_sign() for w in found)
+        if transposed:
+            parts = [(w.divisor, -w.reach, w.offset) for w in found]
+        else:
+            parts = [(w.step, w.reach, -w.offset) for w in found]
+        return transposed, [self._numbers([part[k] for part in parts]) for k in range(3)]
+
+    def _numbers(self, values: Sequence[Expr]) -> str:
+        """One number per axis: an option where they are its components."""
+        first = values[0]
+        if isinstance(first, Option) and all(isinstance(v, Option) and v.part == k for k, v in enumerate(values)):
+            return first.attribute
+        return _sequence([self.scalar(v) for v in values])
+
+    def _correlation(self, node: Contract) -> str | None:
+        """A product of windows with a kernel, summed over the taps, is a convolution."""
+        for image, kernel in ((node.left, node.right), (node.right, node.left)):
+            if not isinstance(image, Leaf) or not image.windows:
+                continue
+            taps, places = tuple(w.tap for w in image.windows), tuple(w.place for w in image.windows)
+            channels = tuple(i for i in node.over if i not in taps)
+            groups = tuple(i for i in kernel.axes if i in node.axes and i in image.axes)
+            out = tuple(i for i in kernel.axes if i in node.axes and i not in groups)
+            lead = tuple(i for i in image.axes if i not in (*groups, *channels, *places, *taps))
+            single = len(channels) == len(groups) == len(out) == 1
+            if not single or not set(taps) <= set(node.over) or set(places) & set(node.over):
+                continue
+            if node.axes != (*lead, *groups, *out, *places):
+                continue
+            transposed, geometry = self._geometry(image.windows)
+            order = (*groups, *channels, *out, *taps) if transposed else (*groups, *out, *channels, *taps)
+            weights = self._operand(kernel)
+            if kernel.axes != order:
+                weights = f"{weights}.permute({', '.join(str(kernel.axes.index(i)) for i in order)})"
+            arguments = [self._sliced(image), weights, *([self._sizes(places)] if transposed else []), *geometry]
+            return f"correlate{'_transposed' if transposed else ''}({', '.join(arguments)})"
+        return None
 
     def _operand(self, node: Node) -> str:
         """A node that a method is called on, or that is used more than once: parenthesised or named."""
@@ -244,6 +315,9 @@ class Body:
         return text if "None" not in places else f"{text}[{', '.join(places)}]"
 
     def _contract(self, node: Contract) -> str:
+        correlation = self._correlation(node)
+        if correlation is not None:
+            return correlation
         for left, right in ((node.left, node.right), (node.right, node.left)):
             text = self._matmul(left, right, node.over, node.axes)
             if text is not None:
@@ -288,6 +362,10 @@ def _tuple(dims: Sequence[int]) -> str:
     return str(dims[0]) if len(dims) == 1 else f"({', '.join(map(str, dims))})"
 
 
+def _sequence(parts: Sequence[str]) -> str:
+    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+
+
 def _letters(axes: Axes) -> dict[Index, str]:
     """One letter per index: its own where it is free."""
     letters: dict[Index, str] = {}
@@ -300,21 +378,26 @@ def _letters(axes: Axes) -> dict[Index, str]:
     return letters
 
 
-def unpack_extents(needed: set[sympy.Symbol], arguments: Mapping[str, Axes]) -> list[str]:
-    """`N, R, _ = input.shape` for the extents that are needed, from the first argument that has them."""
+def unpack_extents(
+    needed: set[sympy.Symbol], arguments: Mapping[str, Axes], shapes: Mapping[str, Axes] | None = None
+) -> list[str]:
+    """`N, R, _ = input.shape` for the extents that are needed, from the first argument, or shape, that has them."""
     lines = []
     missing = set(needed)
-    for name, axes in arguments.items():
+    sources = {f"{name}.shape": axes for name, axes in arguments.items()} | dict(shapes or {})
+    for name, axes in sources.items():
         names = [extent_symbol(i) for i in axes]
         found = [s for s in names if s in missing]
         if not found:
             continue
         missing -= set(found)
         if len(set(found)) == 1:
-            lines.append(f"{found[0]} = {name}.shape[{names.index(found[0])}]")
+            lines.append(f"{found[0]} = {name}[{names.index(found[0])}]")
         else:
             places = [str(s) if s in found and names.index(s) == k else "_" for k, s in enumerate(names)]
-            lines.append(f"{', '.join(places)} = {name}.shape")
+            if places[:2] == ["_", "_"]:
+                places = ["*_", *itertools.dropwhile("_".__eq__, places)]
+            lines.append(f"{', '.join(places)} = {name}")
     if missing:
         raise CalculusError(f"no argument of {sorted(arguments)} carries the extents {sorted(map(str, missing))}")
     return lines

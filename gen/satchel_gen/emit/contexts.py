@@ -20,9 +20,12 @@ from ..lowering.losses import LoweredLoss
 from ..lowering.plan import Axes, plan
 from ..lowering.programs import Program
 from ..lowering.rules import LoweredLayer, LoweredRule
-from ..notation import Index, IndexSum, Sum, base_name
+from ..notation import NDIM, Index, IndexSum, Length, Option, Sum, base_name
 from .aten import AtenPrinter, Body, unpack_extents
 from .functions import Function, loss_function, rule_functions, sample_function, violation_function
+
+
+AxisNames = tuple[str | tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class RuleContext:
     function: str
     operands: tuple[str, ...]
     kernel: str | None
+    lead: int | None = None
 
 
 class _Stated:
@@ -54,13 +58,22 @@ class LayerContext(_Stated):
     module: str
     formulas: tuple[str, ...]
     kernels: str
-    input_axes: tuple[str, ...]
-    output_axes: tuple[str, ...]
+    input_axes: AxisNames
+    output_axes: AxisNames
+    parameter_axes: Mapping[str, AxisNames]
     functions: tuple[Function, ...]
     passes: Mapping[str, RuleContext | None]
     elementwise: bool
     mixed: bool
     parameters: Mapping[str, Mapping[str, RuleContext]]
+    buffers: tuple[str, ...]
+    extents: Mapping[str, str]
+    ranks: Mapping[str, str]
+    numbers: tuple[str, ...]
+    operation: str
+    saved: tuple[str, ...]
+    when: str
+    reasons: str
     approximation: str
     options: str
 
@@ -125,7 +138,8 @@ def layer_context(lowered: LoweredLayer) -> LayerContext:
         if entry.body not in known:
             known[entry.body] = entry.name
             functions.extend(emitted)
-        return RuleContext(known[entry.body], rule.operands, rule.name if rule.name in kernels else None)
+        operands = (*rule.operands, *rule.numbers)
+        return RuleContext(known[entry.body], operands, rule.name if rule.name in kernels else None, rule.lead)
 
     passes = {name: context(rule) for name, rule in lowered.passes.items()}
     parameters = {
@@ -137,16 +151,44 @@ def layer_context(lowered: LoweredLayer) -> LayerContext:
         module=layer.module,
         formulas=tuple(str(s) for s in layer.statements),
         kernels=module_name(layer) if kernels else "",
-        input_axes=axis_names(layer.input.indices),
-        output_axes=axis_names(layer.output.indices),
+        input_axes=stored_axes(layer, layer.input.indices),
+        output_axes=stored_axes(layer, layer.output.indices),
+        parameter_axes={str(p.base): stored_axes(layer, p.indices) for p in layer.parameters},
         functions=tuple(functions),
         passes=passes,
         elementwise=lowered.elementwise,
         mixed=lowered.mixed,
         parameters=parameters,
+        buffers=tuple(str(b.base) for b in layer.buffers),
+        extents={index.name: option.attribute for index, option in layer.extents.items()},
+        ranks={index.name: _rank(rank) for index, rank in layer.ranks.items()},
+        numbers=layer.numbers,
+        operation=layer.operation,
+        saved=layer.saved,
+        when=repr(dict(layer.when)),
+        reasons=repr(dict(layer.reasons)),
         approximation=layer.approximation,
         options=repr(dict(layer.options)),
     )
+
+
+def stored_axes(layer: Layer, axes: Axes) -> AxisNames:
+    """Axis names as torch stores them: joined indices as one tuple."""
+    names: list[str | tuple[str, ...]] = []
+    rest = list(axes)
+    while rest:
+        joined = next((group for group in layer.joined if tuple(rest[: len(group)]) == group), rest[:1])
+        found = axis_names(tuple(joined))
+        names.append(found if len(found) > 1 else found[0])
+        rest = rest[len(joined) :]
+    return tuple(names)
+
+
+def _rank(rank: Expr) -> str:
+    """The number of axes of a starred index, as a function of options and of the tensor's own number of axes."""
+    names = {o: f'options["{o.attribute}"]' for o in rank.atoms(Option)}
+    names |= {length: f'len(options["{length.args[0].attribute}"])' for length in rank.atoms(Length)}
+    return f"lambda options, ndim: {AtenPrinter(names, scalars=frozenset([NDIM])).doprint(rank)}"
 
 
 def loss_context(lowered: LoweredLoss) -> LossContext:

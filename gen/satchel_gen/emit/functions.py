@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import sympy
 from sympy import Expr
@@ -12,11 +12,12 @@ from ..calculus.derive import Statement
 from ..calculus.terms import Term, terms
 from ..definitions.model import Loss, Normal
 from ..formula import render, render_formula
+from ..lowering.composed import Stage
 from ..lowering.losses import LossRule, LoweredLoss
 from ..lowering.plan import Axes, Map, Node, extent_symbol, leaf, plan
 from ..lowering.rules import LoweredRule
 from ..lowering.squares import Variant
-from ..notation import Extent, LogSumExp, index_atoms, reads
+from ..notation import Extent, LogSumExp, Option, index_atoms, reads
 from .aten import Body, unpack_extents
 
 
@@ -43,10 +44,16 @@ class Function:
     choices: tuple[Choice, ...] = ()
     block: Block | None = None
     entry: bool = True
+    numbers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def signature(self) -> str:
-        return ", ".join(f"{name}: Tensor" for name in self.arguments)
+        tensors = [f"{name}: Tensor" for name in self.arguments]
+        return ", ".join([*tensors, *(f"{name}: {kind}" for name, kind in self.numbers.items())])
+
+    @property
+    def called(self) -> str:
+        return ", ".join([*self.arguments, *self.numbers])
 
     @property
     def body(self) -> tuple[object, ...]:
@@ -79,26 +86,43 @@ def shapes_line(arguments: Mapping[str, Axes], result: Axes) -> str:
 
 def rule_functions(rule: LoweredRule) -> list[Function]:
     """A rule's function, preceded by its programs where there is a choice."""
-    formula = render_formula(rule.formula)
+    formula = "\n    ".join(render_formula(f) for f in (*(stage.formula for stage in rule.stages), rule.formula))
     shapes = shapes_line(rule.arguments, rule.formula.axes)
     arguments = tuple(rule.arguments)
+    numbers = dict.fromkeys(rule.shapes, "tuple[int, ...]") | {o.attribute: _kind(o) for o in rule.components}
     if len(rule.variants) == 1:
-        return [_straight(rule.name, formula, shapes, rule.arguments, rule.variants[0].tree)]
-    programs = [_program(rule, variant) for variant in rule.variants]
+        return [replace(_straight(rule, formula, shapes, rule.variants[0].tree), numbers=numbers)]
+    programs = [replace(_program(rule, variant), numbers=numbers) for variant in rule.variants]
     body = Body(dict(rule.arguments))
     choices = tuple(_choice(rule, variant, body) for variant in rule.variants)
     entry = Function(
-        rule.name, formula, shapes, arguments, tuple(unpack_extents(body.extents, rule.arguments)),
-        note="The cheapest program for the shapes.", choices=choices,
+        rule.name, formula, shapes, arguments, tuple(unpack_extents(body.extents, rule.arguments, rule.shapes)),
+        note="The cheapest program for the shapes.", choices=choices, numbers=numbers,
     )  # fmt: skip
     return [*programs, entry]
 
 
-def _straight(name: str, formula: str, shapes: str, arguments: Mapping[str, Axes], tree: Node) -> Function:
-    body = Body(dict(arguments))
+def _kind(option: Option) -> str:
+    number = "int" if option.is_integer else "float"
+    return number if option.part is None else f"tuple[{number}, ...]"
+
+
+def _straight(rule: LoweredRule, formula: str, shapes: str, tree: Node) -> Function:
+    body = Body(dict(rule.arguments))
+    _emit_stages(body, rule.stages)
     result = body(tree)
-    lines = unpack_extents(body.extents, arguments) + body.lines
-    return Function(name, formula, shapes, tuple(arguments), tuple(lines), result)
+    lines = unpack_extents(body.extents, rule.arguments, rule.shapes) + body.lines
+    return Function(rule.name, formula, shapes, tuple(rule.arguments), tuple(lines), result)
+
+
+def _emit_stages(body: Body, stages: Sequence[Stage]) -> None:
+    for stage in stages:
+        if stage.logsumexp is not None:
+            text = _logsumexp(stage.logsumexp)
+        else:
+            assert stage.tree is not None
+            text = body(stage.tree)
+        body.lines.append(f"{stage.name} = {text}")
 
 
 NOTES = {
@@ -117,8 +141,9 @@ def _program(rule: LoweredRule, variant: Variant) -> Function:
         block, extents = _block(rule, variant)
         return Function(name, "", "", arguments, extents, note=note, block=block, entry=False)
     body = Body(dict(rule.arguments))
+    _emit_stages(body, rule.stages)
     result = body(variant.tree)
-    lines = unpack_extents(body.extents, rule.arguments) + body.lines
+    lines = unpack_extents(body.extents, rule.arguments, rule.shapes) + body.lines
     return Function(name, "", "", arguments, tuple(lines), result, note, entry=False)
 
 
@@ -130,7 +155,9 @@ def _block(rule: LoweredRule, variant: Variant) -> tuple[Block, tuple[str, ...]]
     summand = body(variant.tree)
     target = "total[samples]" if any(i.name == "n" for i in out) else "total"
     block = Block(columns, samples, each, sizes, next(iter(rule.arguments)), target, tuple(body.lines), summand)
-    return block, tuple(unpack_extents(body.extents, rule.arguments))
+    before = Body(dict(rule.arguments))
+    _emit_stages(before, rule.stages)
+    return block, (*unpack_extents(body.extents | before.extents, rule.arguments, rule.shapes), *before.lines)
 
 
 def _loops(variant: Variant, body: Body) -> tuple[str, str, str]:
@@ -176,13 +203,17 @@ def _elementwise(expr: Expr, axes: Axes) -> Node:
 
 def _emit_statement(body: Body, statement: Statement) -> None:
     if isinstance(statement.value, LogSumExp):
-        read = statement.value.body
-        dims = [list(read.indices).index(i) for i in statement.value.over]
-        text = f"torch.logsumexp({read.base}, {dims[0] if len(dims) == 1 else tuple(dims)})"
+        text = _logsumexp(statement.value)
     else:
         (term,) = _as_terms(statement)
         text = body(plan(term, statement.axes))
     body.lines.append(f"{statement.name} = {text}")
+
+
+def _logsumexp(value: LogSumExp) -> str:
+    read = value.body
+    dims = [list(read.indices).index(i) for i in value.over]
+    return f"torch.logsumexp({read.base}, {dims[0] if len(dims) == 1 else tuple(dims)})"
 
 
 def _as_terms(statement: Statement) -> Sequence[Term]:

@@ -38,6 +38,8 @@ def layer_kernels(layer: LoweredLayer) -> list[KernelRule]:
 
 
 def _kernel(rule: LoweredRule) -> KernelRule | None:
+    if rule.stages or rule.numbers or len(rule.formula.terms) > 1 or any(leaf.windows for leaf in _leaves(rule)):
+        return None
     (term,) = rule.formula.terms
     if len(rule.variants) > 1:
         return _squared_product(rule)
@@ -57,6 +59,10 @@ def _kernel(rule: LoweredRule) -> KernelRule | None:
     if term.square is not None:
         return KernelRule(rule, _squared_sum(rule, doc))
     return None
+
+
+def _leaves(rule: LoweredRule) -> list[Leaf]:
+    return [leaf for variant in rule.variants for leaf in leaves(variant.tree)]
 
 
 def _squared_product(rule: LoweredRule) -> KernelRule:

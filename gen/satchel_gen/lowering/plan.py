@@ -14,7 +14,7 @@ import sympy
 from sympy import Expr, Indexed
 
 from ..calculus.terms import CalculusError, Term
-from ..notation import ONE, Equal, Index, base_name, index_atoms, reads
+from ..notation import ONE, Access, Equal, Index, base_name, index_atoms, reads
 
 Axes = tuple[Index, ...]
 
@@ -30,11 +30,29 @@ def size(axes: Iterable[Index]) -> Expr:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor argument with its `stored` axes; those that `axes` lacks have extent 1 and are squeezed."""
+    """A tensor argument with its `stored` axes; those that `axes` lacks have extent 1 and are squeezed.
+
+    Where axes are read at affine positions, `windows` holds an access for each of them, all last in `stored`; in `axes` stand
+    first the places, then the taps.
+    """
 
     name: str
     axes: Axes
     stored: Axes
+    windows: tuple[Window, ...] = ()
+
+
+@dataclass(frozen=True)
+class Window:
+    """An axis read at (step · place + reach · tap + offset) / divisor."""
+
+    axis: Index
+    place: Index
+    tap: Index
+    step: Expr
+    reach: Expr
+    offset: Expr
+    divisor: Expr
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,14 @@ class Permute:
 
 
 @dataclass(frozen=True)
+class Add:
+    """A sum of parts, each broadcast over the axes that it lacks."""
+
+    parts: tuple[Node, ...]
+    axes: Axes
+
+
+@dataclass(frozen=True)
 class Scaled:
     """A scalar coefficient, of extents and numbers, times a child."""
 
@@ -86,14 +112,14 @@ class Scaled:
         return self.child.axes
 
 
-Node = Leaf | Map | Reduce | Contract | Permute | Scaled
+Node = Leaf | Map | Reduce | Contract | Permute | Scaled | Add
 
 
 def children(node: Node) -> tuple[Node, ...]:
     match node:
         case Leaf():
             return ()
-        case Map(children=parts):
+        case Map(children=parts) | Add(parts=parts):
             return parts
         case Contract(left=left, right=right):
             return (left, right)
@@ -108,6 +134,8 @@ def flops(node: Node) -> Expr:
             own = 2 * size(dict.fromkeys((*left.axes, *right.axes)))
         case Map():
             own = size(node.axes)
+        case Add(parts=parts):
+            own = (len(parts) - 1) * size(node.axes)
         case Reduce(child=child):
             own = size(child.axes)
         case _:
@@ -137,8 +165,37 @@ def leaves(node: Node) -> list[Leaf]:
 
 
 def leaf(read: Indexed, dropped: frozenset[str] = frozenset()) -> Leaf:
-    stored = tuple(read.indices)
-    return Leaf(str(read.base), tuple(i for i in stored if i.name not in dropped), stored)
+    stored = tuple(i.args[0] if isinstance(i, Access) else i for i in read.indices)
+    windows = tuple(_window(i) for i in read.indices if isinstance(i, Access))
+    plain = tuple(i for i in read.indices if not isinstance(i, Access) and i.name not in dropped)
+    return Leaf(
+        str(read.base), (*plain, *(w.place for w in windows), *(w.tap for w in windows)), stored, windows
+    )
+
+
+def _window(access: Access) -> Window:
+    axis, position, place = access.args
+    numerator, divisor = sympy.together(position).as_numer_denom()
+    numerator = sympy.expand(numerator)
+    others = index_atoms(numerator) - {place}
+    if len(others) != 1:
+        raise CalculusError(f"the position {position} of axis {axis} is not affine in {place} and one more index")
+    (tap,) = others
+    step, reach = numerator.coeff(place), numerator.coeff(tap)
+    return Window(axis, place, tap, step, reach, sympy.expand(numerator - step * place - reach * tap), divisor)
+
+
+def plan_sum(parts: Sequence[Term], axes: Axes) -> Node:
+    """The tree for a sum of terms, each over its own axes."""
+    if len(parts) == 1:
+        (term,) = parts
+        own = tuple(i for i in axes if i in term.free)
+        return plan(term, axes if own == axes or not term.sums else own)
+    trees = []
+    for term in parts:
+        own = tuple(i for i in axes if i in term.free)
+        trees.append(plan(term, own))
+    return Add(tuple(trees), axes)
 
 
 def plan(term: Term, axes: Axes, dropped: frozenset[str] = frozenset()) -> Node:
@@ -213,13 +270,14 @@ def _sum_own(operand: Node, operands: Sequence[Node], sums: set[Index]) -> Node:
 def _next_pair(operands: Sequence[Node], sums: set[Index]) -> tuple[Node, Node]:
     """The pair that removes an index nobody else reads and leaves the smallest product."""
 
-    def rank(pair: tuple[Node, Node]) -> tuple[bool, int, int]:
+    def rank(pair: tuple[Node, Node]) -> tuple[bool, int, int, int]:
         left, right = pair
         elsewhere = {i for o in operands if o is not left and o is not right for i in o.axes}
         removed = [i for i in left.axes if i in right.axes and i in sums and i not in elsewhere]
         kept = {*left.axes, *right.axes} - set(removed)
         larger = max(pair, key=lambda operand: len(operand.axes))
-        return (not removed, len(kept), -max((larger.axes.index(i) for i in removed), default=0))
+        products = sum(isinstance(operand, Contract) for operand in pair)
+        return (not removed, len(kept), products, -max((larger.axes.index(i) for i in removed), default=0))
 
     return min(itertools.combinations(operands, 2), key=rank)
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import sympy
 from sympy import Expr, Indexed
 
 from ..calculus.instantiate import Formula, Instance
-from ..calculus.terms import Term, numerator
+from ..calculus.terms import Term, numerator, solve
 from ..definitions import quantities as Q
 from ..definitions.model import Layer, Quantity
-from ..notation import reads
-from .plan import Axes, leaves
+from ..notation import Option, reads
+from .composed import Composed, Stage, composed_hessian, composed_vjp, stages_of
+from .plan import Axes, Leaf, extent_symbol, leaves
 from .squares import Variant, variants
 
 #: Tensors that the runtime passes to a rule; all others are operands, taken from the record.
-EXPLICIT = ("factor", "sign", "curvature", "rows", "averaged", "delta")
+EXPLICIT = ("factor", "sign", "curvature", "rows", "averaged", "delta", "tangent")
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,20 @@ class LoweredRule:
     arguments: dict[str, Axes]
     operands: tuple[str, ...]
     variants: tuple[Variant, ...]
+    components: tuple[Option, ...] = ()  # the numbers of the module that it reads
+    stages: tuple[Stage, ...] = ()
+    lead: int | None = None  # axes in front of the parameter's own, in what belongs to a parameter
+    shapes: Mapping[str, Axes] = field(default_factory=dict)  # of tensors that it does not read
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return (*self.shapes, *dict.fromkeys(option.attribute for option in self.components))
 
 
 @dataclass(frozen=True)
 class LoweredLayer:
     layer: Layer
-    passes: dict[str, LoweredRule | None]
+    passes: dict[str, LoweredRule | None]  # by quantity; None: zero, or composed by the engine from the vjp
     parameters: dict[str, dict[str, LoweredRule]]
     elementwise: bool
     mixed: bool
@@ -48,8 +58,7 @@ class LoweredLayer:
 
 def lower_layer(layer: Layer) -> LoweredLayer:
     """Derive, simplify and plan every quantity of a layer."""
-    on_input = Instance(layer, layer.input)
-    passes = {q.name: _lower(layer, on_input, q, "") for q in Q.PASSES}
+    passes = _passes(layer)
     parameters: dict[str, dict[str, LoweredRule]] = {}
     for parameter in layer.parameters:
         instance = Instance(layer, parameter)
@@ -60,26 +69,97 @@ def lower_layer(layer: Layer) -> LoweredLayer:
             wanted += Q.INPUT_FACTORS if instance.structure.inner else ()
         lowered = {q.name: _lower(layer, instance, q, f"{name}_") for q in wanted}
         parameters[name] = {quantity: rule for quantity, rule in lowered.items() if rule is not None}
-    vjp = on_input.quantity(Q.VJP, "vjp")
-    elementwise = all(not term.sums for term in vjp.terms)
+    vjp = passes["vjp"]
+    assert vjp is not None
+    elementwise = not vjp.stages and all(not term.sums and not layer.windowed for term in vjp.formula.terms)
     mixed = any(
         str(layer.input.base) in rule.operands for quantities in parameters.values() for rule in quantities.values()
     )
     return LoweredLayer(layer, passes, parameters, elementwise, mixed)
 
 
+def _passes(layer: Layer) -> dict[str, LoweredRule | None]:
+    """What passes a layer. Where intermediates are named or the input is read through windows, Jᵀv and ∂² alone."""
+    passes: dict[str, LoweredRule | None] = dict.fromkeys([*(q.name for q in Q.PASSES), "hessian"])
+    if len(layer.statements) > 1:
+        passes["vjp"] = _composed(layer, composed_vjp(layer), "vjp")
+        hessian = composed_hessian(layer)
+        passes["hessian"] = None if hessian is None else _composed(layer, hessian, "hessian")
+        return passes
+    on_input = Instance(layer, layer.input)
+    for quantity in (Q.VJP,) if layer.windowed else Q.PASSES:
+        passes[quantity.name] = _lower(layer, on_input, quantity, "")
+    return passes
+
+
+def _composed(layer: Layer, found: Composed, name: str) -> LoweredRule:
+    *stages, last = found.stages
+    assert last.tree is not None
+    return _rule(layer, name, name, last.formula, (Variant("", last.tree),), tuple(stages))
+
+
 def _lower(layer: Layer, instance: Instance, quantity: Quantity, prefix: str) -> LoweredRule | None:
-    formula = in_output(instance.quantity(quantity, prefix + quantity.name), layer)
+    formula = instance.quantity(quantity, prefix + quantity.name)
+    if layer.windowed:
+        formula = replace(formula, terms=tuple(solve(term, "factor") for term in formula.terms))
+    formula = in_output(formula, layer)
     if formula.is_zero:
         return None
-    programs = variants(formula)
+    read = {str(r.base) for term in formula.terms for r in term_reads(term)}
+    lead = None
+    if prefix and quantity.axes[-1:] == (Q.p,):
+        lead = len(quantity.axes) - 1
+    return _rule(
+        layer, prefix + quantity.name, quantity.name, formula, variants(formula), stages_of(layer, sorted(read)), lead
+    )
+
+
+def term_reads(term: Term) -> list[Indexed]:
+    return reads(term.factor) + (term_reads(term.square) if term.square is not None else [])
+
+
+def _rule(
+    layer: Layer,
+    name: str,
+    quantity: str,
+    formula: Formula,
+    programs: tuple[Variant, ...],
+    stages: tuple[Stage, ...],
+    lead: int | None = None,
+) -> LoweredRule:
+    """A rule with its arguments: what the engine passes first, then operands, then numbers."""
+    named = {stage.name for stage in stages}
+    trees = [stage.tree for stage in stages if stage.tree is not None] + [program.tree for program in programs]
     stored: dict[str, Axes] = {}
-    for found in (leaf for program in programs for leaf in leaves(program.tree)):
+    for found in (leaf for tree in trees for leaf in leaves(tree)):
         stored.setdefault(found.name, found.stored)
+    for stage in stages:
+        if stage.logsumexp is not None:
+            stored.setdefault(str(stage.logsumexp.body.base), tuple(stage.logsumexp.body.indices))
     arguments = {name: stored[name] for name in EXPLICIT if name in stored}
-    operands = tuple(sorted(name for name in stored if name not in EXPLICIT))
+    operands = tuple(sorted(name for name in stored if name not in EXPLICIT and name not in named))
     arguments |= {name: stored[name] for name in operands}
-    return LoweredRule(prefix + quantity.name, quantity.name, formula, arguments, operands, programs)
+    terms = [term for f in (*(stage.formula for stage in stages), formula) for term in f.terms]
+    components = tuple(sorted({option for term in terms for option in _options(term)}, key=str))
+    shapes = _shapes(layer, [leaf for tree in trees for leaf in leaves(tree)], arguments)
+    return LoweredRule(name, quantity, formula, arguments, operands, programs, components, stages, lead, shapes)
+
+
+def _shapes(layer: Layer, found: list[Leaf], arguments: Mapping[str, Axes]) -> dict[str, Axes]:
+    """Shapes of tensors that are not read, for the extents of windows that no argument carries."""
+    carried = {extent_symbol(i) for axes in arguments.values() for i in axes}
+    needed = {extent_symbol(i) for leaf in found for window in leaf.windows for i in (window.place, window.tap)} - carried
+    shapes: dict[str, Axes] = {}
+    for tensor in (layer.input, *layer.parameters):
+        carries = {extent_symbol(i) for i in tensor.indices}
+        if needed & carries:
+            shapes[f"{tensor.base}_shape"] = tuple(tensor.indices)
+            needed -= carries
+    return shapes
+
+
+def _options(term: Term) -> set[Option]:
+    return term.factor.atoms(Option) | (_options(term.square) if term.square is not None else set())
 
 
 def in_output(formula: Formula, layer: Layer) -> Formula:
@@ -126,7 +206,7 @@ def _same_at_output(slope: Expr, read: Indexed, value: Expr) -> bool:
     """Whether slope(f(z)) = slope(z) on a grid with the usual kinks."""
     z = sympy.Symbol("z", real=True)
     slope, value = slope.xreplace({read: z}), value.xreplace({read: z})
-    if slope.atoms(Indexed):
+    if slope.atoms(Indexed) or slope.atoms(Option) or value.atoms(Option):
         return False
     return all(
         abs(sympy.N(slope.xreplace({z: sympy.N(value.xreplace({z: at}))}) - slope.xreplace({z: at}))) < 1e-12

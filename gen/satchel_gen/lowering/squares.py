@@ -15,8 +15,8 @@ from sympy import Expr
 
 from ..calculus.instantiate import Formula
 from ..calculus.terms import Term
-from ..notation import Index, index_atoms, plain_names, reads
-from .plan import Axes, Map, Node, Reduce, calls, elements_moved, flops, leaves, plan, size
+from ..notation import Access, Index, index_atoms, plain_names, reads
+from .plan import Axes, Map, Node, Reduce, calls, elements_moved, flops, leaf, leaves, plan, plan_sum, size
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Variant:
     @property
     def elements(self) -> Expr:
         """Elements of the operands and the result."""
-        return sum((size(leaf.stored) for leaf in leaves(self.tree)), size(self.tree.axes))
+        return sum((size(tensor.stored) for tensor in leaves(self.tree)), size(self.tree.axes))
 
     @property
     def calls(self) -> int:
@@ -59,7 +59,7 @@ class Variant:
 def variants(formula: Formula) -> tuple[Variant, ...]:
     """The programs of a formula: one, unless it is a squared sum of a product."""
     if len(formula.terms) > 1:
-        raise NotImplementedError(f"{formula.name}: a sum of several terms has no program yet")
+        return (Variant("", plan_sum(formula.terms, formula.axes)),)
     (term,) = formula.terms
     if term.square is None:
         return (Variant("", plan(term, formula.axes)),)
@@ -71,8 +71,8 @@ def variants(formula: Formula) -> tuple[Variant, ...]:
     dropped = frozenset(i.name for i in inner.sums)
     apart = Term(term.factor * inner.factor**2, term.sums)
     unit = tuple(sorted(inner.sums, key=str))
-    found = [
-        Variant("separated", plan(apart, formula.axes, dropped), unit),
+    found = [] if inner.factor.has(Access) else [Variant("separated", plan(apart, formula.axes, dropped), unit)]
+    found += [
         Variant("per_sample", per_sample, inner=stored),
         Variant("blockwise", per_sample, inner=stored),
     ]
@@ -87,7 +87,7 @@ def _inner_axes(term: Term, axes: Axes) -> Axes:
     assert term.square is not None
     free = term.square.free
     leading = [i for name in ("v", "n") for i in free if i.name == name]
-    order = list(dict.fromkeys(i for read in reads(term.square.factor) for i in read.indices))
+    order = [i for read in reads(term.square.factor) for i in leaf(read).axes]
     rest = [i for i in (*axes, *order) if i in free and i not in leading]
     return (*leading, *dict.fromkeys(rest))
 
@@ -117,8 +117,8 @@ def _gram(term: Term) -> Term | None:
     inner = term.square
     parts = [part for part in sympy.Mul.make_args(inner.factor) if index_atoms(part)]
     shared = set.intersection(*(index_atoms(part) for part in parts))
-    own = set().union(*(index_atoms(part) for part in parts)) - shared - inner.sums
-    if not own <= term.sums:
+    own = [index_atoms(part) - shared - inner.sums for part in parts]
+    if not all(own) or not set().union(*own) <= term.sums:
         return None
     twins = {i: Index(f"{i.name}#1", i.many) for i in inner.sums}
     names = plain_names([*inner.free, *inner.sums, *term.sums], twins.values())

@@ -117,10 +117,12 @@ def _agree(axes: tuple[str, ...], shape: tuple[int, ...], others: tuple[str, ...
     return all(sizes.get(axis, extent) == extent for axis, extent in more.items())
 
 
-def refuse_option(where: str, option: str, value: object, supported: tuple[object, ...], features: list[str]) -> None:
+def refuse_option(
+    where: str, option: str, value: object, supported: tuple[object, ...], features: list[str], reason: str = ""
+) -> None:
     covered = (value is one or (not isinstance(value, Tensor) and value == one) for one in supported)
     if supported and not any(covered):
-        raise UnsupportedOption(where, option, value, supported, features)
+        raise UnsupportedOption(where, option, value, supported, features, reason)
 
 
 def check_plan(plan: Plan, demand: Demand, samples: int, flags: Sequence[Flag]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,19 @@ def widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function` with every floating operand in one dtype, float32 or wider (mixed dtypes occur under autocast)."""
 
     @wraps(function)
-    def call(*operands: Tensor) -> Tensor:
-        first = operands[0].dtype
-        if first not in _HALF and all(operand.dtype == first for operand in operands):
+    def call(*operands: Any) -> Tensor:
+        tensors = [operand for operand in operands if isinstance(operand, Tensor)]
+        first = tensors[0].dtype
+        if first not in _HALF and all(tensor.dtype == first for tensor in tensors):
             return function(*operands)
         common = torch.float32
-        for operand in operands:
-            if operand.is_floating_point():
-                common = torch.promote_types(common, operand.dtype)
-        return function(*(operand.to(common) if operand.is_floating_point() else operand for operand in operands))
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                common = torch.promote_types(common, tensor.dtype)
+        return function(*(_to(common, operand) for operand in operands))
 
     return call
+
+
+def _to(dtype: torch.dtype, operand: Any) -> Any:
+    return operand.to(dtype) if isinstance(operand, Tensor) and operand.is_floating_point() else operand

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from .axes import canonical
+from .axes import Axes, canonical, canonical_shape, extents
+from .axes import names as axis_names
 from .errors import GraphFreed, Overwritten
 from .rules import Layer, Loss
 from .torch_private import metadata, version
@@ -82,6 +84,22 @@ class Record(_Kept):
     def samples(self) -> int:
         return self.output_shape[0]
 
+    @cached_property
+    def canonical_input(self) -> tuple[int, ...] | None:
+        """Canonical shape of the input; None if it does not fit the layer's axes."""
+        return self._canonical(self.definition.input_axes, self.input_shape)
+
+    @cached_property
+    def canonical_output(self) -> tuple[int, ...] | None:
+        """Canonical shape of the output; None if it does not fit the layer's axes."""
+        return self._canonical(self.definition.output_axes, self.output_shape)
+
+    def _canonical(self, axes: Axes, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        layer = self.definition
+        known = {axis: self.options[name] for axis, name in layer.extents.items()}
+        ranks = {axis: rank(self.options, len(shape)) for axis, rank in layer.ranks.items()}
+        return canonical_shape(axes, shape, known, ranks)
+
     def parameter(self, name: str) -> Tensor:
         parameter = self.parameters[name]()
         if parameter is None:
@@ -93,10 +111,25 @@ class Record(_Kept):
     def operand(self, name: str) -> Any:
         """An operand of a rule, canonical."""
         if name == "input":
-            return canonical(self.tensor("input"), self.definition.input_axes)
+            return self.tensor("input").reshape(self.canonical_input)
         if name == "output":
-            return canonical(self.tensor("output"), self.definition.output_axes)
-        return self.parameter(name) if name in self.parameters else self.options[name]
+            return self.tensor("output").reshape(self.canonical_output)
+        if name.endswith("_shape"):
+            tensor = name.removesuffix("_shape")
+            return self.canonical_input if tensor == "input" else self._canonical_parameter(tensor).shape
+        if name in self.definition.parameters:
+            return self._canonical_parameter(name)
+        return self.tensor(name) if name in self.definition.buffers else self.options[name]
+
+    def _canonical_parameter(self, name: str) -> Tensor:
+        axes = self.definition.parameter_axes[name]
+        if name not in self.parameters:  # absent: 1 wherever it stands
+            assert self.canonical_input is not None
+            sizes = extents(self.definition.input_axes, self.canonical_input)
+            return self.tensor("input").new_ones([sizes[axis.rstrip("*")] for axis in axis_names(axes)])
+        parameter = self.parameter(name)
+        shape = self._canonical(axes, tuple(parameter.shape))
+        return parameter if shape is None else parameter.reshape(shape)
 
     def trainable(self) -> dict[str, Tensor]:
         """The parameters that autograd computes a gradient for."""

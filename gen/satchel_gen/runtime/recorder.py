@@ -13,7 +13,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from .backward import arrive
 from .record import Edge, Entry, LossRecord, Mark, Record, alias, attach, entries
 from .rules import Layer, Loss, registry
-from .torch_private import inside_checkpoint, inside_functorch, node_outputs, version, view_base
+from .torch_private import inside_checkpoint, inside_functorch, node_outputs, saved, version, view_base
 
 _recording = True
 
@@ -62,13 +62,21 @@ class Recorder:
             # A part, or a permutation, of another tensor changes: the base's node passes that by its own backward.
             _attach(_node(base), Mark(self.name, reference))
             return
-        node, output_nr, edge = _place(x, output, inplace)
+        if (inplace and "input" in layer.reads(())) or not _ends_in(output, layer.operation):
+            # What the rules read is gone, or unknown: the module's own nodes pass a factor.
+            _attach(_node(output), Mark(self.name, reference))
+            return
+        if layer.operation:
+            node, output_nr, edge = _node(output), output.output_nr, _first_edge(_node(output))
+            x = saved(node, "input") if edge is None or "input" in layer.reads(layer.parameters) else x
+        else:
+            node, output_nr, edge = _place(x, output, inplace)
         present = {name: module._parameters[name] for name in layer.parameters}  # type: ignore[union-attr]
         parameters = {name: parameter for name, parameter in present.items() if parameter is not None}
         record = Record(
             name=self.name,
             module=reference,
-            options={name: getattr(module, name) for name in layer.options},
+            options=_numbers(module, layer, node),
             node_shape=node_outputs(node)[output_nr][0],
             output_nr=output_nr,
             edge=edge,
@@ -86,6 +94,7 @@ class Recorder:
             record.keep(input=x if trainable else alias(x))
         if "output" in reads:
             record.keep(output=alias(output))
+        record.keep(**{name: buffer for name in layer.buffers if (buffer := module._buffers[name]) is not None})  # type: ignore[union-attr]
         _attach(node, record)
 
     def _loss(self, loss: Loss, reference: weakref.ref[nn.Module], x: Tensor, target: Tensor, output: Tensor) -> None:
@@ -129,6 +138,21 @@ def _plain_parameters(module: nn.Module, layer: Layer) -> bool:
         name in module._parameters and ((parameter := module._parameters[name]) is None or parameter.is_leaf)
         for name in layer.parameters
     )
+
+
+def _numbers(module: nn.Module | None, layer: Layer, node: Node) -> dict[str, Any]:
+    """The attributes of the module that the definition restricts or reads; those of its operation where that has them."""
+    wanted = dict.fromkeys([*layer.options, *layer.numbers])
+    return {name: saved(node, name) if name in layer.saved else getattr(module, name) for name in wanted}
+
+
+def _ends_in(output: Tensor, operation: str) -> bool:
+    return not operation or _node(output).name() == operation
+
+
+def _first_edge(node: Node) -> Edge | None:
+    below, output_nr = node.next_functions[0]
+    return None if below is None else (below, output_nr)
 
 
 def _whole_view(tensor: Tensor) -> Tensor | None:

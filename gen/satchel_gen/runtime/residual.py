@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .axes import canonical_shape, starred
+from .axes import starred
 from .evaluate import evaluate
 from .passing import features, pull
 from .plan import Plan, Step
@@ -93,7 +93,7 @@ def _through_layer(
     passed: dict[Edge, Curvature] = {}
     for _, edge in step.inputs:
         below = None
-        if diagonal is not None and (layer.elementwise or enough[edge]):
+        if diagonal is not None and layer.diagonal is not None and (layer.elementwise or enough[edge]):
             below = at_edge(evaluate(layer.diagonal, layer, record.operand, diagonal), edge, lead=0)
         elif diagonal is not None:
             columns[step.node, record.output_nr] = columns_of(diagonal, record.samples)
@@ -147,16 +147,16 @@ def _asks_for_diagonal(step: Step, record: Record) -> bool:
     if not step.parameters:
         return layer.elementwise
     star = starred(layer.output_axes)
-    one_position = star is not None and len(layer.output_axes) == 3 and canonical_output(record)[star] == 1
+    shape = canonical_output(record)
+    one_position = star is not None and len(shape) == 3 and shape[star] == 1
     kronecker = all("output_factor_expand" in layer.parameters[name] for name in step.parameters)
     return one_position and kronecker and not step.inputs
 
 
 def canonical_output(record: Record) -> tuple[int, ...]:
     """Canonical shape of a layer's output."""
-    shape = canonical_shape(record.definition.output_axes, record.output_shape)
-    assert shape is not None
-    return shape
+    assert record.canonical_output is not None
+    return record.canonical_output
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .axes import starred
+from .axes import Axes, starred
+from .axes import names as axis_names
 from .errors import SharedByKinds
 from .evaluate import evaluate
 from .record import Record
-from .rules import Layer, registry
+from .rules import Layer, Rule, registry
 
 PER_SAMPLE = "per_sample"
 
@@ -76,7 +77,12 @@ def summed(uses: Sequence[Use], name: str) -> Tensor:
 
 def _one(use: Use, name: str, factor: Tensor | None, differentiable: bool = False) -> Tensor:
     rule = use.layer.parameters[use.name][name]
-    return evaluate(rule, use.layer, use.record.operand, factor, differentiable=differentiable)
+    return _shaped(rule, use, evaluate(rule, use.layer, use.record.operand, factor, differentiable=differentiable))
+
+
+def _shaped(rule: Rule, use: Use, value: Tensor) -> Tensor:
+    """A quantity of the parameter in its own shape."""
+    return value if rule.lead is None else value.reshape(*value.shape[: rule.lead], *use.record.parameter(use.name).shape)
 
 
 def _joined(uses: Sequence[Use], name: str, extra: Sequence[Tensor], lead: int, differentiable: bool) -> Tensor:
@@ -92,10 +98,10 @@ def _joined(uses: Sequence[Use], name: str, extra: Sequence[Tensor], lead: int, 
         axes = first.layer.input_axes if operand == "input" else first.layer.output_axes
         return join([use.record.operand(operand) for use in uses], axes, 0)
 
-    return evaluate(rule, first.layer, operand, *arguments, differentiable=differentiable)
+    return _shaped(rule, first, evaluate(rule, first.layer, operand, *arguments, differentiable=differentiable))
 
 
-def join(tensors: Sequence[Tensor], axes: tuple[str, ...], lead: int) -> Tensor:
+def join(tensors: Sequence[Tensor], axes: Axes, lead: int) -> Tensor:
     """Concatenate canonical tensors along their starred axis."""
     star = starred(axes)
     return tensors[0] if len(tensors) == 1 or star is None else torch.cat(_promoted(tensors), lead + star)
@@ -112,7 +118,7 @@ def joinable(uses: Sequence[Use]) -> bool:
     layer = first.layer
     shared = starred(layer.input_axes), starred(layer.output_axes)
     # With no other axis than the starred one beside the batch, it holds features, not positions.
-    if None in shared or len(layer.input_axes) < 3 or len(layer.output_axes) < 3:
+    if None in shared or len(axis_names(layer.input_axes)) < 3 or len(axis_names(layer.output_axes)) < 3:
         return False
     return all(
         use.layer is layer

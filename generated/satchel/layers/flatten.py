@@ -62,9 +62,9 @@ LAYER = Layer(
     mean_vjp=Rule(mean_vjp, ()),
     sandwich=Rule(sandwich, ()),
     residual=None,
+    hessian=None,
     elementwise=True,
     mixed=False,
     parameters={},
     approximation="expand",
-    options={},
 )

@@ -65,9 +65,9 @@ LAYER = Layer(
     mean_vjp=Rule(mean_vjp, ("output",)),
     sandwich=Rule(sandwich, ("output",)),
     residual=None,
+    hessian=None,
     elementwise=True,
     mixed=False,
     parameters={},
     approximation="expand",
-    options={},
 )

@@ -74,9 +74,9 @@ LAYER = Layer(
     mean_vjp=Rule(mean_vjp, ("output",)),
     sandwich=Rule(sandwich, ("output",)),
     residual=Rule(residual, ("output",), kernel="residual"),
+    hessian=None,
     elementwise=True,
     mixed=False,
     parameters={},
     approximation="expand",
-    options={},
 )

@@ -115,11 +115,17 @@ class UnsupportedModule(SatchelError, NotImplementedError):
 
 class UnsupportedOption(SatchelError, NotImplementedError):
     def __init__(
-        self, where: str, option: str, value: object, supported: Sequence[object], features: Iterable[str]
+        self,
+        where: str,
+        option: str,
+        value: object,
+        supported: Sequence[object],
+        features: Iterable[str],
+        reason: str = "",
     ) -> None:
         super().__init__(
             f"{where}, {_listed(features)}",
-            f"the definition does not cover {option}={value!r}",
+            f"the definition does not cover {option}={value!r}" + (f": {reason}" if reason else ""),
             f"Supported: {', '.join(map(repr, supported))}",
         )
 

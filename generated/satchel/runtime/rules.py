@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from .axes import Axes
+
 if TYPE_CHECKING:
     from .extension import Extension
 
-_EMPTY: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,13 @@ class Rule:
     """One formula as programs: `aten` everywhere, `kernel` in the definition's Triton module where that fuses more.
 
     `operands` are appended as positional arguments after the explicit ones: "input", "output", "target", the name of a
-    parameter or of an option.
+    parameter, a buffer or an option. `lead`: the value is [*lead axes, *parameter], flattened as its axes are.
     """
 
     aten: Callable[..., Tensor]
     operands: tuple[str, ...] = ()
     kernel: str | None = None
+    lead: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,23 +52,34 @@ class Layer:
     module: type[nn.Module]
     formula: str
     kernels: str
-    input_axes: tuple[str, ...]
-    output_axes: tuple[str, ...]
+    input_axes: Axes
+    output_axes: Axes
     vjp: Rule
-    diagonal: Rule
-    mean_vjp: Rule
-    sandwich: Rule
+    diagonal: Rule | None
+    mean_vjp: Rule | None
+    sandwich: Rule | None
     residual: Rule | None
+    hessian: Rule | None
     elementwise: bool
     mixed: bool
     parameters: Mapping[str, Mapping[str, Rule]]
-    approximation: str = "expand"
+    parameter_axes: Mapping[str, Axes] = field(default_factory=lambda: _EMPTY)
+    buffers: tuple[str, ...] = ()
+    extents: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
+    ranks: Mapping[str, Callable[[Mapping[str, Any], int], int]] = field(default_factory=lambda: _EMPTY)
+    numbers: tuple[str, ...] = ()
+    operation: str = ""
+    saved: tuple[str, ...] = ()
+    when: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: _EMPTY)
+    reasons: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
+    approximation: str = "expand"
 
     def reads(self, parameters: Iterable[str]) -> frozenset[str]:
         """Operands of the rules by which factors pass, and of the quantities of `parameters`: what a record must keep."""
-        passes = [self.vjp, self.diagonal, self.mean_vjp, self.sandwich, *([self.residual] if self.residual else [])]
-        rules = [*passes, *(rule for parameter in parameters for rule in self.parameters[parameter].values())]
+        passes = (self.vjp, self.diagonal, self.mean_vjp, self.sandwich, self.residual, self.hessian)
+        rules = [rule for rule in passes if rule is not None]
+        rules += [*(rule for parameter in parameters for rule in self.parameters[parameter].values())]
         return frozenset(operand for rule in rules for operand in rule.operands)
 
 
@@ -138,15 +152,29 @@ class Registry:
     reductions: Mapping[str, Callable[..., Tensor]]
 
     @cached_property
-    def _by_forward(self) -> Mapping[Callable[..., Any], Layer | Loss]:
-        definitions: list[Layer | Loss] = [*self.layers, *self.losses]
-        return {definition.module.forward: definition for definition in definitions}
+    def _by_forward(self) -> Mapping[Callable[..., Any], tuple[Layer | Loss, ...]]:
+        """The definitions of each forward function, those that ask for most first."""
+        found: dict[Callable[..., Any], list[Layer | Loss]] = {}
+        for definition in (*self.layers, *self.losses):
+            found.setdefault(definition.module.forward, []).append(definition)
+        return {forward: tuple(sorted(group, key=_asks)) for forward, group in found.items()}
 
     def definition(self, module: nn.Module) -> Layer | Loss | None:
         """By its forward function: a subclass that computes the same is the same."""
         if "forward" in vars(module):  # patched on the instance: it may compute anything
             return None
-        return self._by_forward.get(type(module).forward)
+        for definition in self._by_forward.get(type(module).forward, ()):
+            if all(getattr(module, name) == value for name, value in _when(definition).items()):
+                return definition
+        return None
+
+
+def _when(definition: Layer | Loss) -> Mapping[str, Any]:
+    return definition.when if isinstance(definition, Layer) else _EMPTY
+
+
+def _asks(definition: Layer | Loss) -> int:
+    return -len(_when(definition))
 
 
 _installed: Registry | None = None

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from .axes import canonical_shape
 from .context import backpack
 from .curvature import AVERAGED, refuse_option
 from .demand import CURVATURE, SECOND_ORDER, Demand
@@ -33,12 +32,16 @@ def check(
     for record in plan.records:
         layer = record.definition
         for option, supported in layer.options.items():
-            refuse_option(record.where, option, record.options[option], supported, features)
+            reason = layer.reasons.get(option, "")
+            refuse_option(record.where, option, record.options[option], supported, features, reason)
         if record.checkpointed and plan.unknown:
             raise CheckpointedRegion(record.where, features)
         expected = samples if samples is not None else plan.records[0].samples if plan.records[0].output_shape else None
-        for axes, shape in ((layer.input_axes, record.input_shape), (layer.output_axes, record.output_shape)):
-            if canonical_shape(axes, shape) is None or not shape or shape[0] != expected:
+        for fits, shape in (
+            (record.canonical_input, record.input_shape),
+            (record.canonical_output, record.output_shape),
+        ):
+            if fits is None or not shape or shape[0] != expected:
                 raise BatchAxisLost(record.where, shape, expected)
     _touch(plan, context.demand)
     flags: list[Flag] = []
@@ -68,7 +71,8 @@ def _touch(plan: Plan, demand: Demand) -> None:
         if step.inputs and kinds & set(CURVATURE):
             rules.append(layer.vjp)
             if kinds & set(SECOND_ORDER):
-                rules += [layer.diagonal, layer.mean_vjp, layer.sandwich, *([layer.residual] if layer.residual else [])]
+                second = (layer.diagonal, layer.mean_vjp, layer.sandwich, layer.residual, layer.hessian)
+                rules += [rule for rule in second if rule is not None]
         for operand in {operand for rule in rules for operand in rule.operands}:
             step.record.operand(operand)
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
-from .axes import canonical
 from .evaluate import evaluate
 from .passing import edge_shape, pull
 from .plan import Plan, Step
@@ -55,7 +54,8 @@ def add(live: dict[Edge, Tensor], passed: Mapping[Edge, Tensor]) -> None:
 
 def at_output(record: Record, tensor: Tensor, lead: int) -> Tensor:
     """A factor [*lead, *node] as the layer's canonical output."""
-    return canonical(tensor.reshape(*tensor.shape[:lead], *record.output_shape), record.definition.output_axes, lead)
+    assert record.canonical_output is not None
+    return tensor.reshape(*tensor.shape[:lead], *record.canonical_output)
 
 
 def at_edge(tensor: Tensor, edge: Edge, lead: int) -> Tensor:

@@ -56,6 +56,11 @@ def node_outputs(node: Node) -> Sequence[tuple[tuple[int, ...], torch.dtype, tor
     return [(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata]
 
 
+def saved(node: Node, name: str) -> Any:
+    """What a node has saved for its backward: a tensor, or a setting of its operation."""
+    return getattr(node, f"_saved_{name}")
+
+
 def version(tensor: Tensor) -> int:
     """How often the tensor was changed in place."""
     return 0 if tensor.is_inference() else tensor._version

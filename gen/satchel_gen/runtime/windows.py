@@ -1,0 +1,98 @@
+"""Tensors read at affine positions, x[…, s·h + d·a − p, …], zero outside: as windows, and convolved.
+
+The last axes of a tensor, one per stride, are read so. Windows are a strided view where the tensor needs no padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def windows(
+    tensor: Tensor,
+    places: Sequence[int],
+    taps: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """[*lead, *spatial] → x[…, s·h + d·a − p] [*lead, *places, *taps]."""
+    rank = len(places)
+    pads: list[int] = []
+    for k in reversed(range(rank)):
+        reached = stride[k] * (places[k] - 1) + dilation[k] * (taps[k] - 1) + 1
+        pads += [padding[k], max(0, reached - padding[k] - tensor.shape[k - rank])]
+    padded = F.pad(tensor, pads) if any(pads) else tensor
+    lead, steps = padded.stride()[:-rank], padded.stride()[-rank:]
+    return padded.as_strided(
+        (*tensor.shape[:-rank], *places, *taps),
+        (
+            *lead,
+            *(step * s for step, s in zip(steps, stride, strict=True)),
+            *(step * d for step, d in zip(steps, dilation, strict=True)),
+        ),
+        padded.storage_offset(),
+    )
+
+
+def transposed_windows(
+    tensor: Tensor,
+    places: Sequence[int],
+    taps: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """[*lead, *spatial] → x[…, (u + p − d·a) / s] [*lead, *places, *taps], zero where that is not an integer."""
+    rank = len(places)
+    spread = [(size - 1) * s + 1 for size, s in zip(tensor.shape[-rank:], stride, strict=True)]
+    stuffed = tensor.new_zeros(*tensor.shape[:-rank], *spread)
+    stuffed[(..., *(slice(None, None, s) for s in stride))] = tensor
+    # u + p − d·a = u + d·(A − 1 − a) − (d·(A − 1) − p): taps in reverse order
+    before = [d * (count - 1) - p for d, count, p in zip(dilation, taps, padding, strict=True)]
+    found = windows(stuffed, places, taps, [1] * rank, dilation, before)
+    return found.flip(*range(-rank, 0))
+
+
+def correlate(
+    tensor: Tensor, kernel: Tensor, stride: Sequence[int], dilation: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """[*lead, G, C, *spatial], [G, O, C, *taps] → Σ_{c,a} kernel[g, o, c, a] x[…, g, c, s·h + d·a − p] [*lead, G, O, *places]."""
+    rank = len(stride)
+    groups = kernel.shape[0]
+    lead = tensor.shape[: -rank - 2]
+    images = tensor.reshape(lead.numel(), groups * tensor.shape[-rank - 1], *tensor.shape[-rank:])
+    found = _CONVOLVE[rank](images, kernel.flatten(0, 1), None, stride, padding, dilation, groups)  # type: ignore[operator]
+    return found.reshape(*lead, groups, kernel.shape[1], *found.shape[-rank:])
+
+
+def correlate_transposed(
+    tensor: Tensor,
+    kernel: Tensor,
+    places: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """[*lead, G, C, *spatial], [G, C, O, *taps] → Σ_{c,a} kernel[g, c, o, a] x[…, g, c, (u + p − d·a) / s] [*lead, G, O, *places]."""
+    rank = len(stride)
+    groups = kernel.shape[0]
+    lead = tensor.shape[: -rank - 2]
+    images = tensor.reshape(lead.numel(), groups * tensor.shape[-rank - 1], *tensor.shape[-rank:])
+    reached = [
+        s * (size - 1) + d * (count - 1) + 1
+        for s, size, d, count in zip(stride, images.shape[-rank:], dilation, kernel.shape[-rank:], strict=True)
+    ]
+    # Not torch's output_padding: it must be below the stride. What lies beyond is zero, or cut off.
+    full = _TRANSPOSED[rank](images, kernel.flatten(0, 1), None, stride, 0, 0, groups, dilation)  # type: ignore[operator]
+    pads: list[int] = []
+    for k in reversed(range(rank)):
+        pads += [-padding[k], places[k] + padding[k] - reached[k]]
+    found = F.pad(full, pads) if any(pads) else full
+    return found.reshape(*lead, groups, kernel.shape[2], *places)
