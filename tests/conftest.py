@@ -27,7 +27,11 @@ FEATURES = [getattr(extensions, definition.name) for definition in DEFINITIONS.f
 LOSSES = [getattr(nn, definition.module.rpartition(".")[2]) for definition in DEFINITIONS.losses]
 LAYER_NETWORKS = [
     around(
-        f"{definition.name}_{k}", getattr(nn, definition.module.rpartition(".")[2]), example.shape, example.arguments
+        f"{definition.name}_{k}",
+        getattr(nn, definition.module.rpartition(".")[2]),
+        example.shape,
+        example.arguments,
+        example.training,
     )
     for definition in DEFINITIONS.layers
     for k, example in enumerate(definition.examples)

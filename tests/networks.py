@@ -149,11 +149,16 @@ def _reference(case: Case) -> Reference:
     return Reference(case.network.model(), [case.network.input()], [case.contributions], case.unit())
 
 
-def around(name: str, layer: type[nn.Module], shape: tuple[int, ...], arguments: Mapping[str, Any]) -> Network:
-    """A network around one layer: parameters above it, and mixing below it."""
+def around(
+    name: str, layer: type[nn.Module], shape: tuple[int, ...], arguments: Mapping[str, Any], training: bool = True
+) -> Network:
+    """A network around one layer: parameters above it, and mixing below it. Its own are drawn, also where torch sets them."""
 
     def build() -> nn.Module:
-        module = layer(**arguments)
+        module = layer(**arguments).train(training)
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                nn.init.uniform_(tensor, 0.3, 1.2)
         first = Linear(shape[-1], shape[-1])
         mixed = module(torch.zeros(1, *shape)).numel()
         return Sequential(first, module, Flatten(), Linear(mixed, 3))

@@ -6,7 +6,7 @@
     with backpack(BatchGrad(), KFAC()):
         loss_fn(model(x), y).backward()
 
-Features are in `satchel.extensions`. Layers: Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Flatten, Identity, LayerNorm, Linear, ReLU, Sigmoid, Tanh.
+Features are in `satchel.extensions`. Layers: BatchNorm1d, BatchNorm2d, BatchNorm3d, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Flatten, GroupNorm, Identity, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LayerNorm, Linear, LogSoftmax, RMSNorm, ReLU, Sigmoid, Softmax, Softmin, Tanh.
 Losses: CrossEntropyLoss, MSELoss.
 """
 

@@ -17,6 +17,9 @@ from .extensions import (
     Variance,
 )
 from .extensions.reductions import REDUCTIONS
+from .layers.batch_norm1d import LAYER as BATCH_NORM1D
+from .layers.batch_norm2d import LAYER as BATCH_NORM2D
+from .layers.batch_norm3d import LAYER as BATCH_NORM3D
 from .layers.conv1d import LAYER as CONV1D
 from .layers.conv2d import LAYER as CONV2D
 from .layers.conv3d import LAYER as CONV3D
@@ -24,11 +27,19 @@ from .layers.conv_transpose1d import LAYER as CONV_TRANSPOSE1D
 from .layers.conv_transpose2d import LAYER as CONV_TRANSPOSE2D
 from .layers.conv_transpose3d import LAYER as CONV_TRANSPOSE3D
 from .layers.flatten import LAYER as FLATTEN
+from .layers.group_norm import LAYER as GROUP_NORM
 from .layers.identity import LAYER as IDENTITY
+from .layers.instance_norm1d import LAYER as INSTANCE_NORM1D
+from .layers.instance_norm2d import LAYER as INSTANCE_NORM2D
+from .layers.instance_norm3d import LAYER as INSTANCE_NORM3D
 from .layers.layer_norm import LAYER as LAYER_NORM
 from .layers.linear import LAYER as LINEAR
+from .layers.log_softmax import LAYER as LOG_SOFTMAX
 from .layers.relu import LAYER as RELU
+from .layers.rms_norm import LAYER as RMS_NORM
 from .layers.sigmoid import LAYER as SIGMOID
+from .layers.softmax import LAYER as SOFTMAX
+from .layers.softmin import LAYER as SOFTMIN
 from .layers.tanh import LAYER as TANH
 from .losses.cross_entropy_loss import LOSS as CROSS_ENTROPY_LOSS
 from .losses.mse_loss import LOSS as MSE_LOSS
@@ -36,6 +47,9 @@ from .runtime.rules import Registry
 
 REGISTRY = Registry(
     layers=(
+        BATCH_NORM1D,
+        BATCH_NORM2D,
+        BATCH_NORM3D,
         CONV1D,
         CONV2D,
         CONV3D,
@@ -43,11 +57,19 @@ REGISTRY = Registry(
         CONV_TRANSPOSE2D,
         CONV_TRANSPOSE3D,
         FLATTEN,
+        GROUP_NORM,
         IDENTITY,
+        INSTANCE_NORM1D,
+        INSTANCE_NORM2D,
+        INSTANCE_NORM3D,
         LAYER_NORM,
         LINEAR,
+        LOG_SOFTMAX,
+        RMS_NORM,
         RELU,
         SIGMOID,
+        SOFTMAX,
+        SOFTMIN,
         TANH,
     ),
     losses=(

@@ -148,6 +148,8 @@ def _creation(index: Index) -> tuple[str, int]:
 
 def terms(expr: Expr) -> list[Term]:
     """The normal form of an expression without squares of sums: a list of terms to add."""
+    if not expr.has(IndexSum):
+        return [Term(expr)]
     expr = sympy.expand_mul(expr, deep=False) if not isinstance(expr, IndexSum) else expr
     if isinstance(expr, sympy.Add):
         return [term for part in expr.args for term in terms(part)]

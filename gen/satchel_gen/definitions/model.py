@@ -41,10 +41,11 @@ def _caller() -> Source:
 
 @dataclass(frozen=True)
 class Example:
-    """A sample for the generic tests: constructor arguments and the shape of one sample (without the batch axis)."""
+    """A sample for the generic tests: constructor arguments, the shape of one sample (without the batch axis), the module's mode."""
 
     shape: tuple[int, ...]
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    training: bool = True
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ class Layer(_Validated):
     `operation` names the autograd node that the module ends in, where its input and numbers in `saved` are taken from it:
     what the module did before (padding, say) then passes by nodes of its own.
     `when` are attributes that tell definitions of one module apart; `reasons` say why an option is refused, and the remedy.
-    A parameter that is absent (None) is 1 where a rule reads it.
+    A parameter that is absent (None) is 1 where a rule reads it; `absent` gives the value of a number that is None, "precision"
+    the machine precision of the output's dtype.
     """
 
     name: str
@@ -154,6 +156,7 @@ class Layer(_Validated):
     operation: str = ""
     saved: tuple[str, ...] = ()
     when: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    absent: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reasons: Mapping[str, str] = dataclasses.field(default_factory=dict)
     options: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     examples: tuple[Example, ...] = (Example((3,)),)

@@ -73,6 +73,7 @@ class LayerContext(_Stated):
     operation: str
     saved: tuple[str, ...]
     when: str
+    absent: str
     reasons: str
     approximation: str
     options: str
@@ -166,6 +167,7 @@ def layer_context(lowered: LoweredLayer) -> LayerContext:
         operation=layer.operation,
         saved=layer.saved,
         when=repr(dict(layer.when)),
+        absent=repr(dict(layer.absent)),
         reasons=repr(dict(layer.reasons)),
         approximation=layer.approximation,
         options=repr(dict(layer.options)),

@@ -57,8 +57,7 @@ def composed_hessian(layer: Layer) -> Composed | None:
     fresh = Fresh()
     backward = vjp(layer.statements, layer.input, IndexedBase("delta")[tuple(layer.output.indices)], fresh)
     tangent = IndexedBase("tangent")[(V, *layer.input.indices)]
-    forward = list(layer.statements[:-1])
-    derived = jvp([*forward, *_in_output(layer, backward)], layer.input, tangent, fresh)
+    derived = jvp([*layer.statements, *_in_output(layer, backward)], layer.input, tangent, fresh)
     if not derived or str(derived[-1][0].base) != f"dot_{backward[-1][0].base}":
         return None
     return _needed(layer, [*backward[:-1], *derived], "hessian")

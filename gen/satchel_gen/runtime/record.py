@@ -126,7 +126,7 @@ class Record(_Kept):
         if name not in self.parameters:  # absent: 1 wherever it stands
             assert self.canonical_input is not None
             sizes = extents(self.definition.input_axes, self.canonical_input)
-            return self.tensor("input").new_ones([sizes[axis.rstrip("*")] for axis in axis_names(axes)])
+            return self.tensors["one"].expand([sizes[axis.rstrip("*")] for axis in axis_names(axes)])
         parameter = self.parameter(name)
         shape = self._canonical(axes, tuple(parameter.shape))
         return parameter if shape is None else parameter.reshape(shape)

@@ -76,7 +76,7 @@ class Recorder:
         record = Record(
             name=self.name,
             module=reference,
-            options=_numbers(module, layer, node),
+            options=_numbers(module, layer, node, output),
             node_shape=node_outputs(node)[output_nr][0],
             output_nr=output_nr,
             edge=edge,
@@ -94,6 +94,8 @@ class Recorder:
             record.keep(input=x if trainable else alias(x))
         if "output" in reads:
             record.keep(output=alias(output))
+        if len(parameters) < len(present):  # one that is absent is 1 where a rule reads it
+            record.keep(one=output.new_ones(()))
         record.keep(**{name: buffer for name in layer.buffers if (buffer := module._buffers[name]) is not None})  # type: ignore[union-attr]
         _attach(node, record)
 
@@ -140,10 +142,14 @@ def _plain_parameters(module: nn.Module, layer: Layer) -> bool:
     )
 
 
-def _numbers(module: nn.Module | None, layer: Layer, node: Node) -> dict[str, Any]:
+def _numbers(module: nn.Module | None, layer: Layer, node: Node, output: Tensor) -> dict[str, Any]:
     """The attributes of the module that the definition restricts or reads; those of its operation where that has them."""
     wanted = dict.fromkeys([*layer.options, *layer.numbers])
-    return {name: saved(node, name) if name in layer.saved else getattr(module, name) for name in wanted}
+    found = {name: saved(node, name) if name in layer.saved else getattr(module, name) for name in wanted}
+    for name, value in layer.absent.items():
+        if found[name] is None:
+            found[name] = torch.finfo(output.dtype).eps if value == "precision" else value
+    return found
 
 
 def _ends_in(output: Tensor, operation: str) -> bool:

@@ -71,6 +71,7 @@ class Layer:
     operation: str = ""
     saved: tuple[str, ...] = ()
     when: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
+    absent: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: _EMPTY)
     reasons: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
     approximation: str = "expand"

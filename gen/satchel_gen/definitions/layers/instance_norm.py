@@ -1,0 +1,34 @@
+"""torch.nn.InstanceNorm1d, 2d and 3d: every channel of a sample normalised over its positions."""
+
+from sympy import Rational
+
+from satchel_gen.definitions import Example, Layer, Option, Refused, Statement, Sum, extent, indices, tensors
+
+n, c, s = indices("n c s*")
+x, y, w, b, mean, centred, variance, rstd, normalised = tensors(
+    "input output weight bias mean centred variance rstd normalised"
+)
+
+
+def instance_norm(rank: int) -> Layer:
+    """The layer over `rank` spatial axes."""
+    shape = (3, 4, 2, 5)[: rank + 1]
+    return Layer(
+        name=f"InstanceNorm{rank}d",
+        input=x[n, c, s],
+        parameters=(w[c], b[c]),
+        statements=(
+            Statement(mean[n, c], Sum(x[n, c, s], s) / extent(s)),
+            Statement(centred[n, c, s], x[n, c, s] - mean[n, c]),
+            Statement(variance[n, c], Sum(centred[n, c, s] ** 2, s) / extent(s)),
+            Statement(rstd[n, c], (variance[n, c] + Option("eps")) ** Rational(-1, 2)),
+            Statement(normalised[n, c, s], centred[n, c, s] * rstd[n, c]),
+            Statement(y[n, c, s], w[c] * normalised[n, c, s] + b[c]),
+        ),
+        options={"track_running_stats": (False,)},
+        examples=(Example(shape, {"num_features": 3}), Example(shape, {"num_features": 3, "affine": True})),
+        refused=(Refused(shape, "track_running_stats", {"num_features": 3, "affine": True, "track_running_stats": True}),),
+    )
+
+
+INSTANCE_NORM1D, INSTANCE_NORM2D, INSTANCE_NORM3D = map(instance_norm, (1, 2, 3))
