@@ -29,9 +29,7 @@ LAYER_NETWORKS = [
     around(
         f"{definition.name}_{k}",
         getattr(nn, definition.module.rpartition(".")[2]),
-        example.shape,
-        example.arguments,
-        example.training,
+        example,
     )
     for definition in DEFINITIONS.layers
     for k, example in enumerate(definition.examples)
@@ -95,7 +93,8 @@ class Pass:
         self.network: Any = network
         self.loss = extend(case.criterion())
         self.features = features
-        x = case.network.input().to(device, dtype)  # keeps the strides
+        x = case.network.input().to(device)  # keeps the strides
+        x = x.to(dtype) if x.is_floating_point() else x
         loss = self.loss(case.arranged(self.model(x)), target.to(dtype) if target.is_floating_point() else target)
         with satchel.backend("aten" if backend == "aten" else "triton"), backpack(*features, **options):
             loss.backward()

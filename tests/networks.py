@@ -47,6 +47,7 @@ class Network:
     nonlinear: how autograd calls the op without a definition that stops DiagHessian and KFRA; None when there is none.
     in_sequence: a parameter is used on the output of another of its uses, so the Hessian has a mixed term.
     classes: the axis of the output that a classification loss takes for classes.
+    below: the input is made of integers below it.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Network:
     strided: bool = False
     in_sequence: bool = False
     classes: int = -1
+    below: int | None = None
 
     def model(self) -> nn.Module:
         with torch.random.fork_rng():
@@ -64,6 +66,8 @@ class Network:
 
     def input(self) -> Tensor:
         generator = torch.Generator().manual_seed(2)
+        if self.below is not None:
+            return torch.randint(self.below, self.shape, generator=generator)
         if self.strided:
             return torch.randn(*self.shape[::-1], 2, generator=generator)[..., 0].permute(
                 *reversed(range(len(self.shape)))
@@ -149,21 +153,21 @@ def _reference(case: Case) -> Reference:
     return Reference(case.network.model(), [case.network.input()], [case.contributions], case.unit())
 
 
-def around(
-    name: str, layer: type[nn.Module], shape: tuple[int, ...], arguments: Mapping[str, Any], training: bool = True
-) -> Network:
+def around(name: str, layer: type[nn.Module], example: Any) -> Network:
     """A network around one layer: parameters above it, and mixing below it. Its own are drawn, also where torch sets them."""
 
+    shape, below = example.shape, example.below
+
     def build() -> nn.Module:
-        module = layer(**arguments).train(training)
+        module = layer(**example.arguments).train(example.training)
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():
                 nn.init.uniform_(tensor, 0.3, 1.2)
-        first = Linear(shape[-1], shape[-1])
-        mixed = module(torch.zeros(1, *shape)).numel()
-        return Sequential(first, module, Flatten(), Linear(mixed, 3))
+        first: list[nn.Module] = [Linear(shape[-1], shape[-1])] if below is None else []
+        example_input = torch.zeros(1, *shape, dtype=None if below is None else torch.long)
+        return Sequential(*first, module, Flatten(), Linear(module(example_input).numel(), 3))
 
-    return Network(name, build, (4, *shape))
+    return Network(name, build, (4, *shape), below=below)
 
 
 # --- wiring ------------------------------------------------------------------------------------------------------

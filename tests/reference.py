@@ -84,7 +84,7 @@ class Reference:
 
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor], losses: Sequence[Contributions], unit: float = 1.0):
         self.model = copy.deepcopy(model).double()
-        self.inputs = [x.detach().double() for x in inputs]
+        self.inputs = [x.detach().double() if x.is_floating_point() else x for x in inputs]
         self.losses, self.unit, self.N = losses, unit, len(inputs[0])
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.outputs, self.uses = run_with_probes(self.model, self.inputs)

@@ -26,7 +26,7 @@ class _Formula(StrPrinter):
 
     def _print_Mul(self, expr: Any) -> str:
         constant, rest = expr.as_coeff_Mul()
-        numerator, denominator = rest.as_numer_denom()
+        numerator, denominator = sympy.fraction(rest)
         parts = [
             self.parenthesize(a, sympy.printing.precedence.PRECEDENCE["Mul"]) for a in numerator.as_ordered_factors()
         ]

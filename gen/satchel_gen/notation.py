@@ -120,6 +120,9 @@ class Equal(Function):
     nargs = 2
     is_nonnegative = True
 
+    def fdiff(self, argindex: int = 1) -> Expr:
+        return Integer(0)
+
     def _sympystr(self, printer: Any) -> str:
         return f"[{printer.doprint(self.args[0])} = {printer.doprint(self.args[1])}]"
 

@@ -20,27 +20,53 @@ from .extensions.reductions import REDUCTIONS
 from .layers.batch_norm1d import LAYER as BATCH_NORM1D
 from .layers.batch_norm2d import LAYER as BATCH_NORM2D
 from .layers.batch_norm3d import LAYER as BATCH_NORM3D
+from .layers.celu import LAYER as CELU
 from .layers.conv1d import LAYER as CONV1D
 from .layers.conv2d import LAYER as CONV2D
 from .layers.conv3d import LAYER as CONV3D
 from .layers.conv_transpose1d import LAYER as CONV_TRANSPOSE1D
 from .layers.conv_transpose2d import LAYER as CONV_TRANSPOSE2D
 from .layers.conv_transpose3d import LAYER as CONV_TRANSPOSE3D
+from .layers.elu import LAYER as ELU
+from .layers.embedding import LAYER as EMBEDDING
+from .layers.embedding_bag_mean import LAYER as EMBEDDING_BAG_MEAN
+from .layers.embedding_bag_sum import LAYER as EMBEDDING_BAG_SUM
 from .layers.flatten import LAYER as FLATTEN
+from .layers.gelu import LAYER as GELU
+from .layers.gelu_tanh import LAYER as GELU_TANH
+from .layers.glu import LAYER as GLU
 from .layers.group_norm import LAYER as GROUP_NORM
+from .layers.hardshrink import LAYER as HARDSHRINK
+from .layers.hardsigmoid import LAYER as HARDSIGMOID
+from .layers.hardswish import LAYER as HARDSWISH
+from .layers.hardtanh import LAYER as HARDTANH
 from .layers.identity import LAYER as IDENTITY
 from .layers.instance_norm1d import LAYER as INSTANCE_NORM1D
 from .layers.instance_norm2d import LAYER as INSTANCE_NORM2D
 from .layers.instance_norm3d import LAYER as INSTANCE_NORM3D
 from .layers.layer_norm import LAYER as LAYER_NORM
+from .layers.leaky_relu import LAYER as LEAKY_RELU
 from .layers.linear import LAYER as LINEAR
+from .layers.log_sigmoid import LAYER as LOG_SIGMOID
 from .layers.log_softmax import LAYER as LOG_SOFTMAX
+from .layers.mish import LAYER as MISH
+from .layers.p_re_lu_shared import LAYER as P_RE_LU_SHARED
+from .layers.prelu import LAYER as PRELU
 from .layers.relu import LAYER as RELU
+from .layers.relu6 import LAYER as RELU6
 from .layers.rms_norm import LAYER as RMS_NORM
+from .layers.rrelu import LAYER as RRELU
+from .layers.selu import LAYER as SELU
 from .layers.sigmoid import LAYER as SIGMOID
+from .layers.silu import LAYER as SILU
 from .layers.softmax import LAYER as SOFTMAX
 from .layers.softmin import LAYER as SOFTMIN
+from .layers.softplus import LAYER as SOFTPLUS
+from .layers.softshrink import LAYER as SOFTSHRINK
+from .layers.softsign import LAYER as SOFTSIGN
 from .layers.tanh import LAYER as TANH
+from .layers.tanhshrink import LAYER as TANHSHRINK
+from .layers.threshold import LAYER as THRESHOLD
 from .losses.cross_entropy_loss import LOSS as CROSS_ENTROPY_LOSS
 from .losses.mse_loss import LOSS as MSE_LOSS
 from .runtime.rules import Registry
@@ -50,27 +76,53 @@ REGISTRY = Registry(
         BATCH_NORM1D,
         BATCH_NORM2D,
         BATCH_NORM3D,
+        CELU,
         CONV1D,
         CONV2D,
         CONV3D,
         CONV_TRANSPOSE1D,
         CONV_TRANSPOSE2D,
         CONV_TRANSPOSE3D,
+        ELU,
+        EMBEDDING,
+        EMBEDDING_BAG_MEAN,
+        EMBEDDING_BAG_SUM,
         FLATTEN,
+        GELU,
+        GELU_TANH,
+        GLU,
         GROUP_NORM,
+        HARDSHRINK,
+        HARDSIGMOID,
+        HARDSWISH,
+        HARDTANH,
         IDENTITY,
         INSTANCE_NORM1D,
         INSTANCE_NORM2D,
         INSTANCE_NORM3D,
         LAYER_NORM,
+        LEAKY_RELU,
         LINEAR,
+        LOG_SIGMOID,
         LOG_SOFTMAX,
+        MISH,
+        PRELU,
+        P_RE_LU_SHARED,
         RMS_NORM,
+        RRELU,
         RELU,
+        RELU6,
+        SELU,
+        SILU,
         SIGMOID,
         SOFTMAX,
         SOFTMIN,
+        SOFTPLUS,
+        SOFTSHRINK,
+        SOFTSIGN,
         TANH,
+        TANHSHRINK,
+        THRESHOLD,
     ),
     losses=(
         CROSS_ENTROPY_LOSS,

@@ -69,9 +69,7 @@ def _partial(factor: Expr, read: Indexed) -> Expr:
     return partial.replace(sympy.DiracDelta, lambda *_: sympy.Integer(0)).xreplace({slot: read})
 
 
-def vjp(
-    statements: Sequence[Statement], wrt: Indexed, cotangent: Expr, fresh: Fresh | None = None
-) -> list[Derived]:
+def vjp(statements: Sequence[Statement], wrt: Indexed, cotangent: Expr, fresh: Fresh | None = None) -> list[Derived]:
     """Reverse accumulation: Σ_out cotangent[out] ∂out/∂wrt as statements, the last one for `wrt`.
 
     `cotangent` is an expression in the indices of the last statement's target; further free indices of it (a column index)
@@ -108,9 +106,7 @@ def vjp(
     return derived
 
 
-def jvp(
-    statements: Sequence[Statement | Derived], wrt: Indexed, tangent: Indexed, fresh: Fresh
-) -> list[Derived]:
+def jvp(statements: Sequence[Statement | Derived], wrt: Indexed, tangent: Indexed, fresh: Fresh) -> list[Derived]:
     """Forward accumulation: Σ ∂target/∂wrt · tangent of every target that depends on `wrt`, named `dot_<target>`.
 
     The indices that `tangent` has more than `wrt` (a column index) become leading axes of every derivative.

@@ -8,7 +8,21 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from ..calculus.derive import Statement
-from ..notation import NDIM, Equal, Index, Length, LogSumExp, Option, Sum, extent, indices, options, sigmoid, softplus, tensors
+from ..notation import (
+    NDIM,
+    Equal,
+    Index,
+    Length,
+    LogSumExp,
+    Option,
+    Sum,
+    extent,
+    indices,
+    options,
+    sigmoid,
+    softplus,
+    tensors,
+)
 from .model import (
     Categorical,
     DefinitionError,

@@ -13,7 +13,7 @@ import sympy
 from sympy import Expr, Indexed, IndexedBase, Symbol
 
 from ..calculus.derive import Statement
-from ..notation import Access, Extent, Index, IndexSum, LogSumExp, Option, indices, reads, tensors
+from ..notation import Access, Equal, Extent, Index, IndexSum, LogSumExp, Option, indices, reads, tensors
 
 
 class DefinitionError(ValueError):
@@ -41,11 +41,15 @@ def _caller() -> Source:
 
 @dataclass(frozen=True)
 class Example:
-    """A sample for the generic tests: constructor arguments, the shape of one sample (without the batch axis), the module's mode."""
+    """A sample for the generic tests: constructor arguments, the shape of one sample (without the batch axis), the module's mode.
+
+    With `below`, the input is made of integers from 0 up to it.
+    """
 
     shape: tuple[int, ...]
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     training: bool = True
+    below: int | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ class Layer(_Validated):
     parameters: tuple[Indexed, ...] = ()
     buffers: tuple[Indexed, ...] = ()
     joined: tuple[tuple[Index, ...], ...] = ()
-    extents: Mapping[Index, Option] = dataclasses.field(default_factory=dict)
+    extents: Mapping[Index, Option | int] = dataclasses.field(default_factory=dict)
     ranks: Mapping[Index, Expr] = dataclasses.field(default_factory=dict)
     module: str = ""
     operation: str = ""
@@ -193,9 +197,19 @@ class Layer(_Validated):
         return any(s.value.has(Access) for s in self.statements)
 
     @property
+    def of_integers(self) -> bool:
+        """Whether the input is made of indices."""
+        compared = {arg for s in self.statements for equal in s.value.atoms(Equal) for arg in equal.args}
+        return any(isinstance(arg, Indexed) and arg.base == self.input.base for arg in compared)
+
+    @property
     def numbers(self) -> tuple[str, ...]:
         """Attributes of the module that the formulas read."""
-        expressions = (*(s.value for s in self.statements), *self.extents.values(), *self.ranks.values())
+        expressions = (
+            *(s.value for s in self.statements),
+            *map(sympy.sympify, self.extents.values()),
+            *self.ranks.values(),
+        )
         return tuple(sorted({o.attribute for e in expressions for o in e.atoms(Option)}))
 
 

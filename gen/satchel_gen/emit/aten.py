@@ -63,10 +63,8 @@ class AtenPrinter(StrPrinter):
     def _print_Float(self, expr: sympy.Float) -> str:
         return repr(float(expr))
 
-    def _print_NumberSymbol(self, expr: Expr) -> str:
-        return repr(float(expr))
-
-    _print_Pi = _print_Exp1 = _print_NumberSymbol
+    def _print_Pi(self, expr: Expr) -> str:
+        return "math.pi"
 
     def _print_Pow(self, expr: Expr) -> str:
         base, exponent = expr.args
@@ -187,6 +185,8 @@ class Body:
         """An expression of extents and numbers."""
         expr = expr.xreplace({e: extent_symbol(e.args[0]) for e in expr.atoms(Extent)})
         self.extents |= {s for s in expr.free_symbols if isinstance(s, sympy.Symbol) and not isinstance(s, Option)}
+        if any(not power.exp.is_Integer for power in expr.atoms(sympy.Pow)):  # √2, say
+            return AtenPrinter({}, scalars=frozenset(expr.free_symbols)).doprint(expr)
         return sympy.sstr(expr, order="none")
 
     def _scaled(self, child: Node, coefficient: Expr) -> str:
@@ -275,7 +275,7 @@ class Body:
 
     def _map(self, node: Map) -> str:
         names: dict[Expr, str] = {}
-        like = self(node.children[0]) if node.children else next(iter(self.arguments))
+        like = self._like(node)
         for read, child in zip(node.reads, node.children, strict=True):
             whole = (
                 isinstance(child, Map)
@@ -292,6 +292,14 @@ class Body:
             names[e] = self.scalar(e)
         return AtenPrinter(names, like).doprint(node.expr)
 
+    def _like(self, node: Map) -> str:
+        """A tensor whose dtype a mask takes: not one of the integers that it compares."""
+        integers = {a.base for equal in node.expr.atoms(Equal) for a in equal.args if isinstance(a, sympy.Indexed)}
+        pairs = zip(node.reads, node.children, strict=True)
+        child = next((child for read, child in pairs if read.base not in integers), None)
+        names = {str(base) for base in integers}
+        return self(child) if child is not None else next(name for name in self.arguments if name not in names)
+
     def _equal(self, equal: Equal, axes: Axes, like: str, names: Mapping[Expr, str]) -> str:
         """δ of two indices is an identity matrix; of an index and integers, a one-hot mask."""
         index, value = equal.args
@@ -301,7 +309,8 @@ class Body:
             order = (index, value) if axes.index(index) < axes.index(value) else (value, index)
             return self._aligned(self.local("eye", eye) if axes != order else eye, order, axes)
         counter = self.local("classes", f"torch.arange({symbol}, device={like}.device)")
-        return f"({names[value]} == {self._aligned(counter, (index,), axes)}).to({like}.dtype)"
+        named = names[value] if value in names else self.scalar(value)
+        return f"({named} == {self._aligned(counter, (index,), axes)}).to({like}.dtype)"
 
     def _aligned(self, text: str, own: Axes, axes: Axes) -> str:
         """A tensor broadcast against `axes`: trailing axes match by themselves, missing ones are inserted."""

@@ -67,7 +67,7 @@ class LayerContext(_Stated):
     mixed: bool
     parameters: Mapping[str, Mapping[str, RuleContext]]
     buffers: tuple[str, ...]
-    extents: Mapping[str, str]
+    extents: Mapping[str, str | int]
     ranks: Mapping[str, str]
     numbers: tuple[str, ...]
     operation: str
@@ -161,7 +161,7 @@ def layer_context(lowered: LoweredLayer) -> LayerContext:
         mixed=lowered.mixed,
         parameters=parameters,
         buffers=tuple(str(b.base) for b in layer.buffers),
-        extents={index.name: option.attribute for index, option in layer.extents.items()},
+        extents={i.name: size.attribute if isinstance(size, Option) else size for i, size in layer.extents.items()},
         ranks={index.name: _rank(rank) for index, rank in layer.ranks.items()},
         numbers=layer.numbers,
         operation=layer.operation,

@@ -13,7 +13,8 @@ import sympy
 from sympy import Expr, Indexed
 
 from ..formula import render, render_formula
-from ..notation import LogSumExp, base_name, reads
+from ..calculus.terms import Term
+from ..notation import Index, LogSumExp, base_name, index_atoms, reads
 from .losses import LossRule, LoweredLoss
 from .plan import Axes, Contract, Leaf, Map, Node, leaves
 from .programs import Contraction, Gram, Pointwise, Program, Read, Reduce, Row, Stage
@@ -41,6 +42,12 @@ def _kernel(rule: LoweredRule) -> KernelRule | None:
     if rule.stages or rule.numbers or len(rule.formula.terms) > 1 or any(leaf.windows for leaf in _leaves(rule)):
         return None
     (term,) = rule.formula.terms
+    if (
+        term.square is not None
+        and not _is_matrix_product(term.square)
+        and reads(term.square.factor) != [term.square.factor]
+    ):
+        return None
     if len(rule.variants) > 1:
         return _squared_product(rule)
     (variant,) = rule.variants
@@ -59,6 +66,15 @@ def _kernel(rule: LoweredRule) -> KernelRule | None:
     if term.square is not None:
         return KernelRule(rule, _squared_sum(rule, doc))
     return None
+
+
+def _is_matrix_product(term: Term) -> bool:
+    """Whether a term is a sum of products of two tensors, each with an axis of its own."""
+    parts = sympy.Mul.make_args(term.factor)
+    if len(parts) != 2 or not all(isinstance(part, Indexed) for part in parts):
+        return False
+    own = [index_atoms(part) - term.sums for part in parts]
+    return bool(own[0] - own[1]) and bool(own[1] - own[0] - {Index("n")})
 
 
 def _leaves(rule: LoweredRule) -> list[Leaf]:

@@ -164,13 +164,16 @@ def leaves(node: Node) -> list[Leaf]:
     return list(found.values())
 
 
+def indices_of(node: Node) -> set[Index]:
+    """Every index that a tree walks over."""
+    return set(node.axes).union(*map(indices_of, children(node)))
+
+
 def leaf(read: Indexed, dropped: frozenset[str] = frozenset()) -> Leaf:
     stored = tuple(i.args[0] if isinstance(i, Access) else i for i in read.indices)
     windows = tuple(_window(i) for i in read.indices if isinstance(i, Access))
     plain = tuple(i for i in read.indices if not isinstance(i, Access) and i.name not in dropped)
-    return Leaf(
-        str(read.base), (*plain, *(w.place for w in windows), *(w.tap for w in windows)), stored, windows
-    )
+    return Leaf(str(read.base), (*plain, *(w.place for w in windows), *(w.tap for w in windows)), stored, windows)
 
 
 def _window(access: Access) -> Window:
@@ -229,7 +232,7 @@ def _operands(term: Term, dropped: frozenset[str]) -> tuple[Expr, list[Node]]:
     coefficient, groups = ONE, dict[frozenset[Index], list[Expr]]()
     for part in sympy.Mul.make_args(term.factor):
         read_by = frozenset(i for i in index_atoms(part) if i.name not in dropped)
-        if not part.atoms(Indexed):
+        if not index_atoms(part):
             coefficient *= part
         else:
             groups.setdefault(read_by, []).append(part)
@@ -244,6 +247,8 @@ def _map(expr: Expr, dropped: frozenset[str], axes: Axes | None = None) -> Map:
     accessed = tuple(reads(expr))
     parts: list[Node] = [leaf(read, dropped) for read in accessed]
     order = dict.fromkeys(i for part in sorted(parts, key=lambda p: -len(p.axes)) for i in part.axes)
+    unread = (i for i in index_atoms(expr) if i.name not in dropped)  # of a mask
+    order |= dict.fromkeys(sorted(unread, key=str))
     return Map(expr, accessed, tuple(parts), axes if axes is not None else tuple(order))
 
 

@@ -12,9 +12,9 @@ from ..calculus.instantiate import Formula, Instance
 from ..calculus.terms import Term, numerator, solve
 from ..definitions import quantities as Q
 from ..definitions.model import Layer, Quantity
-from ..notation import Option, reads
+from ..notation import Index, Option, reads, sigmoid, softplus
 from .composed import Composed, Stage, composed_hessian, composed_vjp, stages_of
-from .plan import Axes, Leaf, extent_symbol, leaves
+from .plan import Axes, extent_symbol, indices_of, leaves
 from .squares import Variant, variants
 
 #: Tensors that the runtime passes to a rule; all others are operands, taken from the record.
@@ -70,8 +70,9 @@ def lower_layer(layer: Layer) -> LoweredLayer:
         lowered = {q.name: _lower(layer, instance, q, f"{name}_") for q in wanted}
         parameters[name] = {quantity: rule for quantity, rule in lowered.items() if rule is not None}
     vjp = passes["vjp"]
-    assert vjp is not None
-    elementwise = not vjp.stages and all(not term.sums and not layer.windowed for term in vjp.formula.terms)
+    elementwise = (
+        vjp is not None and not vjp.stages and all(not term.sums and not layer.windowed for term in vjp.formula.terms)
+    )
     mixed = any(
         str(layer.input.base) in rule.operands for quantities in parameters.values() for rule in quantities.values()
     )
@@ -139,16 +140,19 @@ def _rule(
     arguments = {name: stored[name] for name in EXPLICIT if name in stored}
     operands = tuple(sorted(name for name in stored if name not in EXPLICIT and name not in named))
     arguments |= {name: stored[name] for name in operands}
+    shapes = _shapes(layer, {i for tree in trees for i in indices_of(tree)}, arguments)
+    if layer.of_integers:  # a mask takes the parameter's dtype
+        tables = {str(p.base): tuple(p.indices) for p in layer.parameters if f"{p.base}_shape" in shapes}
+        arguments, operands, shapes = arguments | tables, (*operands, *tables), {}
     terms = [term for f in (*(stage.formula for stage in stages), formula) for term in f.terms]
     components = tuple(sorted({option for term in terms for option in _options(term)}, key=str))
-    shapes = _shapes(layer, [leaf for tree in trees for leaf in leaves(tree)], arguments)
     return LoweredRule(name, quantity, formula, arguments, operands, programs, components, stages, lead, shapes)
 
 
-def _shapes(layer: Layer, found: list[Leaf], arguments: Mapping[str, Axes]) -> dict[str, Axes]:
-    """Shapes of tensors that are not read, for the extents of windows that no argument carries."""
+def _shapes(layer: Layer, needed_indices: set[Index], arguments: Mapping[str, Axes]) -> dict[str, Axes]:
+    """Shapes of tensors that are not read, for the extents of windows and masks that no argument carries."""
     carried = {extent_symbol(i) for axes in arguments.values() for i in axes}
-    needed = {extent_symbol(i) for leaf in found for window in leaf.windows for i in (window.place, window.tap)} - carried
+    needed = {extent_symbol(i) for i in needed_indices} - carried
     shapes: dict[str, Axes] = {}
     for tensor in (layer.input, *layer.parameters):
         carries = {extent_symbol(i) for i in tensor.indices}
@@ -199,13 +203,20 @@ def _factored(part: Expr) -> Expr:
     return factored if factored.count_ops() < part.count_ops() else part
 
 
+def _spelled_out(expr: Expr) -> Expr:
+    """With functions that SymPy can evaluate."""
+    return expr.replace(sigmoid, lambda z: 1 / (1 + sympy.exp(-z))).replace(
+        softplus, lambda z: sympy.log(1 + sympy.exp(z))
+    )
+
+
 _GRID = [sympy.Rational(k, 4) for k in (-400, -40, -12, -9, -4, -3, -2, -1, 0, 1, 2, 3, 4, 9, 12, 40, 400)]
 
 
 def _same_at_output(slope: Expr, read: Indexed, value: Expr) -> bool:
     """Whether slope(f(z)) = slope(z) on a grid with the usual kinks."""
     z = sympy.Symbol("z", real=True)
-    slope, value = slope.xreplace({read: z}), value.xreplace({read: z})
+    slope, value = (_spelled_out(expr.xreplace({read: z})) for expr in (slope, value))
     if slope.atoms(Indexed) or slope.atoms(Option) or value.atoms(Option):
         return False
     return all(

@@ -88,6 +88,7 @@ def _inner_axes(term: Term, axes: Axes) -> Axes:
     free = term.square.free
     leading = [i for name in ("v", "n") for i in free if i.name == name]
     order = [i for read in reads(term.square.factor) for i in leaf(read).axes]
+    order += sorted(free, key=str)  # of masks
     rest = [i for i in (*axes, *order) if i in free and i not in leading]
     return (*leading, *dict.fromkeys(rest))
 

@@ -96,7 +96,7 @@ class Record(_Kept):
 
     def _canonical(self, axes: Axes, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         layer = self.definition
-        known = {axis: self.options[name] for axis, name in layer.extents.items()}
+        known = {a: self.options[size] if isinstance(size, str) else size for a, size in layer.extents.items()}
         ranks = {axis: rank(self.options, len(shape)) for axis, rank in layer.ranks.items()}
         return canonical_shape(axes, shape, known, ranks)
 

@@ -39,7 +39,7 @@ class Rule:
 class Layer:
     """A module y = f(x, θ), as the rules by which curvature passes it and the quantities that it leaves on parameters.
 
-    vjp:       v [V, *output] → Jᵀv [V, *input]
+    vjp:       v [V, *output] → Jᵀv [V, *input]; None: the input is not differentiable
     diagonal:  d [*output] → Σ_y (∂y/∂x)² d [*input]
     mean_vjp:  M [E, *output[1:]] → 1/N Σ_n J_nᵀ M [E, *input[1:]]
     sandwich:  G [*output[1:], *output[1:]] → 1/N Σ_n J_nᵀ G J_n [*input[1:], *input[1:]]
@@ -52,7 +52,7 @@ class Layer:
     kernels: str
     input_axes: Axes
     output_axes: Axes
-    vjp: Rule
+    vjp: Rule | None
     diagonal: Rule | None
     mean_vjp: Rule | None
     sandwich: Rule | None
@@ -63,7 +63,7 @@ class Layer:
     parameters: Mapping[str, Mapping[str, Rule]]
     parameter_axes: Mapping[str, Axes] = field(default_factory=lambda: _EMPTY)
     buffers: tuple[str, ...] = ()
-    extents: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
+    extents: Mapping[str, str | int] = field(default_factory=lambda: _EMPTY)
     ranks: Mapping[str, Callable[[Mapping[str, Any], int], int]] = field(default_factory=lambda: _EMPTY)
     numbers: tuple[str, ...] = ()
     operation: str = ""

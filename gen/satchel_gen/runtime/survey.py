@@ -67,7 +67,7 @@ def _touch(plan: Plan, demand: Demand) -> None:
         names = {name for quantities in needed.values() for name in quantities}
         rules = [rule for p in step.parameters for name, rule in layer.parameters[p].items() if name in names]
         if step.inputs and kinds & set(CURVATURE):
-            rules.append(layer.vjp)
+            rules += [layer.vjp] if layer.vjp is not None else []
             if kinds & set(SECOND_ORDER):
                 second = (layer.diagonal, layer.mean_vjp, layer.sandwich, layer.residual, layer.hessian)
                 rules += [rule for rule in second if rule is not None]

@@ -82,7 +82,9 @@ def _one(use: Use, name: str, factor: Tensor | None, differentiable: bool = Fals
 
 def _shaped(rule: Rule, use: Use, value: Tensor) -> Tensor:
     """A quantity of the parameter in its own shape."""
-    return value if rule.lead is None else value.reshape(*value.shape[: rule.lead], *use.record.parameter(use.name).shape)
+    return (
+        value if rule.lead is None else value.reshape(*value.shape[: rule.lead], *use.record.parameter(use.name).shape)
+    )
 
 
 def _joined(uses: Sequence[Use], name: str, extra: Sequence[Tensor], lead: int, differentiable: bool) -> Tensor:

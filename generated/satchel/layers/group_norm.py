@@ -61,7 +61,7 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     dot_variance[v, n, g] = Σ_{c,s} 2 centred[n, g, c, s] dot_centred[v, n, g, c, s] / (C S)
     dot_rstd[v, n, g] = −1/2 dot_variance[v, n, g] / (variance[n, g] + eps)^(3/2)
     dot_bar_rstd[v, n, g] = Σ_{c,s} bar_normalised[n, g, c, s] dot_centred[v, n, g, c, s]
-    dot_bar_variance[v, n, g] = 1/4 (3 bar_rstd[n, g] dot_variance[v, n, g] − 2 (variance[n, g] + eps) dot_bar_rstd[v, n, g]) / (variance[n, g] + eps)^(5/2)
+    dot_bar_variance[v, n, g] = 1/4 (3 bar_rstd[n, g] dot_variance[v, n, g] / (variance[n, g] + eps) − 2 dot_bar_rstd[v, n, g]) / (variance[n, g] + eps)^(3/2)
     dot_bar_centred[v, n, g, c, s] = bar_normalised[n, g, c, s] dot_rstd[v, n, g] + 2 bar_variance[n, g] dot_centred[v, n, g, c, s] / (C S) + 2 centred[n, g, c, s] dot_bar_variance[v, n, g] / (C S)
     dot_bar_mean[v, n, g] = Σ_{c,s} −dot_bar_centred[v, n, g, c, s]
     hessian[v, n, g, c, s] = dot_bar_mean[v, n, g] / (C S) + dot_bar_centred[v, n, g, c, s]

@@ -61,7 +61,7 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     dot_variance[v, n, c] = Σ_{s} 2 centred[n, c, s] dot_centred[v, n, c, s] / S
     dot_rstd[v, n, c] = −1/2 dot_variance[v, n, c] / (variance[n, c] + eps)^(3/2)
     dot_bar_rstd[v, n, c] = Σ_{s} bar_normalised[n, c, s] dot_centred[v, n, c, s]
-    dot_bar_variance[v, n, c] = 1/4 (3 bar_rstd[n, c] dot_variance[v, n, c] − 2 (variance[n, c] + eps) dot_bar_rstd[v, n, c]) / (variance[n, c] + eps)^(5/2)
+    dot_bar_variance[v, n, c] = 1/4 (3 bar_rstd[n, c] dot_variance[v, n, c] / (variance[n, c] + eps) − 2 dot_bar_rstd[v, n, c]) / (variance[n, c] + eps)^(3/2)
     dot_bar_centred[v, n, c, s] = bar_normalised[n, c, s] dot_rstd[v, n, c] + 2 bar_variance[n, c] dot_centred[v, n, c, s] / S + 2 centred[n, c, s] dot_bar_variance[v, n, c] / S
     dot_bar_mean[v, n, c] = Σ_{s} −dot_bar_centred[v, n, c, s]
     hessian[v, n, c, s] = dot_bar_mean[v, n, c] / S + dot_bar_centred[v, n, c, s]

@@ -61,7 +61,7 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     dot_variance[v, n, r] = Σ_{j} 2 centred[n, r, j] dot_centred[v, n, r, j] / J
     dot_rstd[v, n, r] = −1/2 dot_variance[v, n, r] / (variance[n, r] + eps)^(3/2)
     dot_bar_rstd[v, n, r] = Σ_{j} bar_normalised[n, r, j] dot_centred[v, n, r, j]
-    dot_bar_variance[v, n, r] = 1/4 (3 bar_rstd[n, r] dot_variance[v, n, r] − 2 (variance[n, r] + eps) dot_bar_rstd[v, n, r]) / (variance[n, r] + eps)^(5/2)
+    dot_bar_variance[v, n, r] = 1/4 (3 bar_rstd[n, r] dot_variance[v, n, r] / (variance[n, r] + eps) − 2 dot_bar_rstd[v, n, r]) / (variance[n, r] + eps)^(3/2)
     dot_bar_centred[v, n, r, j] = bar_normalised[n, r, j] dot_rstd[v, n, r] + 2 bar_variance[n, r] dot_centred[v, n, r, j] / J + 2 centred[n, r, j] dot_bar_variance[v, n, r] / J
     dot_bar_mean[v, n, r] = Σ_{j} −dot_bar_centred[v, n, r, j]
     hessian[v, n, r, j] = dot_bar_mean[v, n, r] / J + dot_bar_centred[v, n, r, j]

@@ -47,7 +47,7 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     dot_square[v, n, r] = Σ_{j} 2 input[n, r, j] tangent[v, n, r, j] / J
     dot_rrms[v, n, r] = −1/2 dot_square[v, n, r] / (square[n, r] + eps)^(3/2)
     dot_bar_rrms[v, n, r] = Σ_{j} bar_normalised[n, r, j] tangent[v, n, r, j]
-    dot_bar_square[v, n, r] = 1/4 (3 bar_rrms[n, r] dot_square[v, n, r] − 2 (square[n, r] + eps) dot_bar_rrms[v, n, r]) / (square[n, r] + eps)^(5/2)
+    dot_bar_square[v, n, r] = 1/4 (3 bar_rrms[n, r] dot_square[v, n, r] / (square[n, r] + eps) − 2 dot_bar_rrms[v, n, r]) / (square[n, r] + eps)^(3/2)
     hessian[v, n, r, j] = bar_normalised[n, r, j] dot_rrms[v, n, r] + 2 bar_square[n, r] tangent[v, n, r, j] / J + 2 dot_bar_square[v, n, r] input[n, r, j] / J
 
     delta [N, R, J], tangent [V, N, R, J], input [N, R, J], weight [J] → [V, N, R, J]

@@ -20,8 +20,8 @@ from ..runtime.rules import Layer, Rule
 def vjp(factor: Tensor, input: Tensor) -> Tensor:
     """negative[n, r, k, s] = −input[n, r, k, s]
     lse[n, r, s] = logsumexp_{k} negative[n, r, k, s]
-    bar_lse[v, n, r, s] = Σ_{k} −factor[v, n, r, k, s] / exp(lse[n, r, s] − negative[n, r, k, s])
-    bar_negative[v, n, r, k, s] = (bar_lse[v, n, r, s] + factor[v, n, r, k, s]) / exp(lse[n, r, s] − negative[n, r, k, s])
+    bar_lse[v, n, r, s] = Σ_{k} −exp(negative[n, r, k, s] − lse[n, r, s]) factor[v, n, r, k, s]
+    bar_negative[v, n, r, k, s] = (bar_lse[v, n, r, s] + factor[v, n, r, k, s]) exp(negative[n, r, k, s] − lse[n, r, s])
     vjp[v, n, r, k, s] = −bar_negative[v, n, r, k, s]
 
     factor [V, N, R, K, S], input [N, R, K, S] → [V, N, R, K, S]
@@ -37,11 +37,11 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
 def hessian(delta: Tensor, tangent: Tensor, input: Tensor) -> Tensor:
     """negative[n, r, k, s] = −input[n, r, k, s]
     lse[n, r, s] = logsumexp_{k} negative[n, r, k, s]
-    bar_lse[n, r, s] = Σ_{k} −delta[n, r, k, s] / exp(lse[n, r, s] − negative[n, r, k, s])
+    bar_lse[n, r, s] = Σ_{k} −exp(negative[n, r, k, s] − lse[n, r, s]) delta[n, r, k, s]
     dot_negative[v, n, r, k, s] = −tangent[v, n, r, k, s]
-    dot_lse[v, n, r, s] = Σ_{k} dot_negative[v, n, r, k, s] / exp(lse[n, r, s] − negative[n, r, k, s])
-    dot_bar_lse[v, n, r, s] = Σ_{k} −delta[n, r, k, s] dot_negative[v, n, r, k, s] / exp(lse[n, r, s] − negative[n, r, k, s]) + Σ_{k} delta[n, r, k, s] dot_lse[v, n, r, s] / exp(lse[n, r, s] − negative[n, r, k, s])
-    dot_bar_negative[v, n, r, k, s] = (bar_lse[n, r, s] dot_negative[v, n, r, k, s] + delta[n, r, k, s] dot_negative[v, n, r, k, s] + dot_bar_lse[v, n, r, s] − bar_lse[n, r, s] dot_lse[v, n, r, s] − delta[n, r, k, s] dot_lse[v, n, r, s]) / exp(lse[n, r, s] − negative[n, r, k, s])
+    dot_lse[v, n, r, s] = Σ_{k} exp(negative[n, r, k, s] − lse[n, r, s]) dot_negative[v, n, r, k, s]
+    dot_bar_lse[v, n, r, s] = Σ_{k} −exp(negative[n, r, k, s] − lse[n, r, s]) delta[n, r, k, s] dot_negative[v, n, r, k, s] + Σ_{k} exp(negative[n, r, k, s] − lse[n, r, s]) delta[n, r, k, s] dot_lse[v, n, r, s]
+    dot_bar_negative[v, n, r, k, s] = (bar_lse[n, r, s] dot_negative[v, n, r, k, s] + delta[n, r, k, s] dot_negative[v, n, r, k, s] + dot_bar_lse[v, n, r, s] − bar_lse[n, r, s] dot_lse[v, n, r, s] − delta[n, r, k, s] dot_lse[v, n, r, s]) exp(negative[n, r, k, s] − lse[n, r, s])
     hessian[v, n, r, k, s] = −dot_bar_negative[v, n, r, k, s]
 
     delta [N, R, K, S], tangent [V, N, R, K, S], input [N, R, K, S] → [V, N, R, K, S]

@@ -66,4 +66,5 @@ def at_edge(tensor: Tensor, edge: Edge, lead: int) -> Tensor:
 def through(record: Record, factor: Tensor, edge: Edge) -> Tensor:
     """Canonical columns at a layer's output → columns at its input's edge, Jᵀv."""
     layer = record.definition
+    assert layer.vjp is not None, "an input that is not differentiable has no edge"
     return at_edge(evaluate(layer.vjp, layer, record.operand, factor), edge, lead=1)

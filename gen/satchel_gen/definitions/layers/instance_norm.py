@@ -27,7 +27,9 @@ def instance_norm(rank: int) -> Layer:
         ),
         options={"track_running_stats": (False,)},
         examples=(Example(shape, {"num_features": 3}), Example(shape, {"num_features": 3, "affine": True})),
-        refused=(Refused(shape, "track_running_stats", {"num_features": 3, "affine": True, "track_running_stats": True}),),
+        refused=(
+            Refused(shape, "track_running_stats", {"num_features": 3, "affine": True, "track_running_stats": True}),
+        ),
     )
 
 
