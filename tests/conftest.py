@@ -31,7 +31,7 @@ LAYER_NETWORKS = [
         getattr(nn, definition.module.rpartition(".")[2]),
         example,
     )
-    for definition in DEFINITIONS.layers
+    for definition in (*DEFINITIONS.layers, *DEFINITIONS.passing)
     for k, example in enumerate(definition.examples)
 ]
 #: Needs that pass only defined layers and linear ops.

@@ -31,6 +31,7 @@ from .model import (
     Layer,
     Loss,
     Normal,
+    Passing,
     Quantity,
     Refused,
     activation,
@@ -43,12 +44,13 @@ class Definitions:
     """All that is defined, sorted by name."""
 
     layers: tuple[Layer, ...]
+    passing: tuple[Passing, ...]
     losses: tuple[Loss, ...]
     features: tuple[Feature, ...]
 
     def only(self, names: set[str]) -> Definitions:
         """The layers and losses of these names (all where empty), with every feature."""
-        known = {d.name for d in (*self.layers, *self.losses)}
+        known = {d.name for d in (*self.layers, *self.passing, *self.losses)}
         if names - known:
             raise DefinitionError(
                 f"unknown: {', '.join(sorted(names - known))}; defined are {', '.join(sorted(known))}"
@@ -57,6 +59,7 @@ class Definitions:
             return self
         return Definitions(
             tuple(d for d in self.layers if d.name in names),
+            tuple(d for d in self.passing if d.name in names),
             tuple(d for d in self.losses if d.name in names),
             self.features,
         )
@@ -64,18 +67,16 @@ class Definitions:
 
 def load() -> Definitions:
     """Import every file under layers/, losses/ and features/ and collect what it defines."""
-    found: dict[type, dict[str, Layer | Loss | Feature]] = {Layer: {}, Loss: {}, Feature: {}}
+    kinds = (Layer, Passing, Loss, Feature)
+    found: dict[type, dict[str, Layer | Passing | Loss | Feature]] = {kind: {} for kind in kinds}
     for folder in ("layers", "losses", "features"):
         for module in _modules(folder):
             for value in vars(module).values():
-                if isinstance(value, Layer | Loss | Feature) and str(value.source.file) == module.__file__:
+                if isinstance(value, kinds) and str(value.source.file) == module.__file__:
                     known = found[type(value)].setdefault(value.name, value)
                     if known is not value:
                         raise DefinitionError(f"{value.source}: {value.name} is already defined at {known.source}")
-    layers, losses, features = (
-        tuple(found[kind][name] for name in sorted(found[kind])) for kind in (Layer, Loss, Feature)
-    )
-    return Definitions(layers, losses, features)  # type: ignore[arg-type]
+    return Definitions(*(tuple(found[kind][name] for name in sorted(found[kind])) for kind in kinds))  # type: ignore[arg-type]
 
 
 def _modules(folder: str) -> list[ModuleType]:
@@ -87,6 +88,6 @@ def _modules(folder: str) -> list[ModuleType]:
 
 
 __all__ = [
-    "NDIM", "Categorical", "DefinitionError", "Definitions", "Equal", "Example", "Feature", "Index", "Layer", "Length", "LogSumExp", "Loss", "Normal", "Option",
+    "NDIM", "Categorical", "DefinitionError", "Definitions", "Equal", "Example", "Feature", "Index", "Layer", "Length", "LogSumExp", "Loss", "Normal", "Option", "Passing",
     "Quantity", "Refused", "Statement", "Sum", "activation", "extent", "indices", "load", "options", "sigmoid", "softplus", "tensors", "z",
 ]  # fmt: skip

@@ -228,6 +228,24 @@ def _accesses(statement: Statement, tensor: Indexed) -> Statement:
 
 
 @dataclass(frozen=True)
+class Passing(_Validated):
+    """A module without parameters that is linear in its input, piecewise at least: torch's own backward passes every factor.
+
+    `formula` says what it computes; no rule is derived from it.
+    """
+
+    name: str
+    formula: str
+    module: str = ""
+    examples: tuple[Example, ...] = (Example((3,)),)
+    refused: tuple[Refused, ...] = ()
+    source: Source = dataclasses.field(default_factory=_caller)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "module", self.module or f"torch.nn.{self.name}")
+
+
+@dataclass(frozen=True)
 class Loss(_Validated):
     """A negative log-likelihood: its terms ℓ as statements (the last one), and the distribution that it comes from.
 

@@ -24,7 +24,6 @@ from ..notation import NDIM, Index, IndexSum, Length, Option, Sum, base_name
 from .aten import AtenPrinter, Body, unpack_extents
 from .functions import Function, loss_function, rule_functions, sample_function, violation_function
 
-
 AxisNames = tuple[str | tuple[str, ...], ...]
 
 

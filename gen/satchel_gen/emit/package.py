@@ -82,7 +82,8 @@ def _shared_files(definitions: Definitions, package: str) -> dict[str, str]:
     layers, losses = contexts.table(definitions.layers, definitions.losses)
     features = [{"name": f.name, "file": contexts.module_name(f)} for f in definitions.features]
     header = HEADER.format(source="templates")
-    shared = {"layers": layers, "losses": losses, "features": features, "package": package}
+    passing = sorted({d.module for d in definitions.passing})
+    shared = {"layers": layers, "passing": passing, "losses": losses, "features": features, "package": package}
     files = {
         "__init__.py": header + _render("init.py.jinja", **shared),
         "registry.py": header + _render("registry.py.jinja", **shared),

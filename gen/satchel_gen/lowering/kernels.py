@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr, Indexed
 
-from ..formula import render, render_formula
 from ..calculus.terms import Term
+from ..formula import render, render_formula
 from ..notation import Index, LogSumExp, base_name, index_atoms, reads
 from .losses import LossRule, LoweredLoss
 from .plan import Axes, Contract, Leaf, Map, Node, leaves

@@ -33,6 +33,8 @@ def support(definitions: Definitions) -> list[Row]:
         lowered = lower_layer(layer)
         missing = {f.name: _missing(lowered, f) for f in definitions.features}
         rows.append(Row(layer.name, "layer", missing, len(layer_kernels(lowered)), len(lowered.rules)))
+    supported = dict.fromkeys([f.name for f in definitions.features])
+    rows += [Row(d.name, "layer", supported, 0, 0) for d in definitions.passing]
     for loss in definitions.losses:
         derived = lower_loss(loss)
         rows.append(

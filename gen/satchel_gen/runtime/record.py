@@ -33,6 +33,9 @@ class Mark:
     name: str
     module: weakref.ref[nn.Module]
 
+    #: Whether the node is the module's own, and the module is known to be piecewise linear.
+    linear: bool = field(default=False, kw_only=True)
+
     @property
     def where(self) -> str:
         """How errors call the module."""

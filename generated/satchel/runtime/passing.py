@@ -17,7 +17,7 @@ from torch.autograd.graph import Node
 
 from .errors import NodeFailed
 from .plan import Step
-from .record import Edge
+from .record import Edge, Mark, entries
 from .torch_private import COLUMNWISE, is_python_function, leaf_of, node_outputs
 
 
@@ -97,6 +97,8 @@ def is_linear(step: Step) -> bool:
 
     With a gradient v that requires grad, the graph of the result must lead to v alone.
     """
+    if any(isinstance(entry, Mark) and entry.linear for entry in entries(step.node)):
+        return True
     with torch.enable_grad():
         outputs = node_outputs(step.node)
         probes = {

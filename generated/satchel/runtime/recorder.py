@@ -15,7 +15,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from .backward import arrive
 from .record import Edge, Entry, LossRecord, Mark, Record, alias, attach, entries
 from .rules import Layer, Loss, registry
-from .torch_private import inside_checkpoint, inside_functorch, node_outputs, saved, version, view_base
+from .torch_private import inside_checkpoint, inside_functorch, is_accumulator, node_outputs, saved, version, view_base
 
 _recording = True
 
@@ -49,6 +49,12 @@ class Recorder:
             if isinstance(definition, Loss):
                 target = _argument(args, kwargs, 1, "target")
                 return self._loss(definition, reference, _argument(args, kwargs, 0, "input"), target, output)
+        if registry().is_piecewise_linear(module) and isinstance(output, Tensor):
+            own = list(_between(output, _argument(args, kwargs, 0, "input")))
+            for node in own:
+                _attach(node, Mark(self.name, reference, linear=True))
+            if own:
+                return
         for node in {tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None}:
             _attach(node, Mark(self.name, reference))
 
@@ -156,6 +162,15 @@ def _numbers(module: nn.Module | None, layer: Layer, node: Node, output: Tensor)
 
 def _ends_in(output: Tensor, operation: str) -> bool:
     return not operation or _node(output).name() == operation
+
+
+def _between(output: Tensor, x: Tensor) -> Iterator[Node]:
+    """The nodes from an output to its input, where they form a chain."""
+    node = output.grad_fn
+    while node is not None and node is not x.grad_fn and not is_accumulator(node):
+        yield node
+        following = [below for below, _ in node.next_functions if below is not None]
+        node = following[0] if len(following) == 1 else None
 
 
 def _first_edge(node: Node) -> Edge | None:

@@ -145,9 +145,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Registry:
-    """Everything that is defined. `reductions` give a quantity from a materialised per_sample [V, N, *p]."""
+    """Everything that is defined. `reductions` give a quantity from a materialised per_sample [V, N, *p].
+
+    `passing` are modules without parameters that are piecewise linear: torch's own backward passes every factor.
+    """
 
     layers: tuple[Layer, ...]
+    passing: tuple[type[nn.Module], ...]
     losses: tuple[Loss, ...]
     extensions: tuple[type[Extension], ...]
     reductions: Mapping[str, Callable[..., Tensor]]
@@ -159,6 +163,14 @@ class Registry:
         for definition in (*self.layers, *self.losses):
             found.setdefault(definition.module.forward, []).append(definition)
         return {forward: tuple(sorted(group, key=_asks)) for forward, group in found.items()}
+
+    @cached_property
+    def _passing(self) -> frozenset[Callable[..., Any]]:
+        return frozenset(module.forward for module in self.passing)
+
+    def is_piecewise_linear(self, module: nn.Module) -> bool:
+        """Whether a module is known to be, though it has no rules."""
+        return "forward" not in vars(module) and type(module).forward in self._passing
 
     def definition(self, module: nn.Module) -> Layer | Loss | None:
         """By its forward function: a subclass that computes the same is the same."""
