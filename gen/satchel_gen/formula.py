@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -69,6 +70,11 @@ def render(expr: Expr) -> str:
 
 def _sums(indices: frozenset[Index]) -> str:
     return f"Σ_{{{','.join(sorted(i.name for i in indices))}}} " if indices else ""
+
+
+def wrapped(text: str) -> str:
+    """A formula on lines of readable length."""
+    return "\n".join(textwrap.wrap(text, 112, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False))
 
 
 def render_term(term: Term) -> str:

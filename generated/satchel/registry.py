@@ -52,8 +52,8 @@ from .layers.linear import LAYER as LINEAR
 from .layers.log_sigmoid import LAYER as LOG_SIGMOID
 from .layers.log_softmax import LAYER as LOG_SOFTMAX
 from .layers.mish import LAYER as MISH
-from .layers.p_re_lu_shared import LAYER as P_RE_LU_SHARED
 from .layers.prelu import LAYER as PRELU
+from .layers.prelu_shared import LAYER as PRELU_SHARED
 from .layers.relu import LAYER as RELU
 from .layers.relu6 import LAYER as RELU6
 from .layers.rms_norm import LAYER as RMS_NORM
@@ -109,7 +109,7 @@ REGISTRY = Registry(
         LOG_SOFTMAX,
         MISH,
         PRELU,
-        P_RE_LU_SHARED,
+        PRELU_SHARED,
         RMS_NORM,
         RRELU,
         RELU,

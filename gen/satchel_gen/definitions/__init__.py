@@ -88,6 +88,7 @@ def _modules(folder: str) -> list[ModuleType]:
 
 
 __all__ = [
-    "NDIM", "Categorical", "DefinitionError", "Definitions", "Equal", "Example", "Feature", "Index", "Layer", "Length", "LogSumExp", "Loss", "Normal", "Option", "Passing",
-    "Quantity", "Refused", "Statement", "Sum", "activation", "extent", "indices", "load", "options", "sigmoid", "softplus", "tensors", "z",
+    "NDIM", "Categorical", "DefinitionError", "Definitions", "Equal", "Example", "Feature", "Index", "Layer", "Length",
+    "LogSumExp", "Loss", "Normal", "Option", "Passing", "Quantity", "Refused", "Statement", "Sum", "activation", "extent",
+    "indices", "load", "options", "sigmoid", "softplus", "tensors", "z",
 ]  # fmt: skip

@@ -69,7 +69,7 @@ class AtenPrinter(StrPrinter):
     def _print_Pow(self, expr: Expr) -> str:
         base, exponent = expr.args
         text = self._print(base)
-        scalar = base.is_number or isinstance(base, Extent) or base in self.scalars
+        scalar = base.is_number or isinstance(base, Extent | Option) or base in self.scalars
         if scalar and exponent == sympy.Rational(1, 2):
             return f"math.sqrt({text})"
         if scalar and exponent.is_Integer and exponent > 0:
@@ -192,7 +192,9 @@ class Body:
     def _scaled(self, child: Node, coefficient: Expr) -> str:
         numerator, denominator = coefficient.as_numer_denom()
         text = self(child)
-        if numerator != 1:
+        if numerator == -1:
+            text = f"-{text}" if _is_postfix(text) else f"-({text})"
+        elif numerator != 1:
             text = f"{self.scalar(numerator)} * {text}"
         if denominator == 1:
             return text
@@ -229,10 +231,8 @@ class Body:
     def _geometry(self, found: Sequence[Window]) -> tuple[bool, list[str]]:
         """Stride, dilation and padding, and whether the windows are those of the transposed access."""
         transposed = any(w.divisor != 1 for w in found) or all(w.reach.could_extract_minus_sign() for w in found)
-        if transposed:
-            parts = [(w.divisor, -w.reach, w.offset) for w in found]
-        else:
-            parts = [(w.step, w.reach, -w.offset) for w in found]
+        sign = -1 if transposed else 1
+        parts = [(w.divisor if transposed else w.step, sign * w.reach, -sign * w.offset) for w in found]
         return transposed, [self._numbers([part[k] for part in parts]) for k in range(3)]
 
     def _numbers(self, values: Sequence[Expr]) -> str:

@@ -14,7 +14,7 @@ from ..calculus.derive import Statement
 from ..calculus.terms import Term
 from ..definitions.model import Categorical, Feature, Layer, Loss, Quantity
 from ..definitions.quantities import PULLBACKS, J, S, n, p, v, y
-from ..formula import render, render_formula
+from ..formula import render, render_formula, wrapped
 from ..lowering.kernels import KernelRule, layer_kernels
 from ..lowering.losses import LoweredLoss
 from ..lowering.plan import Axes, plan
@@ -22,7 +22,14 @@ from ..lowering.programs import Program
 from ..lowering.rules import LoweredLayer, LoweredRule
 from ..notation import NDIM, Index, IndexSum, Length, Option, Sum, base_name
 from .aten import AtenPrinter, Body, unpack_extents
-from .functions import Function, loss_function, rule_functions, sample_function, violation_function
+from .functions import (
+    Function,
+    intermediate_functions,
+    loss_function,
+    rule_functions,
+    sample_function,
+    violation_function,
+)
 
 AxisNames = tuple[str | tuple[str, ...], ...]
 
@@ -42,7 +49,7 @@ class _Stated:
 
     @property
     def formula(self) -> str:
-        return "\n    ".join(self.formulas)
+        return "\n".join(map(wrapped, self.formulas))
 
     @property
     def formula_literal(self) -> str:
@@ -115,9 +122,13 @@ def snake(name: str) -> str:
 
 
 def module_name(definition: Layer | Loss | Feature) -> str:
-    """Its file's own name where that spells the definition's; a file may hold several."""
-    stem = definition.source.file.stem
-    return stem if stem.replace("_", "") == definition.name.lower() else snake(definition.name)
+    """Its file's own name where the definition's begins with that; a file may hold several."""
+    stem, name = definition.source.file.stem, definition.name
+    spelled = len(stem.replace("_", ""))
+    if stem.replace("_", "") != name[:spelled].lower():
+        return snake(name)
+    rest = snake(name[spelled:])
+    return f"{stem}_{rest}" if rest[:1].isalpha() else stem + rest
 
 
 def axis_names(axes: Axes) -> tuple[str, ...]:
@@ -133,6 +144,10 @@ def layer_context(lowered: LoweredLayer) -> LayerContext:
     def context(rule: LoweredRule | None) -> RuleContext | None:
         if rule is None:
             return None
+        for shared in intermediate_functions(rule):
+            if shared.body not in known:
+                known[shared.body] = shared.name
+                functions.append(shared)
         emitted = rule_functions(rule)
         entry = emitted[-1]
         if entry.body not in known:

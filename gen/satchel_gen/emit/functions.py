@@ -11,10 +11,10 @@ from sympy import Expr
 from ..calculus.derive import Statement
 from ..calculus.terms import Term, terms
 from ..definitions.model import Loss, Normal
-from ..formula import render, render_formula
+from ..formula import render, render_formula, wrapped
 from ..lowering.composed import Stage
 from ..lowering.losses import LossRule, LoweredLoss
-from ..lowering.plan import Axes, Map, Node, extent_symbol, leaf, plan
+from ..lowering.plan import Axes, Map, Node, extent_symbol, leaf, leaves, plan
 from ..lowering.rules import LoweredRule
 from ..lowering.squares import Variant
 from ..notation import Extent, LogSumExp, Option, index_atoms, reads
@@ -86,7 +86,10 @@ def shapes_line(arguments: Mapping[str, Axes], result: Axes) -> str:
 
 def rule_functions(rule: LoweredRule) -> list[Function]:
     """A rule's function, preceded by its programs where there is a choice."""
-    formula = "\n    ".join(render_formula(f) for f in (*(stage.formula for stage in rule.stages), rule.formula))
+    formula = "\n".join(
+        wrapped(render_formula(f))
+        for f in (*(() if rule.on_parameter else (s.formula for s in rule.stages)), rule.formula)
+    )
     shapes = shapes_line(rule.arguments, rule.formula.axes)
     arguments = tuple(rule.arguments)
     numbers = dict.fromkeys(rule.shapes, "tuple[int, ...]") | {o.attribute: _kind(o) for o in rule.components}
@@ -109,13 +112,59 @@ def _kind(option: Option) -> str:
 
 def _straight(rule: LoweredRule, formula: str, shapes: str, tree: Node) -> Function:
     body = Body(dict(rule.arguments))
-    _emit_stages(body, rule.stages)
+    _emit_stages(body, rule)
     result = body(tree)
     lines = unpack_extents(body.extents, rule.arguments, rule.shapes) + body.lines
     return Function(rule.name, formula, shapes, tuple(rule.arguments), tuple(lines), result)
 
 
-def _emit_stages(body: Body, stages: Sequence[Stage]) -> None:
+def intermediate_functions(rule: LoweredRule) -> list[Function]:
+    """One function for each of the layer's own intermediates that a parameter's rule reads: several rules share it."""
+    return [_intermediate(name, rule) for name in _own_intermediates(rule)]
+
+
+def _own_intermediates(rule: LoweredRule) -> list[str]:
+    """Names of the stages that the rule itself reads, where all stages are the layer's."""
+    if not rule.on_parameter:
+        return []
+    read = {leaf.name for variant in rule.variants for leaf in leaves(variant.tree)}
+    return [stage.name for stage in rule.stages if stage.name in read]
+
+
+def _intermediate(name: str, rule: LoweredRule) -> Function:
+    last = next(stage for stage in rule.stages if stage.name == name)
+    chain = rule.stages[: rule.stages.index(last) + 1]
+    arguments, numbers = _read_by(chain, rule)
+    body = Body(dict(arguments))
+    _emit_chain(body, chain[:-1])
+    assert last.tree is not None
+    result = body(last.tree)
+    formula = "\n".join(wrapped(render_formula(stage.formula)) for stage in chain)
+    lines = (*unpack_extents(body.extents, arguments), *body.lines)
+    shapes = shapes_line(arguments, last.formula.axes)
+    return Function(f"{name}_from", formula, shapes, tuple(arguments), lines, result, entry=False, numbers=numbers)
+
+
+def _read_by(chain: Sequence[Stage], rule: LoweredRule) -> tuple[dict[str, Axes], dict[str, str]]:
+    """The tensors and numbers that a chain of intermediates reads, of those that the rule has."""
+    terms = [term for stage in chain for term in stage.formula.terms]
+    read = {str(r.base) for term in terms for r in reads(term.factor)}
+    options = {option.attribute for term in terms for option in term.factor.atoms(Option)}
+    numbers = {o.attribute: _kind(o) for o in rule.components if o.attribute in options}
+    return {name: axes for name, axes in rule.arguments.items() if name in read}, numbers
+
+
+def _emit_stages(body: Body, rule: LoweredRule) -> None:
+    """The intermediates before a rule's value: by a call of their function where several rules share them."""
+    if not rule.on_parameter:
+        _emit_chain(body, rule.stages)
+    for name in _own_intermediates(rule):
+        chain = rule.stages[: [stage.name for stage in rule.stages].index(name) + 1]
+        arguments, numbers = _read_by(chain, rule)
+        body.lines.append(f"{name} = {name}_from({', '.join([*arguments, *numbers])})")
+
+
+def _emit_chain(body: Body, stages: Sequence[Stage]) -> None:
     for stage in stages:
         if stage.logsumexp is not None:
             text = _logsumexp(stage.logsumexp)
@@ -141,7 +190,7 @@ def _program(rule: LoweredRule, variant: Variant) -> Function:
         block, extents = _block(rule, variant)
         return Function(name, "", "", arguments, extents, note=note, block=block, entry=False)
     body = Body(dict(rule.arguments))
-    _emit_stages(body, rule.stages)
+    _emit_stages(body, rule)
     result = body(variant.tree)
     lines = unpack_extents(body.extents, rule.arguments, rule.shapes) + body.lines
     return Function(name, "", "", arguments, tuple(lines), result, note, entry=False)
@@ -156,7 +205,7 @@ def _block(rule: LoweredRule, variant: Variant) -> tuple[Block, tuple[str, ...]]
     target = "total[samples]" if any(i.name == "n" for i in out) else "total"
     block = Block(columns, samples, each, sizes, next(iter(rule.arguments)), target, tuple(body.lines), summand)
     before = Body(dict(rule.arguments))
-    _emit_stages(before, rule.stages)
+    _emit_stages(before, rule)
     return block, (*unpack_extents(body.extents | before.extents, rule.arguments, rule.shapes), *before.lines)
 
 

@@ -37,6 +37,11 @@ class LoweredRule:
     shapes: Mapping[str, Axes] = field(default_factory=dict)  # of tensors that it does not read
 
     @property
+    def on_parameter(self) -> bool:
+        """Whether the rule belongs to a parameter; its stages are then the layer's own intermediates."""
+        return self.name != self.quantity
+
+    @property
     def numbers(self) -> tuple[str, ...]:
         return (*self.shapes, *dict.fromkeys(option.attribute for option in self.components))
 
@@ -196,10 +201,13 @@ def _term_in_output(term: Term, layer: Layer) -> Term:
 
 
 def _factored(part: Expr) -> Expr:
-    """The shorter of an expression and its factorisation."""
+    """The shorter of an expression and its factorisation; |z| for z sign(z)."""
+    if isinstance(part, sympy.Pow):
+        return sympy.Pow(_factored(part.base), part.exp)
     if not part.is_Add:
         return part
-    factored = sympy.factor(part)
+    signed = {read * sympy.sign(read): sympy.Abs(read) for read in reads(part)}
+    factored = sympy.factor(part.xreplace(signed))
     return factored if factored.count_ops() < part.count_ops() else part
 
 

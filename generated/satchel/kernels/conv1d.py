@@ -2,7 +2,8 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.Conv1d.
 
-output[n, g, o, w] = Σ_{c,kw} input[n, g, c, kw dilation[0] + w stride[0] − padding[0]] weight[g, o, c, kw] + bias[g, o]
+output[n, g, o, w] = Σ_{c,kw} input[n, g, c, kw dilation[0] + w stride[0] − padding[0]] weight[g, o, c, kw] +
+bias[g, o]
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.Conv2d.
 
-output[n, g, o, h, w] = Σ_{c,kh,kw} input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]] weight[g, o, c, kh, kw] + bias[g, o]
+output[n, g, o, h, w] = Σ_{c,kh,kw} input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w
+stride[1] − padding[1]] weight[g, o, c, kh, kw] + bias[g, o]
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.Conv3d.
 
-output[n, g, o, d, h, w] = Σ_{c,kd,kh,kw} input[n, g, c, d stride[0] + kd dilation[0] − padding[0], h stride[1] + kh dilation[1] − padding[1], kw dilation[2] + w stride[2] − padding[2]] weight[g, o, c, kd, kh, kw] + bias[g, o]
+output[n, g, o, d, h, w] = Σ_{c,kd,kh,kw} input[n, g, c, d stride[0] + kd dilation[0] − padding[0], h stride[1]
++ kh dilation[1] − padding[1], kw dilation[2] + w stride[2] − padding[2]] weight[g, o, c, kd, kh, kw] +
+bias[g, o]
 """
 
 from __future__ import annotations

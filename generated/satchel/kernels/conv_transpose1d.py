@@ -2,7 +2,8 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.ConvTranspose1d.
 
-output[n, g, o, w] = Σ_{c,kw} input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]] weight[g, c, o, kw] + bias[g, o]
+output[n, g, o, w] = Σ_{c,kw} input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]] weight[g, c, o, kw]
++ bias[g, o]
 """
 
 from __future__ import annotations

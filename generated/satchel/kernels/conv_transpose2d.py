@@ -2,7 +2,8 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.ConvTranspose2d.
 
-output[n, g, o, h, w] = Σ_{c,kh,kw} input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]] weight[g, c, o, kh, kw] + bias[g, o]
+output[n, g, o, h, w] = Σ_{c,kh,kw} input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w +
+padding[1] − kw dilation[1]) / stride[1]] weight[g, c, o, kh, kw] + bias[g, o]
 """
 
 from __future__ import annotations

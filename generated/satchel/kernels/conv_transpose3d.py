@@ -2,7 +2,9 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.ConvTranspose3d.
 
-output[n, g, o, d, h, w] = Σ_{c,kd,kh,kw} input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]] weight[g, c, o, kd, kh, kw] + bias[g, o]
+output[n, g, o, d, h, w] = Σ_{c,kd,kh,kw} input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h +
+padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]] weight[g, c, o, kd,
+kh, kw] + bias[g, o]
 """
 
 from __future__ import annotations

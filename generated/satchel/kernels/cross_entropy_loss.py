@@ -2,7 +2,7 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.CrossEntropyLoss.
 
-lse[n, r] = logsumexp_{k} input[n, k, r]
+    lse[n, r] = logsumexp_{k} input[n, k, r]
 loss[n, r] = lse[n, r] − (Σ_{k} [k = target[n, r]] input[n, k, r])
 """
 

@@ -2,7 +2,7 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.GroupNorm.
 
-mean[n, g] = (Σ_{c,s} input[n, g, c, s]) / (C S)
+    mean[n, g] = (Σ_{c,s} input[n, g, c, s]) / (C S)
 centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
 variance[n, g] = (Σ_{c,s} centred[n, g, c, s]²) / (C S)
 rstd[n, g] = 1/sqrt(variance[n, g] + eps)

@@ -2,7 +2,8 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.Hardswish.
 
-output[n, j] = (1/6 (3 + input[n, j]) input[n, j] if (input[n, j] > -3) & (input[n, j] < 3), input[n, j] if input[n, j] >= 3, else 0)
+output[n, j] = (1/6 (3 + input[n, j]) input[n, j] if (input[n, j] > -3) & (input[n, j] < 3), input[n, j] if
+input[n, j] >= 3, else 0)
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.InstanceNorm2d.
 
-mean[n, c] = (Σ_{s} input[n, c, s]) / S
+    mean[n, c] = (Σ_{s} input[n, c, s]) / S
 centred[n, c, s] = input[n, c, s] − mean[n, c]
 variance[n, c] = (Σ_{s} centred[n, c, s]²) / S
 rstd[n, c] = 1/sqrt(variance[n, c] + eps)

@@ -2,7 +2,7 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.LayerNorm.
 
-mean[n, r] = (Σ_{j} input[n, r, j]) / J
+    mean[n, r] = (Σ_{j} input[n, r, j]) / J
 centred[n, r, j] = input[n, r, j] − mean[n, r]
 variance[n, r] = (Σ_{j} centred[n, r, j]²) / J
 rstd[n, r] = 1/sqrt(variance[n, r] + eps)

@@ -2,7 +2,8 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.SELU.
 
-output[n, j] = (1.0507009873554804934193349852946 input[n, j] if input[n, j] > 0, else 1.7580993408473768599402175208123 exp(input[n, j]) − 1.7580993408473768599402175208123)
+output[n, j] = (1.0507009873554804934193349852946 input[n, j] if input[n, j] > 0, else
+1.7580993408473768599402175208123 exp(input[n, j]) − 1.7580993408473768599402175208123)
 """
 
 from __future__ import annotations

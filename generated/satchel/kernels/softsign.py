@@ -51,19 +51,20 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
 
 @triton.jit
 def diagonal_kernel(curvature_ptr, input_ptr, out_ptr, size, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
-    """diagonal[n, j] = (1/(1 + Abs(input[n, j])) − sign(input[n, j]) input[n, j] / (1 + Abs(input[n, j]))²)² curvature[n, j]"""
+    """diagonal[n, j] = (1 + Abs(input[n, j]) − sign(input[n, j]) input[n, j])² curvature[n, j] / (1 + Abs(input[n, j]))⁴"""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = lane < size - start
     curvature = tl.load(curvature_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
     input = tl.load(input_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
     t = tl.abs(input) + 1
-    t_2 = 1 / t - input * sign(input) / (t * t)
-    tl.store(out_ptr + start + lane, curvature * t_2 * t_2, mask=inside)
+    t_squared = t * t
+    t_2 = t - input * sign(input)
+    tl.store(out_ptr + start + lane, curvature * t_2 * t_2 / (t_squared * t_squared), mask=inside)
 
 
 def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
-    """diagonal[n, j] = (1/(1 + Abs(input[n, j])) − sign(input[n, j]) input[n, j] / (1 + Abs(input[n, j]))²)² curvature[n, j]
+    """diagonal[n, j] = (1 + Abs(input[n, j]) − sign(input[n, j]) input[n, j])² curvature[n, j] / (1 + Abs(input[n, j]))⁴
 
     curvature [N, J], input [N, J] -> [N, J].
     """

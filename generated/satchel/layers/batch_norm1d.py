@@ -44,7 +44,8 @@ def mean_vjp(rows: Tensor, running_var: Tensor, weight: Tensor, eps: float) -> T
 
 @widened
 def sandwich(averaged: Tensor, running_var: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """sandwich[c, s, c2, s2] = averaged[c, s, c2, s2] weight[c2] weight[c] / (√(running_var[c2] + eps) √(running_var[c] + eps))
+    """sandwich[c, s, c2, s2] = averaged[c, s, c2, s2] weight[c2] weight[c] / (√(running_var[c2] + eps)
+        √(running_var[c] + eps))
 
     averaged [C, S, C, S], running_var [C], weight [C] → [C, S, C, S]
     """
@@ -57,7 +58,8 @@ def sandwich(averaged: Tensor, running_var: Tensor, weight: Tensor, eps: float) 
 
 @widened
 def weight_per_sample(factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> Tensor:
-    """weight_per_sample[v, n, c] = Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] / √(running_var[c] + eps)
+    """weight_per_sample[v, n, c] = Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] / √(running_var[c] +
+        eps)
 
     factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [V, N, C]
     """
@@ -122,7 +124,8 @@ def weight_sum_of_squares_blockwise(
 def weight_sum_of_squares(
     factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
 ) -> Tensor:
-    """weight_sum_of_squares[c] = Σ_{n,v} (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] / √(running_var[c] + eps))²
+    """weight_sum_of_squares[c] = Σ_{n,v} (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] /
+        √(running_var[c] + eps))²
 
     factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [C]. The cheapest program for the shapes.
     """
@@ -200,7 +203,8 @@ def weight_squared_norm_blockwise(
 
 @widened
 def weight_squared_norm(factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> Tensor:
-    """weight_squared_norm[n] = Σ_{c,v} (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] / √(running_var[c] + eps))²
+    """weight_squared_norm[n] = Σ_{c,v} (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] / √(running_var[c]
+        + eps))²
 
     factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [N]. The cheapest program for the shapes.
     """
@@ -276,7 +280,8 @@ def weight_signed_sum_of_squares_blockwise(
 def weight_signed_sum_of_squares(
     factor: Tensor, sign: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
 ) -> Tensor:
-    """weight_signed_sum_of_squares[c] = Σ_{n,v} sign[v, n] (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] / √(running_var[c] + eps))²
+    """weight_signed_sum_of_squares[c] = Σ_{n,v} sign[v, n] (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c,
+        s] / √(running_var[c] + eps))²
 
     factor [V, N, C, S], sign [V, N], input [N, C, S], running_mean [C], running_var [C] → [C]. The cheapest program for the shapes.
     """

@@ -2,7 +2,8 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """torch.nn.Conv1d
 
-output[n, g, o, w] = Σ_{c,kw} input[n, g, c, kw dilation[0] + w stride[0] − padding[0]] weight[g, o, c, kw] + bias[g, o]
+output[n, g, o, w] = Σ_{c,kw} input[n, g, c, kw dilation[0] + w stride[0] − padding[0]] weight[g, o, c, kw] +
+    bias[g, o]
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def vjp(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """vjp[v, n, g, c, iw] = Σ_{kw,o} factor[v, n, g, o, iw / stride[0] + padding[0] / stride[0] − kw dilation[0] / stride[0]] weight[g, o, c, kw]
+    """vjp[v, n, g, c, iw] = Σ_{kw,o} factor[v, n, g, o, iw / stride[0] + padding[0] / stride[0] − kw dilation[0] /
+        stride[0]] weight[g, o, c, kw]
 
     factor [V, N, G, O, W], weight [G, O, C, KW] → [V, N, G, C, IW]
     """
@@ -42,7 +44,8 @@ def weight_per_sample(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_per_sample[v, n, g, o, c, kw] = Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]]
+    """weight_per_sample[v, n, g, o, c, kw] = Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] −
+        padding[0]]
 
     factor [V, N, G, O, W], input [N, G, C, IW] → [V, N, G, O, C, KW]
     """
@@ -61,7 +64,8 @@ def weight_gradient(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_gradient[g, o, c, kw] = Σ_{n,v,w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]]
+    """weight_gradient[g, o, c, kw] = Σ_{n,v,w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] −
+        padding[0]]
 
     factor [V, N, G, O, W], input [N, G, C, IW] → [G, O, C, KW]
     """
@@ -114,7 +118,8 @@ def weight_sum_of_squares(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_sum_of_squares[g, o, c, kw] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]])²
+    """weight_sum_of_squares[g, o, c, kw] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w
+        stride[0] − padding[0]])²
 
     factor [V, N, G, O, W], input [N, G, C, IW] → [G, O, C, KW]. The cheapest program for the shapes.
     """
@@ -201,7 +206,8 @@ def weight_squared_norm(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_squared_norm[n] = Σ_{c,g,kw,o,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]])²
+    """weight_squared_norm[n] = Σ_{c,g,kw,o,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0]
+        − padding[0]])²
 
     factor [V, N, G, O, W], input [N, G, C, IW] → [N]. The cheapest program for the shapes.
     """
@@ -284,7 +290,8 @@ def weight_signed_sum_of_squares(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_signed_sum_of_squares[g, o, c, kw] = Σ_{n,v} sign[v, n] (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]])²
+    """weight_signed_sum_of_squares[g, o, c, kw] = Σ_{n,v} sign[v, n] (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw
+        dilation[0] + w stride[0] − padding[0]])²
 
     factor [V, N, G, O, W], sign [V, N], input [N, G, C, IW] → [G, O, C, KW]. The cheapest program for the shapes.
     """
@@ -318,7 +325,8 @@ def weight_diagonal_sum(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_diagonal_sum[g, o, c, kw] = Σ_{n,w} curvature[n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]]²
+    """weight_diagonal_sum[g, o, c, kw] = Σ_{n,w} curvature[n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] −
+        padding[0]]²
 
     curvature [N, G, O, W], input [N, G, C, IW] → [G, O, C, KW]
     """

@@ -2,7 +2,8 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """torch.nn.Conv2d
 
-output[n, g, o, h, w] = Σ_{c,kh,kw} input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]] weight[g, o, c, kh, kw] + bias[g, o]
+output[n, g, o, h, w] = Σ_{c,kh,kw} input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w
+    stride[1] − padding[1]] weight[g, o, c, kh, kw] + bias[g, o]
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def vjp(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """vjp[v, n, g, c, ih, iw] = Σ_{kh,kw,o} factor[v, n, g, o, ih / stride[0] + padding[0] / stride[0] − kh dilation[0] / stride[0], iw / stride[1] + padding[1] / stride[1] − kw dilation[1] / stride[1]] weight[g, o, c, kh, kw]
+    """vjp[v, n, g, c, ih, iw] = Σ_{kh,kw,o} factor[v, n, g, o, ih / stride[0] + padding[0] / stride[0] − kh
+        dilation[0] / stride[0], iw / stride[1] + padding[1] / stride[1] − kw dilation[1] / stride[1]] weight[g, o,
+        c, kh, kw]
 
     factor [V, N, G, O, H, W], weight [G, O, C, KH, KW] → [V, N, G, C, IH, IW]
     """
@@ -42,7 +45,8 @@ def weight_per_sample(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_per_sample[v, n, g, o, c, kh, kw] = Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]]
+    """weight_per_sample[v, n, g, o, c, kh, kw] = Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh
+        dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]]
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [V, N, G, O, C, KH, KW]
     """
@@ -61,7 +65,8 @@ def weight_gradient(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_gradient[g, o, c, kh, kw] = Σ_{h,n,v,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]]
+    """weight_gradient[g, o, c, kh, kw] = Σ_{h,n,v,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh
+        dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]]
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [G, O, C, KH, KW]
     """
@@ -114,7 +119,8 @@ def weight_sum_of_squares(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_sum_of_squares[g, o, c, kh, kw] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
+    """weight_sum_of_squares[g, o, c, kh, kw] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] +
+        kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [G, O, C, KH, KW]. The cheapest program for the shapes.
     """
@@ -202,7 +208,8 @@ def weight_squared_norm(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_squared_norm[n] = Σ_{c,g,kh,kw,o,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
+    """weight_squared_norm[n] = Σ_{c,g,kh,kw,o,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh
+        dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [N]. The cheapest program for the shapes.
     """
@@ -288,7 +295,8 @@ def weight_signed_sum_of_squares(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_signed_sum_of_squares[g, o, c, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
+    """weight_signed_sum_of_squares[g, o, c, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g,
+        c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
 
     factor [V, N, G, O, H, W], sign [V, N], input [N, G, C, IH, IW] → [G, O, C, KH, KW]. The cheapest program for the shapes.
     """
@@ -322,7 +330,8 @@ def weight_diagonal_sum(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_diagonal_sum[g, o, c, kh, kw] = Σ_{h,n,w} curvature[n, g, o, h, w] input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]]²
+    """weight_diagonal_sum[g, o, c, kh, kw] = Σ_{h,n,w} curvature[n, g, o, h, w] input[n, g, c, h stride[0] + kh
+        dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]]²
 
     curvature [N, G, O, H, W], input [N, G, C, IH, IW] → [G, O, C, KH, KW]
     """
@@ -397,7 +406,8 @@ def bias_output_factor_expand(factor: Tensor) -> Tensor:
 
 @widened
 def bias_output_factor_reduce(factor: Tensor) -> Tensor:
-    """bias_output_factor_reduce[g, o, g2, o2] = Σ_{h,h2,n,v,w,w2} factor[v, n, g, o, h, w] factor[v, n, g2, o2, h2, w2]
+    """bias_output_factor_reduce[g, o, g2, o2] = Σ_{h,h2,n,v,w,w2} factor[v, n, g, o, h, w] factor[v, n, g2, o2, h2,
+        w2]
 
     factor [V, N, G, O, H, W] → [G, O, G, O]
     """

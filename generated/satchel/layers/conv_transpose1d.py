@@ -2,7 +2,8 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """torch.nn.ConvTranspose1d
 
-output[n, g, o, w] = Σ_{c,kw} input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]] weight[g, c, o, kw] + bias[g, o]
+output[n, g, o, w] = Σ_{c,kw} input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]] weight[g, c, o, kw]
+    + bias[g, o]
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def vjp(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """vjp[v, n, g, c, iw] = Σ_{kw,o} factor[v, n, g, o, iw stride[0] + kw dilation[0] − padding[0]] weight[g, c, o, kw]
+    """vjp[v, n, g, c, iw] = Σ_{kw,o} factor[v, n, g, o, iw stride[0] + kw dilation[0] − padding[0]] weight[g, c, o,
+        kw]
 
     factor [V, N, G, O, W], weight [G, C, O, KW] → [V, N, G, C, IW]
     """
@@ -41,7 +43,8 @@ def weight_per_sample(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_per_sample[v, n, g, c, o, kw] = Σ_{w} factor[v, n, g, o, w] input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]]
+    """weight_per_sample[v, n, g, c, o, kw] = Σ_{w} factor[v, n, g, o, w] input[n, g, c, (w + padding[0] − kw
+        dilation[0]) / stride[0]]
 
     factor [V, N, G, O, W], input [N, G, C, IW] → [V, N, G, C, O, KW]
     """
@@ -60,7 +63,8 @@ def weight_gradient(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_gradient[g, c, o, kw] = Σ_{n,v,w} factor[v, n, g, o, w] input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]]
+    """weight_gradient[g, c, o, kw] = Σ_{n,v,w} factor[v, n, g, o, w] input[n, g, c, (w + padding[0] − kw dilation[0])
+        / stride[0]]
 
     factor [V, N, G, O, W], input [N, G, C, IW] → [G, C, O, KW]
     """
@@ -113,7 +117,8 @@ def weight_sum_of_squares(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_sum_of_squares[g, c, o, kw] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]])²
+    """weight_sum_of_squares[g, c, o, kw] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, (w + padding[0] − kw
+        dilation[0]) / stride[0]])²
 
     factor [V, N, G, O, W], input [N, G, C, IW] → [G, C, O, KW]. The cheapest program for the shapes.
     """
@@ -200,7 +205,8 @@ def weight_squared_norm(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_squared_norm[n] = Σ_{c,g,kw,o,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]])²
+    """weight_squared_norm[n] = Σ_{c,g,kw,o,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, (w + padding[0] − kw
+        dilation[0]) / stride[0]])²
 
     factor [V, N, G, O, W], input [N, G, C, IW] → [N]. The cheapest program for the shapes.
     """
@@ -283,7 +289,8 @@ def weight_signed_sum_of_squares(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_signed_sum_of_squares[g, c, o, kw] = Σ_{n,v} sign[v, n] (Σ_{w} factor[v, n, g, o, w] input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]])²
+    """weight_signed_sum_of_squares[g, c, o, kw] = Σ_{n,v} sign[v, n] (Σ_{w} factor[v, n, g, o, w] input[n, g, c, (w +
+        padding[0] − kw dilation[0]) / stride[0]])²
 
     factor [V, N, G, O, W], sign [V, N], input [N, G, C, IW] → [G, C, O, KW]. The cheapest program for the shapes.
     """
@@ -317,7 +324,8 @@ def weight_diagonal_sum(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_diagonal_sum[g, c, o, kw] = Σ_{n,w} curvature[n, g, o, w] input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]]²
+    """weight_diagonal_sum[g, c, o, kw] = Σ_{n,w} curvature[n, g, o, w] input[n, g, c, (w + padding[0] − kw
+        dilation[0]) / stride[0]]²
 
     curvature [N, G, O, W], input [N, G, C, IW] → [G, C, O, KW]
     """

@@ -2,7 +2,8 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """torch.nn.ConvTranspose2d
 
-output[n, g, o, h, w] = Σ_{c,kh,kw} input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]] weight[g, c, o, kh, kw] + bias[g, o]
+output[n, g, o, h, w] = Σ_{c,kh,kw} input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w +
+    padding[1] − kw dilation[1]) / stride[1]] weight[g, c, o, kh, kw] + bias[g, o]
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def vjp(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """vjp[v, n, g, c, ih, iw] = Σ_{kh,kw,o} factor[v, n, g, o, ih stride[0] + kh dilation[0] − padding[0], iw stride[1] + kw dilation[1] − padding[1]] weight[g, c, o, kh, kw]
+    """vjp[v, n, g, c, ih, iw] = Σ_{kh,kw,o} factor[v, n, g, o, ih stride[0] + kh dilation[0] − padding[0], iw
+        stride[1] + kw dilation[1] − padding[1]] weight[g, c, o, kh, kw]
 
     factor [V, N, G, O, H, W], weight [G, C, O, KH, KW] → [V, N, G, C, IH, IW]
     """
@@ -41,7 +43,8 @@ def weight_per_sample(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_per_sample[v, n, g, c, o, kh, kw] = Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]]
+    """weight_per_sample[v, n, g, c, o, kh, kw] = Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h + padding[0] − kh
+        dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]]
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [V, N, G, C, O, KH, KW]
     """
@@ -60,7 +63,8 @@ def weight_gradient(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_gradient[g, c, o, kh, kw] = Σ_{h,n,v,w} factor[v, n, g, o, h, w] input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]]
+    """weight_gradient[g, c, o, kh, kw] = Σ_{h,n,v,w} factor[v, n, g, o, h, w] input[n, g, c, (h + padding[0] − kh
+        dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]]
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [G, C, O, KH, KW]
     """
@@ -113,7 +117,8 @@ def weight_sum_of_squares(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_sum_of_squares[g, c, o, kh, kw] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
+    """weight_sum_of_squares[g, c, o, kh, kw] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h +
+        padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [G, C, O, KH, KW]. The cheapest program for the shapes.
     """
@@ -201,7 +206,8 @@ def weight_squared_norm(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_squared_norm[n] = Σ_{c,g,kh,kw,o,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
+    """weight_squared_norm[n] = Σ_{c,g,kh,kw,o,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h + padding[0] − kh
+        dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [N]. The cheapest program for the shapes.
     """
@@ -287,7 +293,8 @@ def weight_signed_sum_of_squares(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_signed_sum_of_squares[g, c, o, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
+    """weight_signed_sum_of_squares[g, c, o, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g,
+        c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
 
     factor [V, N, G, O, H, W], sign [V, N], input [N, G, C, IH, IW] → [G, C, O, KH, KW]. The cheapest program for the shapes.
     """
@@ -321,7 +328,8 @@ def weight_diagonal_sum(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_diagonal_sum[g, c, o, kh, kw] = Σ_{h,n,w} curvature[n, g, o, h, w] input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]]²
+    """weight_diagonal_sum[g, c, o, kh, kw] = Σ_{h,n,w} curvature[n, g, o, h, w] input[n, g, c, (h + padding[0] − kh
+        dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]]²
 
     curvature [N, G, O, H, W], input [N, G, C, IH, IW] → [G, C, O, KH, KW]
     """
@@ -396,7 +404,8 @@ def bias_output_factor_expand(factor: Tensor) -> Tensor:
 
 @widened
 def bias_output_factor_reduce(factor: Tensor) -> Tensor:
-    """bias_output_factor_reduce[g, o, g2, o2] = Σ_{h,h2,n,v,w,w2} factor[v, n, g, o, h, w] factor[v, n, g2, o2, h2, w2]
+    """bias_output_factor_reduce[g, o, g2, o2] = Σ_{h,h2,n,v,w,w2} factor[v, n, g, o, h, w] factor[v, n, g2, o2, h2,
+        w2]
 
     factor [V, N, G, O, H, W] → [G, O, G, O]
     """

@@ -2,7 +2,9 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """torch.nn.ConvTranspose3d
 
-output[n, g, o, d, h, w] = Σ_{c,kd,kh,kw} input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]] weight[g, c, o, kd, kh, kw] + bias[g, o]
+output[n, g, o, d, h, w] = Σ_{c,kd,kh,kw} input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h +
+    padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]] weight[g, c, o, kd,
+    kh, kw] + bias[g, o]
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ def vjp(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """vjp[v, n, g, c, id, ih, iw] = Σ_{kd,kh,kw,o} factor[v, n, g, o, id stride[0] + kd dilation[0] − padding[0], ih stride[1] + kh dilation[1] − padding[1], iw stride[2] + kw dilation[2] − padding[2]] weight[g, c, o, kd, kh, kw]
+    """vjp[v, n, g, c, id, ih, iw] = Σ_{kd,kh,kw,o} factor[v, n, g, o, id stride[0] + kd dilation[0] − padding[0], ih
+        stride[1] + kh dilation[1] − padding[1], iw stride[2] + kw dilation[2] − padding[2]] weight[g, c, o, kd, kh,
+        kw]
 
     factor [V, N, G, O, D, H, W], weight [G, C, O, KD, KH, KW] → [V, N, G, C, ID, IH, IW]
     """
@@ -41,7 +45,9 @@ def weight_per_sample(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_per_sample[v, n, g, c, o, kd, kh, kw] = Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]]
+    """weight_per_sample[v, n, g, c, o, kd, kh, kw] = Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d +
+        padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] −
+        kw dilation[2]) / stride[2]]
 
     factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [V, N, G, C, O, KD, KH, KW]
     """
@@ -60,7 +66,9 @@ def weight_gradient(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_gradient[g, c, o, kd, kh, kw] = Σ_{d,h,n,v,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]]
+    """weight_gradient[g, c, o, kd, kh, kw] = Σ_{d,h,n,v,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0]
+        − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw
+        dilation[2]) / stride[2]]
 
     factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [G, C, O, KD, KH, KW]
     """
@@ -113,7 +121,9 @@ def weight_sum_of_squares(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_sum_of_squares[g, c, o, kd, kh, kw] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]])²
+    """weight_sum_of_squares[g, c, o, kd, kh, kw] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d +
+        padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] −
+        kw dilation[2]) / stride[2]])²
 
     factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [G, C, O, KD, KH, KW]. The cheapest program for the shapes.
     """
@@ -208,7 +218,9 @@ def weight_squared_norm(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_squared_norm[n] = Σ_{c,g,kd,kh,kw,o,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]])²
+    """weight_squared_norm[n] = Σ_{c,g,kd,kh,kw,o,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d +
+        padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] −
+        kw dilation[2]) / stride[2]])²
 
     factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [N]. The cheapest program for the shapes.
     """
@@ -299,7 +311,9 @@ def weight_signed_sum_of_squares(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_signed_sum_of_squares[g, c, o, kd, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]])²
+    """weight_signed_sum_of_squares[g, c, o, kd, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{d,h,w} factor[v, n, g, o, d, h, w]
+        input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1],
+        (w + padding[2] − kw dilation[2]) / stride[2]])²
 
     factor [V, N, G, O, D, H, W], sign [V, N], input [N, G, C, ID, IH, IW] → [G, C, O, KD, KH, KW]. The cheapest program for the shapes.
     """
@@ -335,7 +349,9 @@ def weight_diagonal_sum(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_diagonal_sum[g, c, o, kd, kh, kw] = Σ_{d,h,n,w} curvature[n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]]²
+    """weight_diagonal_sum[g, c, o, kd, kh, kw] = Σ_{d,h,n,w} curvature[n, g, o, d, h, w] input[n, g, c, (d +
+        padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] −
+        kw dilation[2]) / stride[2]]²
 
     curvature [N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [G, C, O, KD, KH, KW]
     """
@@ -401,7 +417,8 @@ def bias_diagonal_sum(curvature: Tensor) -> Tensor:
 
 @widened
 def bias_output_factor_expand(factor: Tensor) -> Tensor:
-    """bias_output_factor_expand[g, o, g2, o2] = Σ_{d,h,n,v,w} factor[v, n, g, o, d, h, w] factor[v, n, g2, o2, d, h, w]
+    """bias_output_factor_expand[g, o, g2, o2] = Σ_{d,h,n,v,w} factor[v, n, g, o, d, h, w] factor[v, n, g2, o2, d, h,
+        w]
 
     factor [V, N, G, O, D, H, W] → [G, O, G, O]
     """
@@ -410,7 +427,8 @@ def bias_output_factor_expand(factor: Tensor) -> Tensor:
 
 @widened
 def bias_output_factor_reduce(factor: Tensor) -> Tensor:
-    """bias_output_factor_reduce[g, o, g2, o2] = Σ_{d,d2,h,h2,n,v,w,w2} factor[v, n, g, o, d, h, w] factor[v, n, g2, o2, d2, h2, w2]
+    """bias_output_factor_reduce[g, o, g2, o2] = Σ_{d,d2,h,h2,n,v,w,w2} factor[v, n, g, o, d, h, w] factor[v, n, g2,
+        o2, d2, h2, w2]
 
     factor [V, N, G, O, D, H, W] → [G, O, G, O]
     """

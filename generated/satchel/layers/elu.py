@@ -29,7 +29,7 @@ def diagonal(curvature: Tensor, input: Tensor, alpha: float) -> Tensor:
 
     curvature [N, J], input [N, J] → [N, J]
     """
-    return curvature * torch.where(input > 0, curvature.new_tensor(1.0), alpha.square() * torch.exp(2 * input))
+    return curvature * torch.where(input > 0, curvature.new_tensor(1.0), alpha**2 * torch.exp(2 * input))
 
 
 @widened
@@ -44,7 +44,8 @@ def mean_vjp(rows: Tensor, input: Tensor, alpha: float) -> Tensor:
 
 @widened
 def sandwich(averaged: Tensor, input: Tensor, alpha: float) -> Tensor:
-    """sandwich[j, j2] = Σ_{n} (1 if input[n, j2] > 0, else alpha exp(input[n, j2])) (1 if input[n, j] > 0, else alpha exp(input[n, j])) averaged[j, j2] / N
+    """sandwich[j, j2] = Σ_{n} (1 if input[n, j2] > 0, else alpha exp(input[n, j2])) (1 if input[n, j] > 0, else alpha
+        exp(input[n, j])) averaged[j, j2] / N
 
     averaged [J, J], input [N, J] → [J, J]
     """

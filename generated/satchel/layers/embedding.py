@@ -253,7 +253,8 @@ def weight_signed_sum_of_squares_blockwise(
 def weight_signed_sum_of_squares(
     factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor, padding_idx: float
 ) -> Tensor:
-    """weight_signed_sum_of_squares[k, d] = Σ_{n,v} sign[v, n] (Σ_{r} (1 − [k = padding_idx]) [k = input[n, r]] factor[v, n, r, d])²
+    """weight_signed_sum_of_squares[k, d] = Σ_{n,v} sign[v, n] (Σ_{r} (1 − [k = padding_idx]) [k = input[n, r]]
+        factor[v, n, r, d])²
 
     factor [V, N, R, D], sign [V, N], input [N, R], weight [K, D] → [K, D]. The cheapest program for the shapes.
     """
@@ -329,7 +330,8 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
 
 @widened
 def weight_input_factor_expand(input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
-    """weight_input_factor_expand[k, k2] = Σ_{n,r} (1 − [k = padding_idx]) (1 − [k2 = padding_idx]) [k = input[n, r]] [k2 = input[n, r]] / (N R)
+    """weight_input_factor_expand[k, k2] = Σ_{n,r} (1 − [k = padding_idx]) (1 − [k2 = padding_idx]) [k = input[n, r]]
+        [k2 = input[n, r]] / (N R)
 
     input [N, R], weight [K, D] → [K, K]
     """
@@ -348,7 +350,8 @@ def weight_input_factor_expand(input: Tensor, weight: Tensor, padding_idx: float
 
 @widened
 def weight_input_factor_reduce(input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
-    """weight_input_factor_reduce[k, k2] = Σ_{n,r,r2} (1 − [k = padding_idx]) (1 − [k2 = padding_idx]) [k = input[n, r]] [k2 = input[n, r2]] / (N (R)²)
+    """weight_input_factor_reduce[k, k2] = Σ_{n,r,r2} (1 − [k = padding_idx]) (1 − [k2 = padding_idx]) [k = input[n,
+        r]] [k2 = input[n, r2]] / (N (R)²)
 
     input [N, R], weight [K, D] → [K, K]
     """
@@ -367,7 +370,8 @@ def weight_input_factor_reduce(input: Tensor, weight: Tensor, padding_idx: float
 
 @widened
 def weight_input_factor_backpack(input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
-    """weight_input_factor_backpack[k, k2] = Σ_{n,r} (1 − [k = padding_idx]) (1 − [k2 = padding_idx]) [k = input[n, r]] [k2 = input[n, r]] / N
+    """weight_input_factor_backpack[k, k2] = Σ_{n,r} (1 − [k = padding_idx]) (1 − [k2 = padding_idx]) [k = input[n, r]]
+        [k2 = input[n, r]] / N
 
     input [N, R], weight [K, D] → [K, K]
     """

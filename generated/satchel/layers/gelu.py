@@ -18,7 +18,8 @@ from ..runtime.rules import Layer, Rule
 
 @widened
 def vjp(factor: Tensor, input: Tensor) -> Tensor:
-    """vjp[v, n, j] = (1/2 + 1/2 erf(1/2 √2 input[n, j]) + 1/2 √2 input[n, j] / (√(pi) exp(1/2 input[n, j]²))) factor[v, n, j]
+    """vjp[v, n, j] = (1/2 + 1/2 erf(1/2 √2 input[n, j]) + 1/2 √2 input[n, j] / (√(pi) exp(1/2 input[n, j]²)))
+        factor[v, n, j]
 
     factor [V, N, J], input [N, J] → [V, N, J]
     """
@@ -31,7 +32,8 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
-    """diagonal[n, j] = (1/2 + 1/2 erf(1/2 √2 input[n, j]) + 1/2 √2 input[n, j] / (√(pi) exp(1/2 input[n, j]²)))² curvature[n, j]
+    """diagonal[n, j] = (1/2 + 1/2 erf(1/2 √2 input[n, j]) + 1/2 √2 input[n, j] / (√(pi) exp(1/2 input[n, j]²)))²
+        curvature[n, j]
 
     curvature [N, J], input [N, J] → [N, J]
     """
@@ -47,7 +49,8 @@ def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
-    """mean_vjp[e, j] = Σ_{n} (1/2 + 1/2 erf(1/2 √2 input[n, j]) + 1/2 √2 input[n, j] / (√(pi) exp(1/2 input[n, j]²))) rows[e, j] / N
+    """mean_vjp[e, j] = Σ_{n} (1/2 + 1/2 erf(1/2 √2 input[n, j]) + 1/2 √2 input[n, j] / (√(pi) exp(1/2 input[n, j]²)))
+        rows[e, j] / N
 
     rows [E, J], input [N, J] → [E, J]
     """
@@ -65,7 +68,9 @@ def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
-    """sandwich[j, j2] = Σ_{n} (1/2 + 1/2 erf(1/2 √2 input[n, j2]) + 1/2 √2 input[n, j2] / (√(pi) exp(1/2 input[n, j2]²))) (1/2 + 1/2 erf(1/2 √2 input[n, j]) + 1/2 √2 input[n, j] / (√(pi) exp(1/2 input[n, j]²))) averaged[j, j2] / N
+    """sandwich[j, j2] = Σ_{n} (1/2 + 1/2 erf(1/2 √2 input[n, j2]) + 1/2 √2 input[n, j2] / (√(pi) exp(1/2 input[n,
+        j2]²))) (1/2 + 1/2 erf(1/2 √2 input[n, j]) + 1/2 √2 input[n, j] / (√(pi) exp(1/2 input[n, j]²))) averaged[j,
+        j2] / N
 
     averaged [J, J], input [N, J] → [J, J]
     """

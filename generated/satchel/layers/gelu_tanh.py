@@ -18,7 +18,9 @@ from ..runtime.rules import Layer, Rule
 
 @widened
 def vjp(factor: Tensor, input: Tensor) -> Tensor:
-    """vjp[v, n, j] = (1/2 + 1/2 tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)) + 1/2 √2 (1 − (tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)))²) (1 + 26829/200000 input[n, j]²) input[n, j] / √(pi)) factor[v, n, j]
+    """vjp[v, n, j] = (1/2 + 1/2 tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)) + 1/2 √2 (1 − (tanh(√2
+        (8943/200000 input[n, j]³ + input[n, j]) / √(pi)))²) (1 + 26829/200000 input[n, j]²) input[n, j] / √(pi))
+        factor[v, n, j]
 
     factor [V, N, J], input [N, J] → [V, N, J]
     """
@@ -35,7 +37,9 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
-    """diagonal[n, j] = (1/2 + 1/2 tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)) + 1/2 √2 (1 − (tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)))²) (1 + 26829/200000 input[n, j]²) input[n, j] / √(pi))² curvature[n, j]
+    """diagonal[n, j] = (1/2 + 1/2 tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)) + 1/2 √2 (1 − (tanh(√2
+        (8943/200000 input[n, j]³ + input[n, j]) / √(pi)))²) (1 + 26829/200000 input[n, j]²) input[n, j] / √(pi))²
+        curvature[n, j]
 
     curvature [N, J], input [N, J] → [N, J]
     """
@@ -55,7 +59,9 @@ def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
-    """mean_vjp[e, j] = Σ_{n} (1/2 + 1/2 tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)) + 1/2 √2 (1 − (tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)))²) (1 + 26829/200000 input[n, j]²) input[n, j] / √(pi)) rows[e, j] / N
+    """mean_vjp[e, j] = Σ_{n} (1/2 + 1/2 tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)) + 1/2 √2 (1 −
+        (tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)))²) (1 + 26829/200000 input[n, j]²) input[n, j] /
+        √(pi)) rows[e, j] / N
 
     rows [E, J], input [N, J] → [E, J]
     """
@@ -77,7 +83,11 @@ def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
-    """sandwich[j, j2] = Σ_{n} (1/2 + 1/2 tanh(√2 (8943/200000 input[n, j2]³ + input[n, j2]) / √(pi)) + 1/2 √2 (1 − (tanh(√2 (8943/200000 input[n, j2]³ + input[n, j2]) / √(pi)))²) (1 + 26829/200000 input[n, j2]²) input[n, j2] / √(pi)) (1/2 + 1/2 tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)) + 1/2 √2 (1 − (tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)))²) (1 + 26829/200000 input[n, j]²) input[n, j] / √(pi)) averaged[j, j2] / N
+    """sandwich[j, j2] = Σ_{n} (1/2 + 1/2 tanh(√2 (8943/200000 input[n, j2]³ + input[n, j2]) / √(pi)) + 1/2 √2 (1 −
+        (tanh(√2 (8943/200000 input[n, j2]³ + input[n, j2]) / √(pi)))²) (1 + 26829/200000 input[n, j2]²) input[n,
+        j2] / √(pi)) (1/2 + 1/2 tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)) + 1/2 √2 (1 − (tanh(√2
+        (8943/200000 input[n, j]³ + input[n, j]) / √(pi)))²) (1 + 26829/200000 input[n, j]²) input[n, j] / √(pi))
+        averaged[j, j2] / N
 
     averaged [J, J], input [N, J] → [J, J]
     """
@@ -96,7 +106,11 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def residual(delta: Tensor, input: Tensor) -> Tensor:
-    """residual[n, j] = (√2 (1 − (tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)))²) (1 + 26829/200000 input[n, j]²) / √(pi) + 26829/200000 √2 (1 − (tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)))²) input[n, j]² / √(pi) − 2 (1 − (tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)))²) (1 + 26829/200000 input[n, j]²)² tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)) input[n, j] / pi) delta[n, j]
+    """residual[n, j] = (√2 (1 − (tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)))²) (1 + 26829/200000
+        input[n, j]²) / √(pi) + 26829/200000 √2 (1 − (tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)))²)
+        input[n, j]² / √(pi) − 2 (1 − (tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)))²) (1 +
+        26829/200000 input[n, j]²)² tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)) input[n, j] / pi)
+        delta[n, j]
 
     delta [N, J], input [N, J] → [N, J]
     """

@@ -20,7 +20,8 @@ from ..runtime.rules import Layer, Rule
 def vjp(factor: Tensor, input: Tensor) -> Tensor:
     """value[n, r, k, s] = Σ_{half} [half = 0] input[n, r, half, k, s]
     gate[n, r, k, s] = Σ_{half} [half = 1] input[n, r, half, k, s]
-    bar_gate[v, n, r, k, s] = (1 − sigmoid(gate[n, r, k, s])) sigmoid(gate[n, r, k, s]) factor[v, n, r, k, s] value[n, r, k, s]
+    bar_gate[v, n, r, k, s] = (1 − sigmoid(gate[n, r, k, s])) sigmoid(gate[n, r, k, s]) factor[v, n, r, k, s]
+        value[n, r, k, s]
     bar_value[v, n, r, k, s] = sigmoid(gate[n, r, k, s]) factor[v, n, r, k, s]
     vjp[v, n, r, half, k, s] = [half = 0] bar_value[v, n, r, k, s] + [half = 1] bar_gate[v, n, r, k, s]
 
@@ -28,14 +29,14 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
     """
     HALF = input.shape[2]
     classes = torch.arange(HALF, device=factor.device)
-    value = torch.einsum("a,nraks->nrks", (classes == 0).to(factor.dtype), input)
-    gate = torch.einsum("a,nraks->nrks", (classes == 1).to(factor.dtype), input)
+    value = torch.einsum("a,nraks->nrks", (0 == classes).to(factor.dtype), input)
+    gate = torch.einsum("a,nraks->nrks", (1 == classes).to(factor.dtype), input)
     bar_gate = (1 - torch.sigmoid(gate)) * value * torch.sigmoid(gate) * factor
     bar_value = torch.sigmoid(gate) * factor
     classes2 = torch.arange(HALF, device=bar_gate.device)
     return (
-        (classes2 == 0).to(bar_gate.dtype) * bar_value[:, :, :, :, :, None]
-        + (classes2 == 1).to(bar_gate.dtype) * bar_gate[:, :, :, :, :, None]
+        (0 == classes2).to(bar_gate.dtype) * bar_value[:, :, :, :, :, None]
+        + (1 == classes2).to(bar_gate.dtype) * bar_gate[:, :, :, :, :, None]
     ).permute(0, 1, 2, 5, 3, 4)
 
 
@@ -45,18 +46,20 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor) -> Tensor:
     gate[n, r, k, s] = Σ_{half} [half = 1] input[n, r, half, k, s]
     dot_value[v, n, r, k, s] = Σ_{half} [half = 0] tangent[v, n, r, half, k, s]
     dot_gate[v, n, r, k, s] = Σ_{half} [half = 1] tangent[v, n, r, half, k, s]
-    dot_bar_gate[v, n, r, k, s] = (1 − sigmoid(gate[n, r, k, s])) ((1 − 2 sigmoid(gate[n, r, k, s])) dot_gate[v, n, r, k, s] value[n, r, k, s] + dot_value[v, n, r, k, s]) sigmoid(gate[n, r, k, s]) delta[n, r, k, s]
-    dot_bar_value[v, n, r, k, s] = (1 − sigmoid(gate[n, r, k, s])) sigmoid(gate[n, r, k, s]) delta[n, r, k, s] dot_gate[v, n, r, k, s]
+    dot_bar_gate[v, n, r, k, s] = (1 − sigmoid(gate[n, r, k, s])) ((1 − 2 sigmoid(gate[n, r, k, s])) dot_gate[v, n,
+        r, k, s] value[n, r, k, s] + dot_value[v, n, r, k, s]) sigmoid(gate[n, r, k, s]) delta[n, r, k, s]
+    dot_bar_value[v, n, r, k, s] = (1 − sigmoid(gate[n, r, k, s])) sigmoid(gate[n, r, k, s]) delta[n, r, k, s]
+        dot_gate[v, n, r, k, s]
     hessian[v, n, r, half, k, s] = [half = 0] dot_bar_value[v, n, r, k, s] + [half = 1] dot_bar_gate[v, n, r, k, s]
 
     delta [N, R, K, S], tangent [V, N, R, HALF, K, S], input [N, R, HALF, K, S] → [V, N, R, HALF, K, S]
     """
     HALF = tangent.shape[3]
     classes = torch.arange(HALF, device=delta.device)
-    value = torch.einsum("a,nraks->nrks", (classes == 0).to(delta.dtype), input)
-    gate = torch.einsum("a,nraks->nrks", (classes == 1).to(delta.dtype), input)
-    dot_value = torch.einsum("a,vnraks->vnrks", (classes == 0).to(delta.dtype), tangent)
-    dot_gate = torch.einsum("a,vnraks->vnrks", (classes == 1).to(delta.dtype), tangent)
+    value = torch.einsum("a,nraks->nrks", (0 == classes).to(delta.dtype), input)
+    gate = torch.einsum("a,nraks->nrks", (1 == classes).to(delta.dtype), input)
+    dot_value = torch.einsum("a,vnraks->vnrks", (0 == classes).to(delta.dtype), tangent)
+    dot_gate = torch.einsum("a,vnraks->vnrks", (1 == classes).to(delta.dtype), tangent)
     dot_bar_gate = (
         (1 - torch.sigmoid(gate))
         * delta
@@ -66,8 +69,8 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor) -> Tensor:
     dot_bar_value = (1 - torch.sigmoid(gate)) * delta * torch.sigmoid(gate) * dot_gate
     classes2 = torch.arange(HALF, device=dot_bar_gate.device)
     return (
-        (classes2 == 0).to(dot_bar_gate.dtype) * dot_bar_value[:, :, :, :, :, None]
-        + (classes2 == 1).to(dot_bar_gate.dtype) * dot_bar_gate[:, :, :, :, :, None]
+        (0 == classes2).to(dot_bar_gate.dtype) * dot_bar_value[:, :, :, :, :, None]
+        + (1 == classes2).to(dot_bar_gate.dtype) * dot_bar_gate[:, :, :, :, :, None]
     ).permute(0, 1, 2, 5, 3, 4)
 
 

@@ -29,7 +29,8 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     bar_normalised[v, n, g, c, s] = factor[v, n, g, c, s] weight[g, c]
     bar_rstd[v, n, g] = Σ_{c,s} bar_normalised[v, n, g, c, s] centred[n, g, c, s]
     bar_variance[v, n, g] = −1/2 bar_rstd[v, n, g] / (variance[n, g] + eps)^(3/2)
-    bar_centred[v, n, g, c, s] = bar_normalised[v, n, g, c, s] rstd[n, g] + 2 bar_variance[v, n, g] centred[n, g, c, s] / (C S)
+    bar_centred[v, n, g, c, s] = bar_normalised[v, n, g, c, s] rstd[n, g] + 2 bar_variance[v, n, g] centred[n, g, c,
+        s] / (C S)
     bar_mean[v, n, g] = Σ_{c,s} −bar_centred[v, n, g, c, s]
     vjp[v, n, g, c, s] = bar_mean[v, n, g] / (C S) + bar_centred[v, n, g, c, s]
 
@@ -44,7 +45,7 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     bar_rstd = torch.einsum("ngcs,vngcs->vng", centred, bar_normalised)
     bar_variance = -torch.pow(variance + eps, -3 / 2) * bar_rstd / 2
     bar_centred = rstd[:, :, None, None] * bar_normalised + 2 * bar_variance[:, :, :, None, None] * centred / (C * S)
-    bar_mean = -1 * bar_centred.sum((3, 4))
+    bar_mean = -bar_centred.sum((3, 4))
     return bar_mean[:, :, :, None, None] / (C * S) + bar_centred
 
 
@@ -61,8 +62,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     dot_variance[v, n, g] = Σ_{c,s} 2 centred[n, g, c, s] dot_centred[v, n, g, c, s] / (C S)
     dot_rstd[v, n, g] = −1/2 dot_variance[v, n, g] / (variance[n, g] + eps)^(3/2)
     dot_bar_rstd[v, n, g] = Σ_{c,s} bar_normalised[n, g, c, s] dot_centred[v, n, g, c, s]
-    dot_bar_variance[v, n, g] = 1/4 (3 bar_rstd[n, g] dot_variance[v, n, g] / (variance[n, g] + eps) − 2 dot_bar_rstd[v, n, g]) / (variance[n, g] + eps)^(3/2)
-    dot_bar_centred[v, n, g, c, s] = bar_normalised[n, g, c, s] dot_rstd[v, n, g] + 2 bar_variance[n, g] dot_centred[v, n, g, c, s] / (C S) + 2 centred[n, g, c, s] dot_bar_variance[v, n, g] / (C S)
+    dot_bar_variance[v, n, g] = 1/4 (3 bar_rstd[n, g] dot_variance[v, n, g] / (variance[n, g] + eps) − 2
+        dot_bar_rstd[v, n, g]) / (variance[n, g] + eps)^(3/2)
+    dot_bar_centred[v, n, g, c, s] = bar_normalised[n, g, c, s] dot_rstd[v, n, g] + 2 bar_variance[n, g]
+        dot_centred[v, n, g, c, s] / (C S) + 2 centred[n, g, c, s] dot_bar_variance[v, n, g] / (C S)
     dot_bar_mean[v, n, g] = Σ_{c,s} −dot_bar_centred[v, n, g, c, s]
     hessian[v, n, g, c, s] = dot_bar_mean[v, n, g] / (C S) + dot_bar_centred[v, n, g, c, s]
 
@@ -74,7 +77,7 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     variance = centred.square().sum((2, 3)) / (C * S)
     bar_normalised = weight[:, :, None] * delta
     bar_rstd = (bar_normalised * centred).sum((2, 3))
-    bar_variance = -1 * bar_rstd / torch.pow(variance + eps, 3 / 2) / (2)
+    bar_variance = -(bar_rstd / torch.pow(variance + eps, 3 / 2)) / (2)
     dot_mean = tangent.sum((3, 4)) / (C * S)
     dot_centred = tangent - dot_mean[:, :, :, None, None]
     dot_variance = 2 * torch.einsum("ngcs,vngcs->vng", centred, dot_centred) / (C * S)
@@ -88,80 +91,63 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
         + 2 * bar_variance[:, :, None, None] * dot_centred / (C * S)
         + 2 * dot_bar_variance[:, :, :, None, None] * centred / (C * S)
     )
-    dot_bar_mean = -1 * dot_bar_centred.sum((3, 4))
+    dot_bar_mean = -dot_bar_centred.sum((3, 4))
     return dot_bar_mean[:, :, :, None, None] / (C * S) + dot_bar_centred
 
 
-@widened
-def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+def normalised_from(input: Tensor, eps: float) -> Tensor:
     """mean[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
     centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
     variance[n, g] = Σ_{c,s} centred[n, g, c, s]² / (C S)
     rstd[n, g] = 1/sqrt(variance[n, g] + eps)
     normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]
-    weight_per_sample[v, n, g, c] = Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s]
 
-    factor [V, N, G, C, S], input [N, G, C, S] → [V, N, G, C]
+    input [N, G, C, S] → [N, G, C, S]
     """
-    *_, C, S = factor.shape
+    *_, C, S = input.shape
     mean = input.sum((2, 3)) / (C * S)
     centred = input - mean[:, :, None, None]
     variance = centred.square().sum((2, 3)) / (C * S)
     rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None, None] * centred
+    return rstd[:, :, None, None] * centred
+
+
+@widened
+def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_per_sample[v, n, g, c] = Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s]
+
+    factor [V, N, G, C, S], input [N, G, C, S] → [V, N, G, C]
+    """
+    normalised = normalised_from(input, eps)
     return torch.einsum("ngcs,vngcs->vngc", normalised, factor)
 
 
 @widened
 def weight_gradient(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """mean[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
-    centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
-    variance[n, g] = Σ_{c,s} centred[n, g, c, s]² / (C S)
-    rstd[n, g] = 1/sqrt(variance[n, g] + eps)
-    normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]
-    weight_gradient[g, c] = Σ_{n,s,v} factor[v, n, g, c, s] normalised[n, g, c, s]
+    """weight_gradient[g, c] = Σ_{n,s,v} factor[v, n, g, c, s] normalised[n, g, c, s]
 
     factor [V, N, G, C, S], input [N, G, C, S] → [G, C]
     """
-    *_, C, S = factor.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
-    variance = centred.square().sum((2, 3)) / (C * S)
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None, None] * centred
+    normalised = normalised_from(input, eps)
     return (normalised * factor.sum(0)).sum((0, 3))
 
 
 def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    *_, C, S = factor.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
-    variance = centred.square().sum((2, 3)) / (C * S)
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None, None] * centred
+    normalised = normalised_from(input, eps)
     return (normalised.squeeze(3).square() * factor.squeeze(4).square().sum(0)).sum(0)
 
 
 def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, stored whole."""
-    *_, C, S = factor.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
-    variance = centred.square().sum((2, 3)) / (C * S)
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None, None] * centred
+    normalised = normalised_from(input, eps)
     return torch.einsum("ngcs,vngcs->vngc", normalised, factor).square().sum((0, 1))
 
 
 def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
-    V, N, G, C, S = factor.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
-    variance = centred.square().sum((2, 3)) / (C * S)
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None, None] * centred
+    V, N, G, C, _ = factor.shape
+    normalised = normalised_from(input, eps)
     total = factor.new_zeros(G, C)
     for columns, samples in blocks(V, N, C * G):
         total += torch.einsum("ngcs,vngcs->vngc", normalised[samples], factor[columns, samples]).square().sum((0, 1))
@@ -170,12 +156,7 @@ def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -
 
 @widened
 def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """mean[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
-    centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
-    variance[n, g] = Σ_{c,s} centred[n, g, c, s]² / (C S)
-    rstd[n, g] = 1/sqrt(variance[n, g] + eps)
-    normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]
-    weight_sum_of_squares[g, c] = Σ_{n,v} (Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s])²
+    """weight_sum_of_squares[g, c] = Σ_{n,v} (Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s])²
 
     factor [V, N, G, C, S], input [N, G, C, S] → [G, C]. The cheapest program for the shapes.
     """
@@ -208,34 +189,20 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
 
 def weight_squared_norm_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    *_, C, S = factor.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
-    variance = centred.square().sum((2, 3)) / (C * S)
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None, None] * centred
+    normalised = normalised_from(input, eps)
     return (normalised.squeeze(3).square() * factor.squeeze(4).square().sum(0)).sum((1, 2))
 
 
 def weight_squared_norm_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, stored whole."""
-    *_, C, S = factor.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
-    variance = centred.square().sum((2, 3)) / (C * S)
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None, None] * centred
+    normalised = normalised_from(input, eps)
     return torch.einsum("ngcs,vngcs->vngc", normalised, factor).square().sum((0, 2, 3))
 
 
 def weight_squared_norm_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
-    V, N, G, C, S = factor.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
-    variance = centred.square().sum((2, 3)) / (C * S)
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None, None] * centred
+    V, N, G, C, _ = factor.shape
+    normalised = normalised_from(input, eps)
     total = factor.new_zeros(N)
     for columns, samples in blocks(V, N, C * G):
         total[samples] += (
@@ -246,12 +213,7 @@ def weight_squared_norm_blockwise(factor: Tensor, input: Tensor, eps: float) -> 
 
 @widened
 def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """mean[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
-    centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
-    variance[n, g] = Σ_{c,s} centred[n, g, c, s]² / (C S)
-    rstd[n, g] = 1/sqrt(variance[n, g] + eps)
-    normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]
-    weight_squared_norm[n] = Σ_{c,g,v} (Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s])²
+    """weight_squared_norm[n] = Σ_{c,g,v} (Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s])²
 
     factor [V, N, G, C, S], input [N, G, C, S] → [N]. The cheapest program for the shapes.
     """
@@ -284,34 +246,20 @@ def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
 
 def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    *_, C, S = factor.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
-    variance = centred.square().sum((2, 3)) / (C * S)
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None, None] * centred
+    normalised = normalised_from(input, eps)
     return (normalised.squeeze(3).square() * torch.einsum("vngc,vn->ngc", factor.squeeze(4).square(), sign)).sum(0)
 
 
 def weight_signed_sum_of_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, stored whole."""
-    *_, C, S = factor.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
-    variance = centred.square().sum((2, 3)) / (C * S)
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None, None] * centred
+    normalised = normalised_from(input, eps)
     return (torch.einsum("ngcs,vngcs->vngc", normalised, factor).square() * sign[:, :, None, None]).sum((0, 1))
 
 
 def weight_signed_sum_of_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
-    V, N, G, C, S = factor.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
-    variance = centred.square().sum((2, 3)) / (C * S)
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None, None] * centred
+    V, N, G, C, _ = factor.shape
+    normalised = normalised_from(input, eps)
     total = factor.new_zeros(G, C)
     for columns, samples in blocks(V, N, C * G):
         total += (
@@ -323,12 +271,7 @@ def weight_signed_sum_of_squares_blockwise(factor: Tensor, sign: Tensor, input: 
 
 @widened
 def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """mean[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
-    centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
-    variance[n, g] = Σ_{c,s} centred[n, g, c, s]² / (C S)
-    rstd[n, g] = 1/sqrt(variance[n, g] + eps)
-    normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]
-    weight_signed_sum_of_squares[g, c] = Σ_{n,v} sign[v, n] (Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s])²
+    """weight_signed_sum_of_squares[g, c] = Σ_{n,v} sign[v, n] (Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s])²
 
     factor [V, N, G, C, S], sign [V, N], input [N, G, C, S] → [G, C]. The cheapest program for the shapes.
     """
@@ -361,21 +304,11 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, ep
 
 @widened
 def weight_diagonal_sum(curvature: Tensor, input: Tensor, eps: float) -> Tensor:
-    """mean[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
-    centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
-    variance[n, g] = Σ_{c,s} centred[n, g, c, s]² / (C S)
-    rstd[n, g] = 1/sqrt(variance[n, g] + eps)
-    normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]
-    weight_diagonal_sum[g, c] = Σ_{n,s} curvature[n, g, c, s] normalised[n, g, c, s]²
+    """weight_diagonal_sum[g, c] = Σ_{n,s} curvature[n, g, c, s] normalised[n, g, c, s]²
 
     curvature [N, G, C, S], input [N, G, C, S] → [G, C]
     """
-    *_, C, S = curvature.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
-    variance = centred.square().sum((2, 3)) / (C * S)
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None, None] * centred
+    normalised = normalised_from(input, eps)
     return (normalised.square() * curvature).sum((0, 3))
 
 

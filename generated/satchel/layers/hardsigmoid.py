@@ -52,7 +52,8 @@ def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
-    """sandwich[j, j2] = Σ_{n} (1/6 if (input[n, j2] > -3) & (input[n, j2] < 3), else 0) (1/6 if (input[n, j] > -3) & (input[n, j] < 3), else 0) averaged[j, j2] / N
+    """sandwich[j, j2] = Σ_{n} (1/6 if (input[n, j2] > -3) & (input[n, j2] < 3), else 0) (1/6 if (input[n, j] > -3) &
+        (input[n, j] < 3), else 0) averaged[j, j2] / N
 
     averaged [J, J], input [N, J] → [J, J]
     """

@@ -2,7 +2,8 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """torch.nn.Hardswish
 
-output[n, j] = (1/6 (3 + input[n, j]) input[n, j] if (input[n, j] > -3) & (input[n, j] < 3), input[n, j] if input[n, j] >= 3, else 0)
+output[n, j] = (1/6 (3 + input[n, j]) input[n, j] if (input[n, j] > -3) & (input[n, j] < 3), input[n, j] if
+    input[n, j] >= 3, else 0)
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from ..runtime.rules import Layer, Rule
 
 @widened
 def vjp(factor: Tensor, input: Tensor) -> Tensor:
-    """vjp[v, n, j] = (1/2 + 1/3 input[n, j] if (input[n, j] > -3) & (input[n, j] < 3), 1 if input[n, j] >= 3, else 0) factor[v, n, j]
+    """vjp[v, n, j] = (1/2 + 1/3 input[n, j] if (input[n, j] > -3) & (input[n, j] < 3), 1 if input[n, j] >= 3, else 0)
+        factor[v, n, j]
 
     factor [V, N, J], input [N, J] → [V, N, J]
     """
@@ -32,7 +34,8 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
-    """diagonal[n, j] = ((1/2 + 1/3 input[n, j])² if (input[n, j] > -3) & (input[n, j] < 3), 1 if input[n, j] >= 3, else 0) curvature[n, j]
+    """diagonal[n, j] = ((1/2 + 1/3 input[n, j])² if (input[n, j] > -3) & (input[n, j] < 3), 1 if input[n, j] >= 3,
+        else 0) curvature[n, j]
 
     curvature [N, J], input [N, J] → [N, J]
     """
@@ -45,7 +48,8 @@ def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
-    """mean_vjp[e, j] = Σ_{n} (1/2 + 1/3 input[n, j] if (input[n, j] > -3) & (input[n, j] < 3), 1 if input[n, j] >= 3, else 0) rows[e, j] / N
+    """mean_vjp[e, j] = Σ_{n} (1/2 + 1/3 input[n, j] if (input[n, j] > -3) & (input[n, j] < 3), 1 if input[n, j] >= 3,
+        else 0) rows[e, j] / N
 
     rows [E, J], input [N, J] → [E, J]
     """
@@ -63,7 +67,9 @@ def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
-    """sandwich[j, j2] = Σ_{n} (1/2 + 1/3 input[n, j2] if (input[n, j2] > -3) & (input[n, j2] < 3), 1 if input[n, j2] >= 3, else 0) (1/2 + 1/3 input[n, j] if (input[n, j] > -3) & (input[n, j] < 3), 1 if input[n, j] >= 3, else 0) averaged[j, j2] / N
+    """sandwich[j, j2] = Σ_{n} (1/2 + 1/3 input[n, j2] if (input[n, j2] > -3) & (input[n, j2] < 3), 1 if input[n, j2]
+        >= 3, else 0) (1/2 + 1/3 input[n, j] if (input[n, j] > -3) & (input[n, j] < 3), 1 if input[n, j] >= 3, else
+        0) averaged[j, j2] / N
 
     averaged [J, J], input [N, J] → [J, J]
     """

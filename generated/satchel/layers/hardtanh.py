@@ -2,7 +2,8 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """torch.nn.Hardtanh
 
-output[n, j] = (input[n, j] if (max_val > input[n, j]) & (min_val < input[n, j]), max_val if max_val <= input[n, j], else min_val)
+output[n, j] = (input[n, j] if (max_val > input[n, j]) & (min_val < input[n, j]), max_val if max_val <= input[n,
+    j], else min_val)
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def mean_vjp(rows: Tensor, input: Tensor, max_val: float, min_val: float) -> Ten
 
 @widened
 def sandwich(averaged: Tensor, input: Tensor, max_val: float, min_val: float) -> Tensor:
-    """sandwich[j, j2] = Σ_{n} (1 if (max_val > input[n, j2]) & (min_val < input[n, j2]), else 0) (1 if (max_val > input[n, j]) & (min_val < input[n, j]), else 0) averaged[j, j2] / N
+    """sandwich[j, j2] = Σ_{n} (1 if (max_val > input[n, j2]) & (min_val < input[n, j2]), else 0) (1 if (max_val >
+        input[n, j]) & (min_val < input[n, j]), else 0) averaged[j, j2] / N
 
     averaged [J, J], input [N, J] → [J, J]
     """

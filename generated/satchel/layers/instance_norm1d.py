@@ -44,7 +44,7 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     bar_rstd = torch.einsum("ncs,vncs->vnc", centred, bar_normalised)
     bar_variance = -torch.pow(variance + eps, -3 / 2) * bar_rstd / 2
     bar_centred = rstd[:, :, None] * bar_normalised + 2 * bar_variance[:, :, :, None] * centred / S
-    bar_mean = -1 * bar_centred.sum(3)
+    bar_mean = -bar_centred.sum(3)
     return bar_mean[:, :, :, None] / S + bar_centred
 
 
@@ -61,8 +61,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     dot_variance[v, n, c] = Σ_{s} 2 centred[n, c, s] dot_centred[v, n, c, s] / S
     dot_rstd[v, n, c] = −1/2 dot_variance[v, n, c] / (variance[n, c] + eps)^(3/2)
     dot_bar_rstd[v, n, c] = Σ_{s} bar_normalised[n, c, s] dot_centred[v, n, c, s]
-    dot_bar_variance[v, n, c] = 1/4 (3 bar_rstd[n, c] dot_variance[v, n, c] / (variance[n, c] + eps) − 2 dot_bar_rstd[v, n, c]) / (variance[n, c] + eps)^(3/2)
-    dot_bar_centred[v, n, c, s] = bar_normalised[n, c, s] dot_rstd[v, n, c] + 2 bar_variance[n, c] dot_centred[v, n, c, s] / S + 2 centred[n, c, s] dot_bar_variance[v, n, c] / S
+    dot_bar_variance[v, n, c] = 1/4 (3 bar_rstd[n, c] dot_variance[v, n, c] / (variance[n, c] + eps) − 2
+        dot_bar_rstd[v, n, c]) / (variance[n, c] + eps)^(3/2)
+    dot_bar_centred[v, n, c, s] = bar_normalised[n, c, s] dot_rstd[v, n, c] + 2 bar_variance[n, c] dot_centred[v, n,
+        c, s] / S + 2 centred[n, c, s] dot_bar_variance[v, n, c] / S
     dot_bar_mean[v, n, c] = Σ_{s} −dot_bar_centred[v, n, c, s]
     hessian[v, n, c, s] = dot_bar_mean[v, n, c] / S + dot_bar_centred[v, n, c, s]
 
@@ -74,7 +76,7 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     variance = centred.square().sum(2) / S
     bar_normalised = weight[:, None] * delta
     bar_rstd = (bar_normalised * centred).sum(2)
-    bar_variance = -1 * bar_rstd / torch.pow(variance + eps, 3 / 2) / (2)
+    bar_variance = -(bar_rstd / torch.pow(variance + eps, 3 / 2)) / (2)
     dot_mean = tangent.sum(3) / S
     dot_centred = tangent - dot_mean[:, :, :, None]
     dot_variance = 2 * torch.einsum("ncs,vncs->vnc", centred, dot_centred) / S
@@ -88,80 +90,63 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
         + 2 * bar_variance[:, :, None] * dot_centred / S
         + 2 * centred * dot_bar_variance[:, :, :, None] / S
     )
-    dot_bar_mean = -1 * dot_bar_centred.sum(3)
+    dot_bar_mean = -dot_bar_centred.sum(3)
     return dot_bar_mean[:, :, :, None] / S + dot_bar_centred
 
 
-@widened
-def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+def normalised_from(input: Tensor, eps: float) -> Tensor:
     """mean[n, c] = Σ_{s} input[n, c, s] / S
     centred[n, c, s] = input[n, c, s] − mean[n, c]
     variance[n, c] = Σ_{s} centred[n, c, s]² / S
     rstd[n, c] = 1/sqrt(variance[n, c] + eps)
     normalised[n, c, s] = centred[n, c, s] rstd[n, c]
-    weight_per_sample[v, n, c] = Σ_{s} factor[v, n, c, s] normalised[n, c, s]
 
-    factor [V, N, C, S], input [N, C, S] → [V, N, C]
+    input [N, C, S] → [N, C, S]
     """
-    S = factor.shape[3]
+    S = input.shape[2]
     mean = input.sum(2) / S
     centred = input - mean[:, :, None]
     variance = centred.square().sum(2) / S
     rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    return rstd[:, :, None] * centred
+
+
+@widened
+def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_per_sample[v, n, c] = Σ_{s} factor[v, n, c, s] normalised[n, c, s]
+
+    factor [V, N, C, S], input [N, C, S] → [V, N, C]
+    """
+    normalised = normalised_from(input, eps)
     return torch.einsum("ncs,vncs->vnc", normalised, factor)
 
 
 @widened
 def weight_gradient(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """mean[n, c] = Σ_{s} input[n, c, s] / S
-    centred[n, c, s] = input[n, c, s] − mean[n, c]
-    variance[n, c] = Σ_{s} centred[n, c, s]² / S
-    rstd[n, c] = 1/sqrt(variance[n, c] + eps)
-    normalised[n, c, s] = centred[n, c, s] rstd[n, c]
-    weight_gradient[c] = Σ_{n,s,v} factor[v, n, c, s] normalised[n, c, s]
+    """weight_gradient[c] = Σ_{n,s,v} factor[v, n, c, s] normalised[n, c, s]
 
     factor [V, N, C, S], input [N, C, S] → [C]
     """
-    S = factor.shape[3]
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / S
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     return (normalised * factor.sum(0)).sum((0, 2))
 
 
 def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    S = factor.shape[3]
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / S
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     return (normalised.squeeze(2).square() * factor.squeeze(3).square().sum(0)).sum(0)
 
 
 def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, stored whole."""
-    S = factor.shape[3]
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / S
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     return torch.einsum("ncs,vncs->vnc", normalised, factor).square().sum((0, 1))
 
 
 def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
-    V, N, C, S = factor.shape
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / S
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    V, N, C, _ = factor.shape
+    normalised = normalised_from(input, eps)
     total = factor.new_zeros(C)
     for columns, samples in blocks(V, N, C):
         total += torch.einsum("ncs,vncs->vnc", normalised[samples], factor[columns, samples]).square().sum((0, 1))
@@ -170,12 +155,7 @@ def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -
 
 @widened
 def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """mean[n, c] = Σ_{s} input[n, c, s] / S
-    centred[n, c, s] = input[n, c, s] − mean[n, c]
-    variance[n, c] = Σ_{s} centred[n, c, s]² / S
-    rstd[n, c] = 1/sqrt(variance[n, c] + eps)
-    normalised[n, c, s] = centred[n, c, s] rstd[n, c]
-    weight_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s] normalised[n, c, s])²
+    """weight_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s] normalised[n, c, s])²
 
     factor [V, N, C, S], input [N, C, S] → [C]. The cheapest program for the shapes.
     """
@@ -208,34 +188,20 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
 
 def weight_squared_norm_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    S = factor.shape[3]
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / S
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     return (normalised.squeeze(2).square() * factor.squeeze(3).square().sum(0)).sum(1)
 
 
 def weight_squared_norm_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, stored whole."""
-    S = factor.shape[3]
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / S
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     return torch.einsum("ncs,vncs->vnc", normalised, factor).square().sum((0, 2))
 
 
 def weight_squared_norm_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
-    V, N, C, S = factor.shape
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / S
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    V, N, C, _ = factor.shape
+    normalised = normalised_from(input, eps)
     total = factor.new_zeros(N)
     for columns, samples in blocks(V, N, C):
         total[samples] += (
@@ -246,12 +212,7 @@ def weight_squared_norm_blockwise(factor: Tensor, input: Tensor, eps: float) -> 
 
 @widened
 def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """mean[n, c] = Σ_{s} input[n, c, s] / S
-    centred[n, c, s] = input[n, c, s] − mean[n, c]
-    variance[n, c] = Σ_{s} centred[n, c, s]² / S
-    rstd[n, c] = 1/sqrt(variance[n, c] + eps)
-    normalised[n, c, s] = centred[n, c, s] rstd[n, c]
-    weight_squared_norm[n] = Σ_{c,v} (Σ_{s} factor[v, n, c, s] normalised[n, c, s])²
+    """weight_squared_norm[n] = Σ_{c,v} (Σ_{s} factor[v, n, c, s] normalised[n, c, s])²
 
     factor [V, N, C, S], input [N, C, S] → [N]. The cheapest program for the shapes.
     """
@@ -284,34 +245,20 @@ def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
 
 def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    S = factor.shape[3]
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / S
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     return (normalised.squeeze(2).square() * torch.einsum("vnc,vn->nc", factor.squeeze(3).square(), sign)).sum(0)
 
 
 def weight_signed_sum_of_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, stored whole."""
-    S = factor.shape[3]
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / S
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     return (torch.einsum("ncs,vncs->vnc", normalised, factor).square() * sign[:, :, None]).sum((0, 1))
 
 
 def weight_signed_sum_of_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
-    V, N, C, S = factor.shape
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / S
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    V, N, C, _ = factor.shape
+    normalised = normalised_from(input, eps)
     total = factor.new_zeros(C)
     for columns, samples in blocks(V, N, C):
         total += (
@@ -323,12 +270,7 @@ def weight_signed_sum_of_squares_blockwise(factor: Tensor, sign: Tensor, input: 
 
 @widened
 def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """mean[n, c] = Σ_{s} input[n, c, s] / S
-    centred[n, c, s] = input[n, c, s] − mean[n, c]
-    variance[n, c] = Σ_{s} centred[n, c, s]² / S
-    rstd[n, c] = 1/sqrt(variance[n, c] + eps)
-    normalised[n, c, s] = centred[n, c, s] rstd[n, c]
-    weight_signed_sum_of_squares[c] = Σ_{n,v} sign[v, n] (Σ_{s} factor[v, n, c, s] normalised[n, c, s])²
+    """weight_signed_sum_of_squares[c] = Σ_{n,v} sign[v, n] (Σ_{s} factor[v, n, c, s] normalised[n, c, s])²
 
     factor [V, N, C, S], sign [V, N], input [N, C, S] → [C]. The cheapest program for the shapes.
     """
@@ -361,21 +303,11 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, ep
 
 @widened
 def weight_diagonal_sum(curvature: Tensor, input: Tensor, eps: float) -> Tensor:
-    """mean[n, c] = Σ_{s} input[n, c, s] / S
-    centred[n, c, s] = input[n, c, s] − mean[n, c]
-    variance[n, c] = Σ_{s} centred[n, c, s]² / S
-    rstd[n, c] = 1/sqrt(variance[n, c] + eps)
-    normalised[n, c, s] = centred[n, c, s] rstd[n, c]
-    weight_diagonal_sum[c] = Σ_{n,s} curvature[n, c, s] normalised[n, c, s]²
+    """weight_diagonal_sum[c] = Σ_{n,s} curvature[n, c, s] normalised[n, c, s]²
 
     curvature [N, C, S], input [N, C, S] → [C]
     """
-    S = curvature.shape[2]
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / S
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     return (normalised.square() * curvature).sum((0, 2))
 
 

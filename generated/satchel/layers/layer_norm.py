@@ -44,7 +44,7 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     bar_rstd = torch.einsum("nrj,vnrj->vnr", centred, bar_normalised)
     bar_variance = -torch.pow(variance + eps, -3 / 2) * bar_rstd / 2
     bar_centred = rstd[:, :, None] * bar_normalised + 2 * bar_variance[:, :, :, None] * centred / J
-    bar_mean = -1 * bar_centred.sum(3)
+    bar_mean = -bar_centred.sum(3)
     return bar_mean[:, :, :, None] / J + bar_centred
 
 
@@ -61,8 +61,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     dot_variance[v, n, r] = Σ_{j} 2 centred[n, r, j] dot_centred[v, n, r, j] / J
     dot_rstd[v, n, r] = −1/2 dot_variance[v, n, r] / (variance[n, r] + eps)^(3/2)
     dot_bar_rstd[v, n, r] = Σ_{j} bar_normalised[n, r, j] dot_centred[v, n, r, j]
-    dot_bar_variance[v, n, r] = 1/4 (3 bar_rstd[n, r] dot_variance[v, n, r] / (variance[n, r] + eps) − 2 dot_bar_rstd[v, n, r]) / (variance[n, r] + eps)^(3/2)
-    dot_bar_centred[v, n, r, j] = bar_normalised[n, r, j] dot_rstd[v, n, r] + 2 bar_variance[n, r] dot_centred[v, n, r, j] / J + 2 centred[n, r, j] dot_bar_variance[v, n, r] / J
+    dot_bar_variance[v, n, r] = 1/4 (3 bar_rstd[n, r] dot_variance[v, n, r] / (variance[n, r] + eps) − 2
+        dot_bar_rstd[v, n, r]) / (variance[n, r] + eps)^(3/2)
+    dot_bar_centred[v, n, r, j] = bar_normalised[n, r, j] dot_rstd[v, n, r] + 2 bar_variance[n, r] dot_centred[v, n,
+        r, j] / J + 2 centred[n, r, j] dot_bar_variance[v, n, r] / J
     dot_bar_mean[v, n, r] = Σ_{j} −dot_bar_centred[v, n, r, j]
     hessian[v, n, r, j] = dot_bar_mean[v, n, r] / J + dot_bar_centred[v, n, r, j]
 
@@ -74,7 +76,7 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     variance = centred.square().sum(2) / J
     bar_normalised = weight * delta
     bar_rstd = (bar_normalised * centred).sum(2)
-    bar_variance = -1 * bar_rstd / torch.pow(variance + eps, 3 / 2) / (2)
+    bar_variance = -(bar_rstd / torch.pow(variance + eps, 3 / 2)) / (2)
     dot_mean = tangent.sum(3) / J
     dot_centred = tangent - dot_mean[:, :, :, None]
     dot_variance = 2 * torch.einsum("nrj,vnrj->vnr", centred, dot_centred) / J
@@ -88,80 +90,63 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
         + 2 * bar_variance[:, :, None] * dot_centred / J
         + 2 * centred * dot_bar_variance[:, :, :, None] / J
     )
-    dot_bar_mean = -1 * dot_bar_centred.sum(3)
+    dot_bar_mean = -dot_bar_centred.sum(3)
     return dot_bar_mean[:, :, :, None] / J + dot_bar_centred
 
 
-@widened
-def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+def normalised_from(input: Tensor, eps: float) -> Tensor:
     """mean[n, r] = Σ_{j} input[n, r, j] / J
     centred[n, r, j] = input[n, r, j] − mean[n, r]
     variance[n, r] = Σ_{j} centred[n, r, j]² / J
     rstd[n, r] = 1/sqrt(variance[n, r] + eps)
     normalised[n, r, j] = centred[n, r, j] rstd[n, r]
-    weight_per_sample[v, n, j] = Σ_{r} factor[v, n, r, j] normalised[n, r, j]
 
-    factor [V, N, R, J], input [N, R, J] → [V, N, J]
+    input [N, R, J] → [N, R, J]
     """
-    J = factor.shape[3]
+    J = input.shape[2]
     mean = input.sum(2) / J
     centred = input - mean[:, :, None]
     variance = centred.square().sum(2) / J
     rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    return rstd[:, :, None] * centred
+
+
+@widened
+def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_per_sample[v, n, j] = Σ_{r} factor[v, n, r, j] normalised[n, r, j]
+
+    factor [V, N, R, J], input [N, R, J] → [V, N, J]
+    """
+    normalised = normalised_from(input, eps)
     return torch.einsum("nrj,vnrj->vnj", normalised, factor)
 
 
 @widened
 def weight_gradient(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """mean[n, r] = Σ_{j} input[n, r, j] / J
-    centred[n, r, j] = input[n, r, j] − mean[n, r]
-    variance[n, r] = Σ_{j} centred[n, r, j]² / J
-    rstd[n, r] = 1/sqrt(variance[n, r] + eps)
-    normalised[n, r, j] = centred[n, r, j] rstd[n, r]
-    weight_gradient[j] = Σ_{n,r,v} factor[v, n, r, j] normalised[n, r, j]
+    """weight_gradient[j] = Σ_{n,r,v} factor[v, n, r, j] normalised[n, r, j]
 
     factor [V, N, R, J], input [N, R, J] → [J]
     """
-    J = factor.shape[3]
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / J
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     return (normalised * factor.sum(0)).sum((0, 1))
 
 
 def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    J = factor.shape[3]
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / J
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     return (normalised.squeeze(1).square() * factor.squeeze(2).square().sum(0)).sum(0)
 
 
 def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, stored whole."""
-    J = factor.shape[3]
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / J
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum((0, 1))
 
 
 def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
     V, N, _, J = factor.shape
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / J
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     total = factor.new_zeros(J)
     for columns, samples in blocks(V, N, J):
         total += torch.einsum("nrj,vnrj->vnj", normalised[samples], factor[columns, samples]).square().sum((0, 1))
@@ -170,12 +155,7 @@ def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -
 
 @widened
 def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """mean[n, r] = Σ_{j} input[n, r, j] / J
-    centred[n, r, j] = input[n, r, j] − mean[n, r]
-    variance[n, r] = Σ_{j} centred[n, r, j]² / J
-    rstd[n, r] = 1/sqrt(variance[n, r] + eps)
-    normalised[n, r, j] = centred[n, r, j] rstd[n, r]
-    weight_sum_of_squares[j] = Σ_{n,v} (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
+    """weight_sum_of_squares[j] = Σ_{n,v} (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
 
     factor [V, N, R, J], input [N, R, J] → [J]. The cheapest program for the shapes.
     """
@@ -208,34 +188,20 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
 
 def weight_squared_norm_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    J = factor.shape[3]
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / J
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     return (normalised.squeeze(1).square() * factor.squeeze(2).square().sum(0)).sum(1)
 
 
 def weight_squared_norm_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, stored whole."""
-    J = factor.shape[3]
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / J
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum((0, 2))
 
 
 def weight_squared_norm_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
     V, N, _, J = factor.shape
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / J
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     total = factor.new_zeros(N)
     for columns, samples in blocks(V, N, J):
         total[samples] += (
@@ -246,12 +212,7 @@ def weight_squared_norm_blockwise(factor: Tensor, input: Tensor, eps: float) -> 
 
 @widened
 def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """mean[n, r] = Σ_{j} input[n, r, j] / J
-    centred[n, r, j] = input[n, r, j] − mean[n, r]
-    variance[n, r] = Σ_{j} centred[n, r, j]² / J
-    rstd[n, r] = 1/sqrt(variance[n, r] + eps)
-    normalised[n, r, j] = centred[n, r, j] rstd[n, r]
-    weight_squared_norm[n] = Σ_{j,v} (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
+    """weight_squared_norm[n] = Σ_{j,v} (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
 
     factor [V, N, R, J], input [N, R, J] → [N]. The cheapest program for the shapes.
     """
@@ -284,34 +245,20 @@ def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
 
 def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    J = factor.shape[3]
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / J
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     return (normalised.squeeze(1).square() * torch.einsum("vnj,vn->nj", factor.squeeze(2).square(), sign)).sum(0)
 
 
 def weight_signed_sum_of_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, stored whole."""
-    J = factor.shape[3]
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / J
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     return (torch.einsum("nrj,vnrj->vnj", normalised, factor).square() * sign[:, :, None]).sum((0, 1))
 
 
 def weight_signed_sum_of_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
     V, N, _, J = factor.shape
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / J
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     total = factor.new_zeros(J)
     for columns, samples in blocks(V, N, J):
         total += (
@@ -323,12 +270,7 @@ def weight_signed_sum_of_squares_blockwise(factor: Tensor, sign: Tensor, input: 
 
 @widened
 def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """mean[n, r] = Σ_{j} input[n, r, j] / J
-    centred[n, r, j] = input[n, r, j] − mean[n, r]
-    variance[n, r] = Σ_{j} centred[n, r, j]² / J
-    rstd[n, r] = 1/sqrt(variance[n, r] + eps)
-    normalised[n, r, j] = centred[n, r, j] rstd[n, r]
-    weight_signed_sum_of_squares[j] = Σ_{n,v} sign[v, n] (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
+    """weight_signed_sum_of_squares[j] = Σ_{n,v} sign[v, n] (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
 
     factor [V, N, R, J], sign [V, N], input [N, R, J] → [J]. The cheapest program for the shapes.
     """
@@ -361,21 +303,11 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, ep
 
 @widened
 def weight_diagonal_sum(curvature: Tensor, input: Tensor, eps: float) -> Tensor:
-    """mean[n, r] = Σ_{j} input[n, r, j] / J
-    centred[n, r, j] = input[n, r, j] − mean[n, r]
-    variance[n, r] = Σ_{j} centred[n, r, j]² / J
-    rstd[n, r] = 1/sqrt(variance[n, r] + eps)
-    normalised[n, r, j] = centred[n, r, j] rstd[n, r]
-    weight_diagonal_sum[j] = Σ_{n,r} curvature[n, r, j] normalised[n, r, j]²
+    """weight_diagonal_sum[j] = Σ_{n,r} curvature[n, r, j] normalised[n, r, j]²
 
     curvature [N, R, J], input [N, R, J] → [J]
     """
-    J = curvature.shape[2]
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
-    variance = centred.square().sum(2) / J
-    rstd = torch.pow(variance + eps, -1 / 2)
-    normalised = rstd[:, :, None] * centred
+    normalised = normalised_from(input, eps)
     return (normalised.square() * curvature).sum((0, 1))
 
 

@@ -29,7 +29,7 @@ def diagonal(curvature: Tensor, input: Tensor, negative_slope: float) -> Tensor:
 
     curvature [N, J], input [N, J] → [N, J]
     """
-    return curvature * torch.where(input > 0, curvature.new_tensor(1.0), negative_slope.square())
+    return curvature * torch.where(input > 0, curvature.new_tensor(1.0), negative_slope**2)
 
 
 @widened
@@ -44,7 +44,8 @@ def mean_vjp(rows: Tensor, input: Tensor, negative_slope: float) -> Tensor:
 
 @widened
 def sandwich(averaged: Tensor, input: Tensor, negative_slope: float) -> Tensor:
-    """sandwich[j, j2] = Σ_{n} (1 if input[n, j2] > 0, else negative_slope) (1 if input[n, j] > 0, else negative_slope) averaged[j, j2] / N
+    """sandwich[j, j2] = Σ_{n} (1 if input[n, j2] > 0, else negative_slope) (1 if input[n, j] > 0, else negative_slope)
+        averaged[j, j2] / N
 
     averaged [J, J], input [N, J] → [J, J]
     """

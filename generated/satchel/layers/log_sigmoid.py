@@ -59,7 +59,7 @@ def residual(delta: Tensor, input: Tensor) -> Tensor:
 
     delta [N, J], input [N, J] → [N, J]
     """
-    return -1 * (1 - torch.sigmoid(-input)) * delta * torch.sigmoid(-input)
+    return -((1 - torch.sigmoid(-input)) * delta * torch.sigmoid(-input))
 
 
 LAYER = Layer(

@@ -22,7 +22,7 @@ def vjp(factor: Tensor, output: Tensor) -> Tensor:
 
     factor [V, N, R, K, S], output [N, R, K, S] → [V, N, R, K, S]
     """
-    bar_lse = -1 * factor.sum(3)
+    bar_lse = -factor.sum(3)
     return bar_lse[:, :, :, None, :] * torch.exp(output) + factor
 
 
@@ -35,7 +35,7 @@ def hessian(delta: Tensor, tangent: Tensor, output: Tensor) -> Tensor:
 
     delta [N, R, K, S], tangent [V, N, R, K, S], output [N, R, K, S] → [V, N, R, K, S]
     """
-    bar_lse = -1 * delta.sum(2)
+    bar_lse = -delta.sum(2)
     dot_lse = torch.einsum("vnrks,nrks->vnrs", tangent, torch.exp(output))
     dot_output = tangent - dot_lse[:, :, :, None, :]
     return bar_lse[:, :, None, :] * torch.exp(output) * dot_output

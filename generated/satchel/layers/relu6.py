@@ -44,7 +44,8 @@ def mean_vjp(rows: Tensor, output: Tensor) -> Tensor:
 
 @widened
 def sandwich(averaged: Tensor, output: Tensor) -> Tensor:
-    """sandwich[j, j2] = Σ_{n} (1 if (output[n, j2] > 0) & (output[n, j2] < 6), else 0) (1 if (output[n, j] > 0) & (output[n, j] < 6), else 0) averaged[j, j2] / N
+    """sandwich[j, j2] = Σ_{n} (1 if (output[n, j2] > 0) & (output[n, j2] < 6), else 0) (1 if (output[n, j] > 0) &
+        (output[n, j] < 6), else 0) averaged[j, j2] / N
 
     averaged [J, J], output [N, J] → [J, J]
     """

@@ -47,8 +47,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     dot_square[v, n, r] = Σ_{j} 2 input[n, r, j] tangent[v, n, r, j] / J
     dot_rrms[v, n, r] = −1/2 dot_square[v, n, r] / (square[n, r] + eps)^(3/2)
     dot_bar_rrms[v, n, r] = Σ_{j} bar_normalised[n, r, j] tangent[v, n, r, j]
-    dot_bar_square[v, n, r] = 1/4 (3 bar_rrms[n, r] dot_square[v, n, r] / (square[n, r] + eps) − 2 dot_bar_rrms[v, n, r]) / (square[n, r] + eps)^(3/2)
-    hessian[v, n, r, j] = bar_normalised[n, r, j] dot_rrms[v, n, r] + 2 bar_square[n, r] tangent[v, n, r, j] / J + 2 dot_bar_square[v, n, r] input[n, r, j] / J
+    dot_bar_square[v, n, r] = 1/4 (3 bar_rrms[n, r] dot_square[v, n, r] / (square[n, r] + eps) − 2 dot_bar_rrms[v,
+        n, r]) / (square[n, r] + eps)^(3/2)
+    hessian[v, n, r, j] = bar_normalised[n, r, j] dot_rrms[v, n, r] + 2 bar_square[n, r] tangent[v, n, r, j] / J + 2
+        dot_bar_square[v, n, r] input[n, r, j] / J
 
     delta [N, R, J], tangent [V, N, R, J], input [N, R, J], weight [J] → [V, N, R, J]
     """
@@ -56,7 +58,7 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     square = input.square().sum(2) / J
     bar_normalised = weight * delta
     bar_rrms = (bar_normalised * input).sum(2)
-    bar_square = -1 * bar_rrms / torch.pow(square + eps, 3 / 2) / (2)
+    bar_square = -(bar_rrms / torch.pow(square + eps, 3 / 2)) / (2)
     dot_square = 2 * torch.einsum("nrj,vnrj->vnr", input, tangent) / J
     dot_rrms = -torch.pow(square + eps, -3 / 2) * dot_square / 2
     dot_bar_rrms = torch.einsum("nrj,vnrj->vnr", bar_normalised, tangent)
@@ -70,62 +72,55 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     )
 
 
-@widened
-def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+def normalised_from(input: Tensor, eps: float) -> Tensor:
     """square[n, r] = Σ_{j} input[n, r, j]² / J
     rrms[n, r] = 1/sqrt(square[n, r] + eps)
     normalised[n, r, j] = input[n, r, j] rrms[n, r]
-    weight_per_sample[v, n, j] = Σ_{r} factor[v, n, r, j] normalised[n, r, j]
+
+    input [N, R, J] → [N, R, J]
+    """
+    J = input.shape[2]
+    square = input.square().sum(2) / J
+    rrms = torch.pow(square + eps, -1 / 2)
+    return rrms[:, :, None] * input
+
+
+@widened
+def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_per_sample[v, n, j] = Σ_{r} factor[v, n, r, j] normalised[n, r, j]
 
     factor [V, N, R, J], input [N, R, J] → [V, N, J]
     """
-    J = factor.shape[3]
-    square = input.square().sum(2) / J
-    rrms = torch.pow(square + eps, -1 / 2)
-    normalised = rrms[:, :, None] * input
+    normalised = normalised_from(input, eps)
     return torch.einsum("nrj,vnrj->vnj", normalised, factor)
 
 
 @widened
 def weight_gradient(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """square[n, r] = Σ_{j} input[n, r, j]² / J
-    rrms[n, r] = 1/sqrt(square[n, r] + eps)
-    normalised[n, r, j] = input[n, r, j] rrms[n, r]
-    weight_gradient[j] = Σ_{n,r,v} factor[v, n, r, j] normalised[n, r, j]
+    """weight_gradient[j] = Σ_{n,r,v} factor[v, n, r, j] normalised[n, r, j]
 
     factor [V, N, R, J], input [N, R, J] → [J]
     """
-    J = factor.shape[3]
-    square = input.square().sum(2) / J
-    rrms = torch.pow(square + eps, -1 / 2)
-    normalised = rrms[:, :, None] * input
+    normalised = normalised_from(input, eps)
     return (normalised * factor.sum(0)).sum((0, 1))
 
 
 def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    J = factor.shape[3]
-    square = input.square().sum(2) / J
-    rrms = torch.pow(square + eps, -1 / 2)
-    normalised = rrms[:, :, None] * input
+    normalised = normalised_from(input, eps)
     return (normalised.squeeze(1).square() * factor.squeeze(2).square().sum(0)).sum(0)
 
 
 def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, stored whole."""
-    J = factor.shape[3]
-    square = input.square().sum(2) / J
-    rrms = torch.pow(square + eps, -1 / 2)
-    normalised = rrms[:, :, None] * input
+    normalised = normalised_from(input, eps)
     return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum((0, 1))
 
 
 def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
     V, N, _, J = factor.shape
-    square = input.square().sum(2) / J
-    rrms = torch.pow(square + eps, -1 / 2)
-    normalised = rrms[:, :, None] * input
+    normalised = normalised_from(input, eps)
     total = factor.new_zeros(J)
     for columns, samples in blocks(V, N, J):
         total += torch.einsum("nrj,vnrj->vnj", normalised[samples], factor[columns, samples]).square().sum((0, 1))
@@ -134,10 +129,7 @@ def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -
 
 @widened
 def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """square[n, r] = Σ_{j} input[n, r, j]² / J
-    rrms[n, r] = 1/sqrt(square[n, r] + eps)
-    normalised[n, r, j] = input[n, r, j] rrms[n, r]
-    weight_sum_of_squares[j] = Σ_{n,v} (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
+    """weight_sum_of_squares[j] = Σ_{n,v} (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
 
     factor [V, N, R, J], input [N, R, J] → [J]. The cheapest program for the shapes.
     """
@@ -170,28 +162,20 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
 
 def weight_squared_norm_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    J = factor.shape[3]
-    square = input.square().sum(2) / J
-    rrms = torch.pow(square + eps, -1 / 2)
-    normalised = rrms[:, :, None] * input
+    normalised = normalised_from(input, eps)
     return (normalised.squeeze(1).square() * factor.squeeze(2).square().sum(0)).sum(1)
 
 
 def weight_squared_norm_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, stored whole."""
-    J = factor.shape[3]
-    square = input.square().sum(2) / J
-    rrms = torch.pow(square + eps, -1 / 2)
-    normalised = rrms[:, :, None] * input
+    normalised = normalised_from(input, eps)
     return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum((0, 2))
 
 
 def weight_squared_norm_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
     V, N, _, J = factor.shape
-    square = input.square().sum(2) / J
-    rrms = torch.pow(square + eps, -1 / 2)
-    normalised = rrms[:, :, None] * input
+    normalised = normalised_from(input, eps)
     total = factor.new_zeros(N)
     for columns, samples in blocks(V, N, J):
         total[samples] += (
@@ -202,10 +186,7 @@ def weight_squared_norm_blockwise(factor: Tensor, input: Tensor, eps: float) -> 
 
 @widened
 def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """square[n, r] = Σ_{j} input[n, r, j]² / J
-    rrms[n, r] = 1/sqrt(square[n, r] + eps)
-    normalised[n, r, j] = input[n, r, j] rrms[n, r]
-    weight_squared_norm[n] = Σ_{j,v} (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
+    """weight_squared_norm[n] = Σ_{j,v} (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
 
     factor [V, N, R, J], input [N, R, J] → [N]. The cheapest program for the shapes.
     """
@@ -238,28 +219,20 @@ def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
 
 def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    J = factor.shape[3]
-    square = input.square().sum(2) / J
-    rrms = torch.pow(square + eps, -1 / 2)
-    normalised = rrms[:, :, None] * input
+    normalised = normalised_from(input, eps)
     return (normalised.squeeze(1).square() * torch.einsum("vnj,vn->nj", factor.squeeze(2).square(), sign)).sum(0)
 
 
 def weight_signed_sum_of_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, stored whole."""
-    J = factor.shape[3]
-    square = input.square().sum(2) / J
-    rrms = torch.pow(square + eps, -1 / 2)
-    normalised = rrms[:, :, None] * input
+    normalised = normalised_from(input, eps)
     return (torch.einsum("nrj,vnrj->vnj", normalised, factor).square() * sign[:, :, None]).sum((0, 1))
 
 
 def weight_signed_sum_of_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
     V, N, _, J = factor.shape
-    square = input.square().sum(2) / J
-    rrms = torch.pow(square + eps, -1 / 2)
-    normalised = rrms[:, :, None] * input
+    normalised = normalised_from(input, eps)
     total = factor.new_zeros(J)
     for columns, samples in blocks(V, N, J):
         total += (
@@ -271,10 +244,7 @@ def weight_signed_sum_of_squares_blockwise(factor: Tensor, sign: Tensor, input: 
 
 @widened
 def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """square[n, r] = Σ_{j} input[n, r, j]² / J
-    rrms[n, r] = 1/sqrt(square[n, r] + eps)
-    normalised[n, r, j] = input[n, r, j] rrms[n, r]
-    weight_signed_sum_of_squares[j] = Σ_{n,v} sign[v, n] (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
+    """weight_signed_sum_of_squares[j] = Σ_{n,v} sign[v, n] (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
 
     factor [V, N, R, J], sign [V, N], input [N, R, J] → [J]. The cheapest program for the shapes.
     """
@@ -307,17 +277,11 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, ep
 
 @widened
 def weight_diagonal_sum(curvature: Tensor, input: Tensor, eps: float) -> Tensor:
-    """square[n, r] = Σ_{j} input[n, r, j]² / J
-    rrms[n, r] = 1/sqrt(square[n, r] + eps)
-    normalised[n, r, j] = input[n, r, j] rrms[n, r]
-    weight_diagonal_sum[j] = Σ_{n,r} curvature[n, r, j] normalised[n, r, j]²
+    """weight_diagonal_sum[j] = Σ_{n,r} curvature[n, r, j] normalised[n, r, j]²
 
     curvature [N, R, J], input [N, R, J] → [J]
     """
-    J = curvature.shape[2]
-    square = input.square().sum(2) / J
-    rrms = torch.pow(square + eps, -1 / 2)
-    normalised = rrms[:, :, None] * input
+    normalised = normalised_from(input, eps)
     return (normalised.square() * curvature).sum((0, 1))
 
 

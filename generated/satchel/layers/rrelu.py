@@ -44,7 +44,8 @@ def mean_vjp(rows: Tensor, input: Tensor, lower: float, upper: float) -> Tensor:
 
 @widened
 def sandwich(averaged: Tensor, input: Tensor, lower: float, upper: float) -> Tensor:
-    """sandwich[j, j2] = Σ_{n} (1 if input[n, j2] > 0, else 1/2 lower + 1/2 upper) (1 if input[n, j] > 0, else 1/2 lower + 1/2 upper) averaged[j, j2] / N
+    """sandwich[j, j2] = Σ_{n} (1 if input[n, j2] > 0, else 1/2 lower + 1/2 upper) (1 if input[n, j] > 0, else 1/2
+        lower + 1/2 upper) averaged[j, j2] / N
 
     averaged [J, J], input [N, J] → [J, J]
     """

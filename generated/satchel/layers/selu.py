@@ -2,7 +2,8 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """torch.nn.SELU
 
-output[n, j] = (1.0507009873554804934193349852946 input[n, j] if input[n, j] > 0, else 1.7580993408473768599402175208123 exp(input[n, j]) − 1.7580993408473768599402175208123)
+output[n, j] = (1.0507009873554804934193349852946 input[n, j] if input[n, j] > 0, else
+    1.7580993408473768599402175208123 exp(input[n, j]) − 1.7580993408473768599402175208123)
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from ..runtime.rules import Layer, Rule
 
 @widened
 def vjp(factor: Tensor, input: Tensor) -> Tensor:
-    """vjp[v, n, j] = (1.0507009873554804934193349852946 if input[n, j] > 0, else 1.7580993408473768599402175208123 exp(input[n, j])) factor[v, n, j]
+    """vjp[v, n, j] = (1.0507009873554804934193349852946 if input[n, j] > 0, else 1.7580993408473768599402175208123
+        exp(input[n, j])) factor[v, n, j]
 
     factor [V, N, J], input [N, J] → [V, N, J]
     """
@@ -25,7 +27,8 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
-    """diagonal[n, j] = (1.103972564829781579716250929067 if input[n, j] > 0, else 3.0909132922879809971023852683553 exp(2 input[n, j])) curvature[n, j]
+    """diagonal[n, j] = (1.103972564829781579716250929067 if input[n, j] > 0, else 3.0909132922879809971023852683553
+        exp(2 input[n, j])) curvature[n, j]
 
     curvature [N, J], input [N, J] → [N, J]
     """
@@ -36,7 +39,8 @@ def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
-    """mean_vjp[e, j] = Σ_{n} (1.0507009873554804934193349852946 if input[n, j] > 0, else 1.7580993408473768599402175208123 exp(input[n, j])) rows[e, j] / N
+    """mean_vjp[e, j] = Σ_{n} (1.0507009873554804934193349852946 if input[n, j] > 0, else
+        1.7580993408473768599402175208123 exp(input[n, j])) rows[e, j] / N
 
     rows [E, J], input [N, J] → [E, J]
     """
@@ -50,7 +54,9 @@ def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
-    """sandwich[j, j2] = Σ_{n} (1.0507009873554804934193349852946 if input[n, j2] > 0, else 1.7580993408473768599402175208123 exp(input[n, j2])) (1.0507009873554804934193349852946 if input[n, j] > 0, else 1.7580993408473768599402175208123 exp(input[n, j])) averaged[j, j2] / N
+    """sandwich[j, j2] = Σ_{n} (1.0507009873554804934193349852946 if input[n, j2] > 0, else
+        1.7580993408473768599402175208123 exp(input[n, j2])) (1.0507009873554804934193349852946 if input[n, j] > 0,
+        else 1.7580993408473768599402175208123 exp(input[n, j])) averaged[j, j2] / N
 
     averaged [J, J], input [N, J] → [J, J]
     """

@@ -16,7 +16,8 @@ from ..runtime.rules import Layer, Rule
 
 @widened
 def vjp(factor: Tensor, input: Tensor) -> Tensor:
-    """vjp[v, n, j] = ((1 − sigmoid(input[n, j])) sigmoid(input[n, j]) input[n, j] + sigmoid(input[n, j])) factor[v, n, j]
+    """vjp[v, n, j] = ((1 − sigmoid(input[n, j])) sigmoid(input[n, j]) input[n, j] + sigmoid(input[n, j])) factor[v, n,
+        j]
 
     factor [V, N, J], input [N, J] → [V, N, J]
     """
@@ -25,7 +26,8 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
-    """diagonal[n, j] = ((1 − sigmoid(input[n, j])) sigmoid(input[n, j]) input[n, j] + sigmoid(input[n, j]))² curvature[n, j]
+    """diagonal[n, j] = ((1 − sigmoid(input[n, j])) sigmoid(input[n, j]) input[n, j] + sigmoid(input[n, j]))²
+        curvature[n, j]
 
     curvature [N, J], input [N, J] → [N, J]
     """
@@ -34,7 +36,8 @@ def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
-    """mean_vjp[e, j] = Σ_{n} ((1 − sigmoid(input[n, j])) sigmoid(input[n, j]) input[n, j] + sigmoid(input[n, j])) rows[e, j] / N
+    """mean_vjp[e, j] = Σ_{n} ((1 − sigmoid(input[n, j])) sigmoid(input[n, j]) input[n, j] + sigmoid(input[n, j]))
+        rows[e, j] / N
 
     rows [E, J], input [N, J] → [E, J]
     """
@@ -44,7 +47,8 @@ def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
-    """sandwich[j, j2] = Σ_{n} ((1 − sigmoid(input[n, j2])) sigmoid(input[n, j2]) input[n, j2] + sigmoid(input[n, j2])) ((1 − sigmoid(input[n, j])) sigmoid(input[n, j]) input[n, j] + sigmoid(input[n, j])) averaged[j, j2] / N
+    """sandwich[j, j2] = Σ_{n} ((1 − sigmoid(input[n, j2])) sigmoid(input[n, j2]) input[n, j2] + sigmoid(input[n, j2]))
+        ((1 − sigmoid(input[n, j])) sigmoid(input[n, j]) input[n, j] + sigmoid(input[n, j])) averaged[j, j2] / N
 
     averaged [J, J], input [N, J] → [J, J]
     """
@@ -55,7 +59,8 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def residual(delta: Tensor, input: Tensor) -> Tensor:
-    """residual[n, j] = (sigmoid(input[n, j]) − 1) (2 sigmoid(input[n, j]) input[n, j] − 2 − input[n, j]) sigmoid(input[n, j]) delta[n, j]
+    """residual[n, j] = (sigmoid(input[n, j]) − 1) (2 sigmoid(input[n, j]) input[n, j] − 2 − input[n, j])
+        sigmoid(input[n, j]) delta[n, j]
 
     delta [N, J], input [N, J] → [N, J]
     """

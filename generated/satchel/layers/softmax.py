@@ -22,7 +22,7 @@ def vjp(factor: Tensor, output: Tensor) -> Tensor:
 
     factor [V, N, R, K, S], output [N, R, K, S] → [V, N, R, K, S]
     """
-    bar_lse = -1 * torch.einsum("nrks,vnrks->vnrs", output, factor)
+    bar_lse = -torch.einsum("nrks,vnrks->vnrs", output, factor)
     return output * (bar_lse[:, :, :, None, :] + factor)
 
 
@@ -32,14 +32,15 @@ def hessian(delta: Tensor, tangent: Tensor, output: Tensor) -> Tensor:
     dot_lse[v, n, r, s] = Σ_{k} output[n, r, k, s] tangent[v, n, r, k, s]
     dot_output[v, n, r, k, s] = (tangent[v, n, r, k, s] − dot_lse[v, n, r, s]) output[n, r, k, s]
     dot_bar_lse[v, n, r, s] = Σ_{k} −delta[n, r, k, s] dot_output[v, n, r, k, s]
-    hessian[v, n, r, k, s] = bar_lse[n, r, s] dot_output[v, n, r, k, s] + delta[n, r, k, s] dot_output[v, n, r, k, s] + dot_bar_lse[v, n, r, s] output[n, r, k, s]
+    hessian[v, n, r, k, s] = bar_lse[n, r, s] dot_output[v, n, r, k, s] + delta[n, r, k, s] dot_output[v, n, r, k,
+        s] + dot_bar_lse[v, n, r, s] output[n, r, k, s]
 
     delta [N, R, K, S], tangent [V, N, R, K, S], output [N, R, K, S] → [V, N, R, K, S]
     """
-    bar_lse = -1 * (delta * output).sum(2)
+    bar_lse = -(delta * output).sum(2)
     dot_lse = torch.einsum("nrks,vnrks->vnrs", output, tangent)
     dot_output = output * (tangent - dot_lse[:, :, :, None, :])
-    dot_bar_lse = -1 * torch.einsum("nrks,vnrks->vnrs", delta, dot_output)
+    dot_bar_lse = -torch.einsum("nrks,vnrks->vnrs", delta, dot_output)
     return bar_lse[:, :, None, :] * dot_output + delta * dot_output + dot_bar_lse[:, :, :, None, :] * output
 
 

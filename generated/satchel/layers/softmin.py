@@ -21,16 +21,17 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
     """negative[n, r, k, s] = −input[n, r, k, s]
     lse[n, r, s] = logsumexp_{k} negative[n, r, k, s]
     bar_lse[v, n, r, s] = Σ_{k} −exp(negative[n, r, k, s] − lse[n, r, s]) factor[v, n, r, k, s]
-    bar_negative[v, n, r, k, s] = (bar_lse[v, n, r, s] + factor[v, n, r, k, s]) exp(negative[n, r, k, s] − lse[n, r, s])
+    bar_negative[v, n, r, k, s] = (bar_lse[v, n, r, s] + factor[v, n, r, k, s]) exp(negative[n, r, k, s] − lse[n, r,
+        s])
     vjp[v, n, r, k, s] = −bar_negative[v, n, r, k, s]
 
     factor [V, N, R, K, S], input [N, R, K, S] → [V, N, R, K, S]
     """
-    negative = -1 * input
+    negative = -input
     lse = torch.logsumexp(negative, 2)
-    bar_lse = -1 * torch.einsum("vnrks,nrks->vnrs", factor, torch.exp(negative - lse[:, :, None, :]))
+    bar_lse = -torch.einsum("vnrks,nrks->vnrs", factor, torch.exp(negative - lse[:, :, None, :]))
     bar_negative = torch.exp(negative - lse[:, :, None, :]) * (bar_lse[:, :, :, None, :] + factor)
-    return -1 * bar_negative
+    return -bar_negative
 
 
 @widened
@@ -40,19 +41,22 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor) -> Tensor:
     bar_lse[n, r, s] = Σ_{k} −exp(negative[n, r, k, s] − lse[n, r, s]) delta[n, r, k, s]
     dot_negative[v, n, r, k, s] = −tangent[v, n, r, k, s]
     dot_lse[v, n, r, s] = Σ_{k} exp(negative[n, r, k, s] − lse[n, r, s]) dot_negative[v, n, r, k, s]
-    dot_bar_lse[v, n, r, s] = Σ_{k} −exp(negative[n, r, k, s] − lse[n, r, s]) delta[n, r, k, s] dot_negative[v, n, r, k, s] + Σ_{k} exp(negative[n, r, k, s] − lse[n, r, s]) delta[n, r, k, s] dot_lse[v, n, r, s]
-    dot_bar_negative[v, n, r, k, s] = (bar_lse[n, r, s] dot_negative[v, n, r, k, s] + delta[n, r, k, s] dot_negative[v, n, r, k, s] + dot_bar_lse[v, n, r, s] − bar_lse[n, r, s] dot_lse[v, n, r, s] − delta[n, r, k, s] dot_lse[v, n, r, s]) exp(negative[n, r, k, s] − lse[n, r, s])
+    dot_bar_lse[v, n, r, s] = Σ_{k} −exp(negative[n, r, k, s] − lse[n, r, s]) delta[n, r, k, s] dot_negative[v, n,
+        r, k, s] + Σ_{k} exp(negative[n, r, k, s] − lse[n, r, s]) delta[n, r, k, s] dot_lse[v, n, r, s]
+    dot_bar_negative[v, n, r, k, s] = (bar_lse[n, r, s] dot_negative[v, n, r, k, s] + delta[n, r, k, s]
+        dot_negative[v, n, r, k, s] + dot_bar_lse[v, n, r, s] − bar_lse[n, r, s] dot_lse[v, n, r, s] − delta[n, r,
+        k, s] dot_lse[v, n, r, s]) exp(negative[n, r, k, s] − lse[n, r, s])
     hessian[v, n, r, k, s] = −dot_bar_negative[v, n, r, k, s]
 
     delta [N, R, K, S], tangent [V, N, R, K, S], input [N, R, K, S] → [V, N, R, K, S]
     """
-    negative = -1 * input
+    negative = -input
     lse = torch.logsumexp(negative, 2)
-    bar_lse = -1 * (delta * torch.exp(negative - lse[:, :, None, :])).sum(2)
-    dot_negative = -1 * tangent
+    bar_lse = -(delta * torch.exp(negative - lse[:, :, None, :])).sum(2)
+    dot_negative = -tangent
     dot_lse = torch.einsum("vnrks,nrks->vnrs", dot_negative, torch.exp(negative - lse[:, :, None, :]))
     dot_bar_lse = (
-        -1 * torch.einsum("nrks,vnrks->vnrs", delta * torch.exp(negative - lse[:, :, None, :]), dot_negative)
+        -torch.einsum("nrks,vnrks->vnrs", delta * torch.exp(negative - lse[:, :, None, :]), dot_negative)
         + (delta * torch.exp(negative - lse[:, :, None, :])).sum(2) * dot_lse
     )
     dot_bar_negative = torch.exp(negative - lse[:, :, None, :]) * (
@@ -62,7 +66,7 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor) -> Tensor:
         - bar_lse[:, :, None, :] * dot_lse[:, :, :, None, :]
         - delta * dot_lse[:, :, :, None, :]
     )
-    return -1 * dot_bar_negative
+    return -dot_bar_negative
 
 
 LAYER = Layer(

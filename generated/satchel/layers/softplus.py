@@ -46,7 +46,8 @@ def mean_vjp(rows: Tensor, input: Tensor, beta: float, threshold: float) -> Tens
 
 @widened
 def sandwich(averaged: Tensor, input: Tensor, beta: float, threshold: float) -> Tensor:
-    """sandwich[j, j2] = Σ_{n} (1 if threshold < beta input[n, j2], else sigmoid(beta input[n, j2])) (1 if threshold < beta input[n, j], else sigmoid(beta input[n, j])) averaged[j, j2] / N
+    """sandwich[j, j2] = Σ_{n} (1 if threshold < beta input[n, j2], else sigmoid(beta input[n, j2])) (1 if threshold <
+        beta input[n, j], else sigmoid(beta input[n, j])) averaged[j, j2] / N
 
     averaged [J, J], input [N, J] → [J, J]
     """
@@ -57,7 +58,8 @@ def sandwich(averaged: Tensor, input: Tensor, beta: float, threshold: float) -> 
 
 @widened
 def residual(delta: Tensor, input: Tensor, beta: float, threshold: float) -> Tensor:
-    """residual[n, j] = (0 if threshold < beta input[n, j], else beta (1 − sigmoid(beta input[n, j])) sigmoid(beta input[n, j])) delta[n, j]
+    """residual[n, j] = (0 if threshold < beta input[n, j], else beta (1 − sigmoid(beta input[n, j])) sigmoid(beta
+        input[n, j])) delta[n, j]
 
     delta [N, J], input [N, J] → [N, J]
     """

@@ -25,19 +25,18 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
-    """diagonal[n, j] = (1/(1 + Abs(input[n, j])) − sign(input[n, j]) input[n, j] / (1 + Abs(input[n, j]))²)² curvature[n, j]
+    """diagonal[n, j] = (1 + Abs(input[n, j]) − sign(input[n, j]) input[n, j])² curvature[n, j] / (1 + Abs(input[n,
+        j]))⁴
 
     curvature [N, J], input [N, J] → [N, J]
     """
-    return (
-        torch.square(1 / (1 + torch.abs(input)) - input * torch.sign(input) / torch.square(1 + torch.abs(input)))
-        * curvature
-    )
+    return torch.square(1 + torch.abs(input) - input * torch.sign(input)) * curvature / (1 + torch.abs(input)) ** 4
 
 
 @widened
 def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
-    """mean_vjp[e, j] = Σ_{n} (1 + Abs(input[n, j]) − sign(input[n, j]) input[n, j]) rows[e, j] / ((1 + Abs(input[n, j]))² N)
+    """mean_vjp[e, j] = Σ_{n} (1 + Abs(input[n, j]) − sign(input[n, j]) input[n, j]) rows[e, j] / ((1 + Abs(input[n,
+        j]))² N)
 
     rows [E, J], input [N, J] → [E, J]
     """
@@ -47,7 +46,8 @@ def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
-    """sandwich[j, j2] = Σ_{n} (1 + Abs(input[n, j2]) − sign(input[n, j2]) input[n, j2]) (1 + Abs(input[n, j]) − sign(input[n, j]) input[n, j]) averaged[j, j2] / ((1 + Abs(input[n, j2]))² (1 + Abs(input[n, j]))² N)
+    """sandwich[j, j2] = Σ_{n} (1 + Abs(input[n, j2]) − sign(input[n, j2]) input[n, j2]) (1 + Abs(input[n, j]) −
+        sign(input[n, j]) input[n, j]) averaged[j, j2] / ((1 + Abs(input[n, j2]))² (1 + Abs(input[n, j]))² N)
 
     averaged [J, J], input [N, J] → [J, J]
     """
@@ -58,7 +58,8 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
 
 @widened
 def residual(delta: Tensor, input: Tensor) -> Tensor:
-    """residual[n, j] = −2 (1 + Abs(input[n, j]) − sign(input[n, j]) input[n, j]) sign(input[n, j]) delta[n, j] / (1 + Abs(input[n, j]))³
+    """residual[n, j] = −2 (1 + Abs(input[n, j]) − sign(input[n, j]) input[n, j]) sign(input[n, j]) delta[n, j] / (1 +
+        Abs(input[n, j]))³
 
     delta [N, J], input [N, J] → [N, J]
     """

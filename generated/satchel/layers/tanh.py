@@ -59,7 +59,7 @@ def residual(delta: Tensor, output: Tensor) -> Tensor:
 
     delta [N, J], output [N, J] → [N, J]
     """
-    return -1 * (2 - 2 * output.square()) * delta * output
+    return -((2 - 2 * output.square()) * delta * output)
 
 
 LAYER = Layer(

@@ -44,7 +44,8 @@ def mean_vjp(rows: Tensor, input: Tensor, threshold: float) -> Tensor:
 
 @widened
 def sandwich(averaged: Tensor, input: Tensor, threshold: float) -> Tensor:
-    """sandwich[j, j2] = Σ_{n} (1 if threshold < input[n, j2], else 0) (1 if threshold < input[n, j], else 0) averaged[j, j2] / N
+    """sandwich[j, j2] = Σ_{n} (1 if threshold < input[n, j2], else 0) (1 if threshold < input[n, j], else 0)
+        averaged[j, j2] / N
 
     averaged [J, J], input [N, J] → [J, J]
     """

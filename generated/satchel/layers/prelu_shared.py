@@ -45,7 +45,8 @@ def mean_vjp(rows: Tensor, input: Tensor, weight: Tensor) -> Tensor:
 
 @widened
 def sandwich(averaged: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """sandwich[c, s, c2, s2] = Σ_{n} (1 if input[n, c, s] > 0, else weight[c]) (1 if input[n, c2, s2] > 0, else weight[c2]) averaged[c, s, c2, s2] / N
+    """sandwich[c, s, c2, s2] = Σ_{n} (1 if input[n, c, s] > 0, else weight[c]) (1 if input[n, c2, s2] > 0, else
+        weight[c2]) averaged[c, s, c2, s2] / N
 
     averaged [C, S, C, S], input [N, C, S], weight [C] → [C, S, C, S]
     """
@@ -243,7 +244,8 @@ def weight_signed_sum_of_squares_blockwise(factor: Tensor, sign: Tensor, input: 
 
 @widened
 def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
-    """weight_signed_sum_of_squares[c] = Σ_{n,v} sign[v, n] (Σ_{s} (0 if input[n, c, s] > 0, else input[n, c, s]) factor[v, n, c, s])²
+    """weight_signed_sum_of_squares[c] = Σ_{n,v} sign[v, n] (Σ_{s} (0 if input[n, c, s] > 0, else input[n, c, s])
+        factor[v, n, c, s])²
 
     factor [V, N, C, S], sign [V, N], input [N, C, S] → [C]. The cheapest program for the shapes.
     """
@@ -287,7 +289,7 @@ LAYER = Layer(
     name="PReLUShared",
     module=torch.nn.PReLU,
     formula=("output[n, c, s] = (input[n, c, s] if input[n, c, s] > 0, else input[n, c, s] weight[c])"),
-    kernels="p_re_lu_shared",
+    kernels="prelu_shared",
     input_axes=("n", "c*", "s*"),
     output_axes=("n", "c*", "s*"),
     parameter_axes={"weight": ("c*",)},
