@@ -40,8 +40,12 @@ class AtenPrinter(StrPrinter):
             raise CalculusError(f"the ATen printer does not know the function {name!r} in {expr}")
         return f"{_FUNCTIONS[name]}({self._print(expr.args[0])})"
 
+    def _print_softplus(self, expr: Expr) -> str:
+        # torch takes the identity above 20 by default, which float64 can tell apart.
+        return f"F.softplus({self._print(expr.args[0])}, threshold=40)"
+
     _print_exp = _print_log = _print_tanh = _print_sigmoid = _print_Abs = _print_sign = _print_erf = _print_Function
-    _print_softplus = _print_sin = _print_cos = _print_Function
+    _print_sin = _print_cos = _print_Function
 
     def _print_Add(self, expr: sympy.Add) -> str:
         """Positive parts first: `input - lse`."""
@@ -116,6 +120,15 @@ class AtenPrinter(StrPrinter):
 
     def _print_Or(self, expr: Expr) -> str:
         return " | ".join(f"({self._print(a)})" for a in expr.args)
+
+
+def _repeated(expr: Expr) -> list[Expr]:
+    """Calls of transcendental functions that occur more than once, inner ones first."""
+    counts: dict[Expr, int] = {}
+    for part in sympy.preorder_traversal(expr):
+        if type(part).__name__ in _FUNCTIONS and part.atoms(sympy.Indexed):
+            counts[part] = counts.get(part, 0) + 1
+    return sorted((call for call, count in counts.items() if count > 1), key=lambda call: (call.count_ops(), str(call)))
 
 
 def _is_postfix(text: str) -> bool:
@@ -290,6 +303,9 @@ class Body:
             names[equal] = self._equal(equal, node.axes, like, names)
         for e in sorted(node.expr.atoms(Extent), key=str):
             names[e] = self.scalar(e)
+        for call in _repeated(node.expr):
+            if call not in names:
+                names[call] = self.local(call.func.__name__, AtenPrinter(names, like).doprint(call))
         return AtenPrinter(names, like).doprint(node.expr)
 
     def _like(self, node: Map) -> str:

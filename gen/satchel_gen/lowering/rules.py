@@ -206,8 +206,7 @@ def _factored(part: Expr) -> Expr:
         return sympy.Pow(_factored(part.base), part.exp)
     if not part.is_Add:
         return part
-    signed = {read * sympy.sign(read): sympy.Abs(read) for read in reads(part)}
-    factored = sympy.factor(part.xreplace(signed))
+    factored = sympy.factor(part.subs([(read * sympy.sign(read), sympy.Abs(read)) for read in reads(part)]))
     return factored if factored.count_ops() < part.count_ops() else part
 
 

@@ -13,18 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, splits, triton_type
-from ..runtime.triton_math import sign
 
 
 @triton.jit
 def vjp_kernel(factor_ptr, input_ptr, out_ptr, columns, size, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
-    """vjp[v, n, j] = (1 + Abs(input[n, j]) − sign(input[n, j]) input[n, j]) factor[v, n, j] / (1 + Abs(input[n, j]))²"""
+    """vjp[v, n, j] = factor[v, n, j] / (1 + Abs(input[n, j]))²"""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = lane < size - start
     input = tl.load(input_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
     t = tl.abs(input) + 1
-    fixed = (t - input * sign(input)) / (t * t)
+    fixed = 1 / (t * t)
     for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         base = v * size + start
         factor = tl.load(factor_ptr + base + lane, mask=inside, other=0).to(COMPUTE)
@@ -32,7 +31,7 @@ def vjp_kernel(factor_ptr, input_ptr, out_ptr, columns, size, COMPUTE: tl.conste
 
 
 def vjp(factor: Tensor, input: Tensor) -> Tensor:
-    """vjp[v, n, j] = (1 + Abs(input[n, j]) − sign(input[n, j]) input[n, j]) factor[v, n, j] / (1 + Abs(input[n, j]))²
+    """vjp[v, n, j] = factor[v, n, j] / (1 + Abs(input[n, j]))²
 
     factor [V, N, J], input [N, J] -> [V, N, J].
     """
@@ -51,7 +50,7 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
 
 @triton.jit
 def diagonal_kernel(curvature_ptr, input_ptr, out_ptr, size, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
-    """diagonal[n, j] = (1 + Abs(input[n, j]) − sign(input[n, j]) input[n, j])² curvature[n, j] / (1 + Abs(input[n, j]))⁴"""
+    """diagonal[n, j] = curvature[n, j] / (1 + Abs(input[n, j]))⁴"""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = lane < size - start
@@ -59,12 +58,11 @@ def diagonal_kernel(curvature_ptr, input_ptr, out_ptr, size, COMPUTE: tl.constex
     input = tl.load(input_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
     t = tl.abs(input) + 1
     t_squared = t * t
-    t_2 = t - input * sign(input)
-    tl.store(out_ptr + start + lane, curvature * t_2 * t_2 / (t_squared * t_squared), mask=inside)
+    tl.store(out_ptr + start + lane, curvature / (t_squared * t_squared), mask=inside)
 
 
 def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
-    """diagonal[n, j] = (1 + Abs(input[n, j]) − sign(input[n, j]) input[n, j])² curvature[n, j] / (1 + Abs(input[n, j]))⁴
+    """diagonal[n, j] = curvature[n, j] / (1 + Abs(input[n, j]))⁴
 
     curvature [N, J], input [N, J] -> [N, J].
     """

@@ -24,14 +24,11 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
 
     factor [V, N, J], input [N, J] → [V, N, J]
     """
+    tanh = torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi))
     return (
         1 / 2
-        + torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi)) / 2
-        + math.sqrt(2)
-        * (1 - torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi)).square())
-        * (1 + 26829 * input.square() / 200000)
-        * input
-        / (2 * math.sqrt(math.pi))
+        + tanh / 2
+        + math.sqrt(2) * (1 - tanh.square()) * (1 + 26829 * input.square() / 200000) * input / (2 * math.sqrt(math.pi))
     ) * factor
 
 
@@ -43,12 +40,13 @@ def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
 
     curvature [N, J], input [N, J] → [N, J]
     """
+    tanh = torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi))
     return (
         torch.square(
             1 / 2
-            + torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi)) / 2
+            + tanh / 2
             + math.sqrt(2)
-            * (1 - torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi)).square())
+            * (1 - tanh.square())
             * (1 + 26829 * input.square() / 200000)
             * input
             / (2 * math.sqrt(math.pi))
@@ -66,12 +64,13 @@ def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
     rows [E, J], input [N, J] → [E, J]
     """
     N = input.shape[0]
+    tanh = torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi))
     return (
         (
             1 / 2
-            + torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi)) / 2
+            + tanh / 2
             + math.sqrt(2)
-            * (1 - torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi)).square())
+            * (1 - tanh.square())
             * (1 + 26829 * input.square() / 200000)
             * input
             / (2 * math.sqrt(math.pi))
@@ -92,14 +91,11 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
     averaged [J, J], input [N, J] → [J, J]
     """
     N = input.shape[0]
+    tanh = torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi))
     values = (
         1 / 2
-        + torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi)) / 2
-        + math.sqrt(2)
-        * (1 - torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi)).square())
-        * (1 + 26829 * input.square() / 200000)
-        * input
-        / (2 * math.sqrt(math.pi))
+        + tanh / 2
+        + math.sqrt(2) * (1 - tanh.square()) * (1 + 26829 * input.square() / 200000) * input / (2 * math.sqrt(math.pi))
     )
     return averaged * (values.T @ values) / N
 
@@ -114,22 +110,11 @@ def residual(delta: Tensor, input: Tensor) -> Tensor:
 
     delta [N, J], input [N, J] → [N, J]
     """
+    tanh = torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi))
     return (
-        math.sqrt(2)
-        * (1 - torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi)).square())
-        * (1 + 26829 * input.square() / 200000)
-        / math.sqrt(math.pi)
-        + 26829
-        * math.sqrt(2)
-        * input.square()
-        * (1 - torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi)).square())
-        / (200000 * math.sqrt(math.pi))
-        - 2
-        * torch.square(1 + 26829 * input.square() / 200000)
-        * (1 - torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi)).square())
-        * input
-        * torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi))
-        / math.pi
+        math.sqrt(2) * (1 - tanh.square()) * (1 + 26829 * input.square() / 200000) / math.sqrt(math.pi)
+        + 26829 * math.sqrt(2) * input.square() * (1 - tanh.square()) / (200000 * math.sqrt(math.pi))
+        - 2 * torch.square(1 + 26829 * input.square() / 200000) * (1 - tanh.square()) * input * tanh / math.pi
     ) * delta
 
 

@@ -31,7 +31,8 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
     classes = torch.arange(HALF, device=factor.device)
     value = torch.einsum("a,nraks->nrks", (0 == classes).to(factor.dtype), input)
     gate = torch.einsum("a,nraks->nrks", (1 == classes).to(factor.dtype), input)
-    bar_gate = (1 - torch.sigmoid(gate)) * value * torch.sigmoid(gate) * factor
+    sigmoid = torch.sigmoid(gate)
+    bar_gate = (1 - sigmoid) * value * sigmoid * factor
     bar_value = torch.sigmoid(gate) * factor
     classes2 = torch.arange(HALF, device=bar_gate.device)
     return (
@@ -60,13 +61,9 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor) -> Tensor:
     gate = torch.einsum("a,nraks->nrks", (1 == classes).to(delta.dtype), input)
     dot_value = torch.einsum("a,vnraks->vnrks", (0 == classes).to(delta.dtype), tangent)
     dot_gate = torch.einsum("a,vnraks->vnrks", (1 == classes).to(delta.dtype), tangent)
-    dot_bar_gate = (
-        (1 - torch.sigmoid(gate))
-        * delta
-        * torch.sigmoid(gate)
-        * ((1 - 2 * torch.sigmoid(gate)) * value * dot_gate + dot_value)
-    )
-    dot_bar_value = (1 - torch.sigmoid(gate)) * delta * torch.sigmoid(gate) * dot_gate
+    sigmoid = torch.sigmoid(gate)
+    dot_bar_gate = (1 - sigmoid) * delta * sigmoid * ((1 - 2 * torch.sigmoid(gate)) * value * dot_gate + dot_value)
+    dot_bar_value = (1 - sigmoid) * delta * sigmoid * dot_gate
     classes2 = torch.arange(HALF, device=dot_bar_gate.device)
     return (
         (0 == classes2).to(dot_bar_gate.dtype) * dot_bar_value[:, :, :, :, :, None]

@@ -59,7 +59,8 @@ def residual(delta: Tensor, input: Tensor) -> Tensor:
 
     delta [N, J], input [N, J] → [N, J]
     """
-    return -((1 - torch.sigmoid(-input)) * delta * torch.sigmoid(-input))
+    sigmoid = torch.sigmoid(-input)
+    return -((1 - sigmoid) * delta * sigmoid)
 
 
 LAYER = Layer(

@@ -22,9 +22,9 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
 
     factor [V, N, J], input [N, J] → [V, N, J]
     """
-    return (
-        (1 - torch.tanh(F.softplus(input)).square()) * input * torch.sigmoid(input) + torch.tanh(F.softplus(input))
-    ) * factor
+    softplus = F.softplus(input, threshold=40)
+    tanh = torch.tanh(softplus)
+    return ((1 - tanh.square()) * input * torch.sigmoid(input) + tanh) * factor
 
 
 @widened
@@ -34,12 +34,9 @@ def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
 
     curvature [N, J], input [N, J] → [N, J]
     """
-    return (
-        torch.square(
-            (1 - torch.tanh(F.softplus(input)).square()) * input * torch.sigmoid(input) + torch.tanh(F.softplus(input))
-        )
-        * curvature
-    )
+    softplus = F.softplus(input, threshold=40)
+    tanh = torch.tanh(softplus)
+    return torch.square((1 - tanh.square()) * input * torch.sigmoid(input) + tanh) * curvature
 
 
 @widened
@@ -50,13 +47,9 @@ def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
     rows [E, J], input [N, J] → [E, J]
     """
     N = input.shape[0]
-    return (
-        (
-            (1 - torch.tanh(F.softplus(input)).square()) * input * torch.sigmoid(input) + torch.tanh(F.softplus(input))
-        ).sum(0)
-        * rows
-        / N
-    )
+    softplus = F.softplus(input, threshold=40)
+    tanh = torch.tanh(softplus)
+    return ((1 - tanh.square()) * input * torch.sigmoid(input) + tanh).sum(0) * rows / N
 
 
 @widened
@@ -68,7 +61,9 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
     averaged [J, J], input [N, J] → [J, J]
     """
     N = input.shape[0]
-    values = (1 - torch.tanh(F.softplus(input)).square()) * input * torch.sigmoid(input) + torch.tanh(F.softplus(input))
+    softplus = F.softplus(input, threshold=40)
+    tanh = torch.tanh(softplus)
+    values = (1 - tanh.square()) * input * torch.sigmoid(input) + tanh
     return averaged * (values.T @ values) / N
 
 
@@ -80,13 +75,10 @@ def residual(delta: Tensor, input: Tensor) -> Tensor:
 
     delta [N, J], input [N, J] → [N, J]
     """
-    return (
-        (1 + torch.tanh(F.softplus(input)))
-        * (torch.tanh(F.softplus(input)) - 1)
-        * (input * torch.sigmoid(input) + 2 * input * torch.sigmoid(input) * torch.tanh(F.softplus(input)) - 2 - input)
-        * delta
-        * torch.sigmoid(input)
-    )
+    sigmoid = torch.sigmoid(input)
+    softplus = F.softplus(input, threshold=40)
+    tanh = torch.tanh(softplus)
+    return (1 + tanh) * (tanh - 1) * (input * sigmoid + 2 * input * sigmoid * tanh - 2 - input) * delta * sigmoid
 
 
 LAYER = Layer(

@@ -21,7 +21,8 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
 
     factor [V, N, J], input [N, J] → [V, N, J]
     """
-    return ((1 - torch.sigmoid(input)) * input * torch.sigmoid(input) + torch.sigmoid(input)) * factor
+    sigmoid = torch.sigmoid(input)
+    return ((1 - sigmoid) * input * sigmoid + sigmoid) * factor
 
 
 @widened
@@ -31,7 +32,8 @@ def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
 
     curvature [N, J], input [N, J] → [N, J]
     """
-    return torch.square((1 - torch.sigmoid(input)) * input * torch.sigmoid(input) + torch.sigmoid(input)) * curvature
+    sigmoid = torch.sigmoid(input)
+    return torch.square((1 - sigmoid) * input * sigmoid + sigmoid) * curvature
 
 
 @widened
@@ -42,7 +44,8 @@ def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
     rows [E, J], input [N, J] → [E, J]
     """
     N = input.shape[0]
-    return ((1 - torch.sigmoid(input)) * input * torch.sigmoid(input) + torch.sigmoid(input)).sum(0) * rows / N
+    sigmoid = torch.sigmoid(input)
+    return ((1 - sigmoid) * input * sigmoid + sigmoid).sum(0) * rows / N
 
 
 @widened
@@ -53,7 +56,8 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
     averaged [J, J], input [N, J] → [J, J]
     """
     N = input.shape[0]
-    values = (1 - torch.sigmoid(input)) * input * torch.sigmoid(input) + torch.sigmoid(input)
+    sigmoid = torch.sigmoid(input)
+    values = (1 - sigmoid) * input * sigmoid + sigmoid
     return averaged * (values.T @ values) / N
 
 
@@ -64,7 +68,8 @@ def residual(delta: Tensor, input: Tensor) -> Tensor:
 
     delta [N, J], input [N, J] → [N, J]
     """
-    return (torch.sigmoid(input) - 1) * (2 * input * torch.sigmoid(input) - 2 - input) * delta * torch.sigmoid(input)
+    sigmoid = torch.sigmoid(input)
+    return (sigmoid - 1) * (2 * input * sigmoid - 2 - input) * delta * sigmoid
 
 
 LAYER = Layer(

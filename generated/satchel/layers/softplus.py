@@ -63,11 +63,8 @@ def residual(delta: Tensor, input: Tensor, beta: float, threshold: float) -> Ten
 
     delta [N, J], input [N, J] → [N, J]
     """
-    return delta * torch.where(
-        threshold < input * beta,
-        delta.new_tensor(0.0),
-        (1 - torch.sigmoid(input * beta)) * beta * torch.sigmoid(input * beta),
-    )
+    sigmoid = torch.sigmoid(input * beta)
+    return delta * torch.where(threshold < input * beta, delta.new_tensor(0.0), (1 - sigmoid) * beta * sigmoid)
 
 
 LAYER = Layer(

@@ -16,60 +16,50 @@ from ..runtime.rules import Layer, Rule
 
 @widened
 def vjp(factor: Tensor, input: Tensor) -> Tensor:
-    """vjp[v, n, j] = (1 + Abs(input[n, j]) − sign(input[n, j]) input[n, j]) factor[v, n, j] / (1 + Abs(input[n, j]))²
+    """vjp[v, n, j] = factor[v, n, j] / (1 + Abs(input[n, j]))²
 
     factor [V, N, J], input [N, J] → [V, N, J]
     """
-    return (1 + torch.abs(input) - input * torch.sign(input)) / torch.square(1 + torch.abs(input)) * factor
+    return torch.pow(1 + torch.abs(input), -2) * factor
 
 
 @widened
 def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
-    """diagonal[n, j] = (1 + Abs(input[n, j]) − sign(input[n, j]) input[n, j])² curvature[n, j] / (1 + Abs(input[n,
-        j]))⁴
+    """diagonal[n, j] = curvature[n, j] / (1 + Abs(input[n, j]))⁴
 
     curvature [N, J], input [N, J] → [N, J]
     """
-    return torch.square(1 + torch.abs(input) - input * torch.sign(input)) * curvature / (1 + torch.abs(input)) ** 4
+    return curvature / (1 + torch.abs(input)) ** 4
 
 
 @widened
 def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
-    """mean_vjp[e, j] = Σ_{n} (1 + Abs(input[n, j]) − sign(input[n, j]) input[n, j]) rows[e, j] / ((1 + Abs(input[n,
-        j]))² N)
+    """mean_vjp[e, j] = Σ_{n} rows[e, j] / ((1 + Abs(input[n, j]))² N)
 
     rows [E, J], input [N, J] → [E, J]
     """
     N = input.shape[0]
-    return ((1 + torch.abs(input) - input * torch.sign(input)) / torch.square(1 + torch.abs(input))).sum(0) * rows / N
+    return torch.pow(1 + torch.abs(input), -2).sum(0) * rows / N
 
 
 @widened
 def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
-    """sandwich[j, j2] = Σ_{n} (1 + Abs(input[n, j2]) − sign(input[n, j2]) input[n, j2]) (1 + Abs(input[n, j]) −
-        sign(input[n, j]) input[n, j]) averaged[j, j2] / ((1 + Abs(input[n, j2]))² (1 + Abs(input[n, j]))² N)
+    """sandwich[j, j2] = Σ_{n} averaged[j, j2] / ((1 + Abs(input[n, j2]))² (1 + Abs(input[n, j]))² N)
 
     averaged [J, J], input [N, J] → [J, J]
     """
     N = input.shape[0]
-    values = (1 + torch.abs(input) - input * torch.sign(input)) / torch.square(1 + torch.abs(input))
+    values = torch.pow(1 + torch.abs(input), -2)
     return averaged * (values.T @ values) / N
 
 
 @widened
 def residual(delta: Tensor, input: Tensor) -> Tensor:
-    """residual[n, j] = −2 (1 + Abs(input[n, j]) − sign(input[n, j]) input[n, j]) sign(input[n, j]) delta[n, j] / (1 +
-        Abs(input[n, j]))³
+    """residual[n, j] = −2 sign(input[n, j]) delta[n, j] / (1 + Abs(input[n, j]))³
 
     delta [N, J], input [N, J] → [N, J]
     """
-    return (
-        -2
-        * (1 + torch.abs(input) - input * torch.sign(input))
-        * delta
-        * torch.sign(input)
-        / (1 + torch.abs(input)) ** 3
-    )
+    return -2 * delta * torch.sign(input) / (1 + torch.abs(input)) ** 3
 
 
 LAYER = Layer(

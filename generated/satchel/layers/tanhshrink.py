@@ -59,7 +59,8 @@ def residual(delta: Tensor, input: Tensor) -> Tensor:
 
     delta [N, J], input [N, J] → [N, J]
     """
-    return (2 - 2 * torch.tanh(input).square()) * delta * torch.tanh(input)
+    tanh = torch.tanh(input)
+    return (2 - 2 * tanh.square()) * delta * tanh
 
 
 LAYER = Layer(
