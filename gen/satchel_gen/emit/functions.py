@@ -72,18 +72,21 @@ def shape(axes: Axes) -> str:
     return f"[{', '.join(str(extent_symbol(i)) for i in axes)}]"
 
 
-def shapes_line(arguments: Mapping[str, Axes], result: Axes) -> str:
+def shapes_line(arguments: Mapping[str, Axes], result: Axes, groups: tuple[Axes, ...] = ()) -> str:
     given = ", ".join(f"{name} {shape(axes)}" for name, axes in arguments.items())
-    return f"{given} → {shape(result)}" if given else f"→ {shape(result)}"
+    returned = shape(result)
+    if groups:
+        returned = f"[{', '.join(' '.join(str(extent_symbol(i)) for i in group) or '1' for group in groups)}]"
+    return f"{given} → {returned}" if given else f"→ {returned}"
 
 
 def rule_functions(rule: LoweredRule) -> list[Function]:
     """A rule's function, preceded by its programs where there is a choice."""
     formula = render_formula(rule.formula)
-    shapes = shapes_line(rule.arguments, rule.formula.axes)
+    shapes = shapes_line(rule.arguments, rule.formula.axes, rule.formula.groups)
     arguments = tuple(rule.arguments)
     if len(rule.variants) == 1:
-        return [_straight(rule.name, formula, shapes, rule.arguments, rule.variants[0].tree)]
+        return [_straight(rule, formula, shapes)]
     programs = [_program(rule, variant) for variant in rule.variants]
     body = Body(dict(rule.arguments))
     choices = tuple(_choice(rule, variant, body) for variant in rule.variants)
@@ -94,11 +97,21 @@ def rule_functions(rule: LoweredRule) -> list[Function]:
     return [*programs, entry]
 
 
-def _straight(name: str, formula: str, shapes: str, arguments: Mapping[str, Axes], tree: Node) -> Function:
+def _straight(rule: LoweredRule, formula: str, shapes: str) -> Function:
+    (variant,), arguments, groups = rule.variants, rule.arguments, rule.formula.groups
     body = Body(dict(arguments))
-    result = body(tree)
+    text = result(body, variant)
+    if any(len(group) != 1 for group in groups):
+        text = f"({text}).reshape({', '.join(body.scalar(sympy.Mul(*map(Extent, group))) for group in groups)})"
     lines = unpack_extents(body.extents, arguments) + body.lines
-    return Function(name, formula, shapes, tuple(arguments), tuple(lines), result)
+    return Function(rule.name, formula, shapes, tuple(arguments), tuple(lines), text)
+
+
+def result(body: Body, variant: Variant) -> str:
+    """The value of a program, after its named intermediates."""
+    for name, node in variant.named:
+        body.lines.append(f"{name} = {body(node)}")
+    return body(variant.tree)
 
 
 NOTES = {
@@ -106,6 +119,7 @@ NOTES = {
     "per_sample": "By the individual products, stored whole.",
     "blockwise": "By the individual products, in blocks that stay in cache.",
     "gram": "By the Gram matrices of both operands.",
+    "centred": "Of one summand, by the deviations d = a − ā, e = b − b̄ of its operands: a b − ā b̄ = a e + b̄ d.",
 }
 
 
@@ -117,20 +131,23 @@ def _program(rule: LoweredRule, variant: Variant) -> Function:
         block, extents = _block(rule, variant)
         return Function(name, "", "", arguments, extents, note=note, block=block, entry=False)
     body = Body(dict(rule.arguments))
-    result = body(variant.tree)
+    text = result(body, variant)
     lines = unpack_extents(body.extents, rule.arguments) + body.lines
-    return Function(name, "", "", arguments, tuple(lines), result, note, entry=False)
+    return Function(name, "", "", arguments, tuple(lines), text, note, entry=False)
 
 
 def _block(rule: LoweredRule, variant: Variant) -> tuple[Block, tuple[str, ...]]:
+    before = Body(dict(rule.arguments))
+    lines = [f"{name} = {before(node)}" for name, node in variant.named]
     body = Body(dict(rule.arguments), slices={"v": "columns", "n": "samples"})
+    body.extents |= before.extents
     columns, samples, each = _loops(variant, body)
     out = rule.formula.axes
     sizes = ", ".join(body.scalar(Extent(i)) for i in out)
     summand = body(variant.tree)
     target = "total[samples]" if any(i.name == "n" for i in out) else "total"
     block = Block(columns, samples, each, sizes, next(iter(rule.arguments)), target, tuple(body.lines), summand)
-    return block, tuple(unpack_extents(body.extents, rule.arguments))
+    return block, (*unpack_extents(body.extents, rule.arguments), *before.lines, *lines)
 
 
 def _loops(variant: Variant, body: Body) -> tuple[str, str, str]:
@@ -145,6 +162,8 @@ def _choice(rule: LoweredRule, variant: Variant, body: Body) -> Choice:
     called = str(variant.calls)
     if variant.blockwise:
         called = f"{variant.calls} * block_count({', '.join(_loops(variant, body))})"
+    before = variant.calls_before
+    called = f"{before} + {called}" if before else called
     valid = " and ".join(f"{body.scalar(Extent(i))} == 1" for i in variant.unit)
     costs = {"flops": variant.flops, "elements": variant.elements, "scratch": variant.scratch, "peak": variant.peak}
     counted = {name: body.scalar(cost) for name, cost in costs.items() if cost != 0}

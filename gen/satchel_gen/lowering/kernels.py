@@ -39,6 +39,8 @@ def layer_kernels(layer: LoweredLayer) -> list[KernelRule]:
 
 def _kernel(rule: LoweredRule) -> KernelRule | None:
     (term,) = rule.formula.terms
+    if term.square is not None and term.square.centred is not None:
+        return None
     if len(rule.variants) > 1:
         return _squared_product(rule)
     (variant,) = rule.variants
@@ -89,7 +91,8 @@ def _squared_product(rule: LoweredRule) -> KernelRule:
         signature=tuple(rule.arguments),
     )
     tree = separated.tree
-    assert isinstance(tree, Contract)
+    if not isinstance(tree, Contract):  # nothing is summed after the square: no product of matrices
+        return KernelRule(rule, program, separated)
     apart = _contraction(rule, f"{rule.name}_separated", doc, tree, given=True)
     return KernelRule(rule, program, separated, apart, (tree.left, tree.right))
 

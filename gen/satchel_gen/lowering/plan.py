@@ -30,7 +30,10 @@ def size(axes: Iterable[Index]) -> Expr:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor argument with its `stored` axes; those that `axes` lacks have extent 1 and are squeezed."""
+    """A tensor argument with its `stored` axes; those that `axes` lacks have extent 1 and are squeezed.
+
+    An axis stored twice is read along its diagonal, which is then the last axis.
+    """
 
     name: str
     axes: Axes
@@ -138,7 +141,9 @@ def leaves(node: Node) -> list[Leaf]:
 
 def leaf(read: Indexed, dropped: frozenset[str] = frozenset()) -> Leaf:
     stored = tuple(read.indices)
-    return Leaf(str(read.base), tuple(i for i in stored if i.name not in dropped), stored)
+    axes = [i for i in stored if i.name not in dropped]
+    twice = [i for i in dict.fromkeys(axes) if axes.count(i) == 2]
+    return Leaf(str(read.base), (*(i for i in axes if i not in twice), *twice), stored)
 
 
 def plan(term: Term, axes: Axes, dropped: frozenset[str] = frozenset()) -> Node:

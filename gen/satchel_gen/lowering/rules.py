@@ -12,7 +12,8 @@ from ..calculus.terms import Term, numerator
 from ..definitions import quantities as Q
 from ..definitions.model import Layer, Quantity
 from ..notation import reads
-from .plan import Axes, leaves
+from .deviations import deviation_variants
+from .plan import Axes
 from .squares import Variant, variants
 
 #: Tensors that the runtime passes to a rule; all others are operands, taken from the record.
@@ -55,9 +56,10 @@ def lower_layer(layer: Layer) -> LoweredLayer:
         instance = Instance(layer, parameter)
         name = str(parameter.base)
         wanted: list[Quantity] = list(Q.PULLBACKS)
-        if instance.structure is not None:
-            wanted += Q.OUTPUT_FACTORS
-            wanted += Q.INPUT_FACTORS if instance.structure.inner else ()
+        if instance.structure is None:
+            wanted += Q.BLOCKS
+        else:
+            wanted += (*Q.OUTPUT_FACTORS, *(Q.INPUT_FACTORS if instance.structure.inner else ()))
         lowered = {q.name: _lower(layer, instance, q, f"{name}_") for q in wanted}
         parameters[name] = {quantity: rule for quantity, rule in lowered.items() if rule is not None}
     vjp = on_input.quantity(Q.VJP, "vjp")
@@ -72,9 +74,10 @@ def _lower(layer: Layer, instance: Instance, quantity: Quantity, prefix: str) ->
     formula = in_output(instance.quantity(quantity, prefix + quantity.name), layer)
     if formula.is_zero:
         return None
-    programs = variants(formula)
+    centred = any(term.square is not None and term.square.centred is not None for term in formula.terms)
+    programs = deviation_variants(formula) if centred else variants(formula)
     stored: dict[str, Axes] = {}
-    for found in (leaf for program in programs for leaf in leaves(program.tree)):
+    for found in (leaf for program in programs for leaf in program.arguments):
         stored.setdefault(found.name, found.stored)
     arguments = {name: stored[name] for name in EXPLICIT if name in stored}
     operands = tuple(sorted(name for name in stored if name not in EXPLICIT))
