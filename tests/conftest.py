@@ -101,7 +101,15 @@ class Pass:
 
     def fields(self, feature: Any) -> dict[str, Any]:
         named = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        return {name: getattr(p, feature.field) for name, p in named.items()}
+        return {name: comparable(feature, getattr(p, feature.field)) for name, p in named.items()}
+
+
+def comparable(feature: Any, value: Any) -> Any:
+    """A field as the reference gives it: a square root V [V, N, *p] is only fixed up to a rotation of its columns, Σ_v V Vᵀ is not."""
+    if not feature.field.startswith("sqrt_ggn"):
+        return value
+    columns = value.flatten(2)
+    return torch.einsum("vnp,vnq->npq", columns, columns)
 
 
 @pytest.fixture

@@ -170,11 +170,29 @@ class Reference:
 
     DiagGGNMC = DiagGGNExact
 
+    def SqrtGGNExact(self, p: str, curvature: Tensor | None = None, subsampling: Sequence[int] | None = None) -> Tensor:
+        """T_nᵀ H_n T_n [N, P, P]: what the square root is the root of. The root itself is only fixed up to a rotation."""
+        T = self.jacobians[p].flatten(2)
+        H = self.curvature if curvature is None else curvature
+        dense = torch.einsum("nfp,nfg,ngq->npq", T, H, T)
+        return dense if subsampling is None else dense[list(subsampling)]
+
+    SqrtGGNMC = SqrtGGNExact
+
+    def BatchDiagGGNExact(self, p: str, curvature: Tensor | None = None) -> Tensor:
+        return self.SqrtGGNExact(p, curvature).diagonal(0, 1, 2).reshape(self.N, *self.parameters[p].shape)
+
+    BatchDiagGGNMC = BatchDiagGGNExact
+
+    def BatchDiagHessian(self, p: str) -> Tensor:
+        return torch.stack([self._hessian_diagonal(p, term) for term in self.terms(self.outputs)])
+
     def DiagHessian(self, p: str) -> Tensor:
+        return self._hessian_diagonal(p, self.terms(self.outputs).sum())
+
+    def _hessian_diagonal(self, p: str, value: Tensor) -> Tensor:
         tensor = self.parameters[p]
-        (slope,) = torch.autograd.grad(
-            self.terms(self.outputs).sum(), [tensor], create_graph=True, materialize_grads=True
-        )
+        (slope,) = torch.autograd.grad(value, [tensor], create_graph=True, materialize_grads=True)
         (dense,) = jacobian(slope, [tensor])
         return dense.reshape(tensor.numel(), -1).diagonal().reshape(tensor.shape)
 
@@ -212,7 +230,10 @@ class Reference:
     def as_table5(self, feature: str, value: Any) -> Any:
         """The cheat sheet's scaling, of the gradients ∇ℓ_n = u·g_n; what it calls (1/N) G for the curvatures."""
         u, N = self.unit, self.N
-        factor: Mapping[str, float] = {"SumGradSquared": u * u / N, "Variance": u * u}
+        factor: Mapping[str, float] = {
+            "SumGradSquared": u * u / N,
+            "Variance": u * u,
+        }  # of a root: of what it squares to
         if feature == "BatchL2Grad":
             return value.sqrt() * u / N
         if isinstance(value, list):

@@ -263,7 +263,8 @@ def test_dtype_and_ownership_of_fields(feature: Any, dtype: torch.dtype) -> None
     seen: set[int] = {p.data_ptr() for p in done.model.parameters()} | {
         p.grad.data_ptr() for p in done.model.parameters()
     }
-    for value in done.fields(feature).values():
+    for parameter in done.network.parameters():
+        value = getattr(parameter, feature.field)
         for tensor in value if isinstance(value, list) else [value]:
             assert tensor.dtype == dtype and not tensor.requires_grad and tensor.is_contiguous()
             assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

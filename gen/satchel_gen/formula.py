@@ -84,7 +84,8 @@ def render_term(term: Term) -> str:
         needs = term.factor.is_Add and (term.sums or parts or term.square is not None)
         parts.append(f"({render(term.factor)})" if needs else render(term.factor))
     if term.square is not None:
-        parts.append(f"({render_term(term.square)})²")
+        centred = "" if term.square.centred is None else f" − mean_{term.square.centred.name}"
+        parts.append(f"({render_term(term.square)}{centred})²")
     return _sums(term.sums) + " ".join(parts)
 
 

@@ -140,6 +140,24 @@ class Access(Function):
         return str(printer.doprint(self.args[1]))
 
 
+class Centred(Expr):
+    """`body` minus its mean over an index: what a variance squares. It may only be squared."""
+
+    is_commutative = True
+    precedence = 40
+
+    @property
+    def body(self) -> Expr:
+        return self.args[0]
+
+    @property
+    def over(self) -> Index:
+        return self.args[1]
+
+    def _sympystr(self, printer: Any) -> str:
+        return f"{printer.parenthesize(self.body, 46)} − mean_{self.over.name}"
+
+
 class LogSumExp(Expr):
     """log Σ_over exp(body), evaluated stably; ∂/∂body = exp(body − value)."""
 

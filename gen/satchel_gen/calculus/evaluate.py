@@ -61,7 +61,8 @@ def _evaluate(term: Term, axes: Axes, tensors: Mapping[str, Array], extents: Map
         value = value * (grid[a] == grid[b])
     if term.square is not None:
         value = value * _evaluate(term.square, grid_axes, tensors, extents) ** 2
-    return value.sum(tuple(range(len(axes), len(grid_axes)))) if sums else value
+    total = value.sum(tuple(range(len(axes), len(grid_axes)))) if sums else value
+    return total if term.centred is None else total - total.mean(axes.index(term.centred), keepdims=True)
 
 
 def _pointwise(

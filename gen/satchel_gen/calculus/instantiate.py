@@ -9,7 +9,7 @@ import sympy
 from sympy import Expr, Indexed, IndexedBase
 
 from ..definitions.model import Layer, Quantity
-from ..notation import ONE, Extent, Fresh, Index, IndexSum, index_atoms
+from ..notation import ONE, Centred, Extent, Fresh, Index, IndexSum, index_atoms
 from .derive import total_derivative, total_jacobian
 from .kronecker import Kronecker, kronecker
 from .terms import CalculusError, Term, contract, tidy
@@ -20,11 +20,12 @@ Resolver = Callable[[Sequence[Axes]], list[Term]]
 
 @dataclass(frozen=True)
 class Formula:
-    """`name[axes] = Σ terms`."""
+    """`name[axes] = Σ terms`. A matrix is returned with the axes of each of its `groups` as one."""
 
     name: str
     axes: Axes
     terms: tuple[Term, ...]
+    groups: tuple[Axes, ...] = ()
 
     @property
     def is_zero(self) -> bool:
@@ -40,7 +41,7 @@ class Instance:
         self.output_axes: Axes = layer.output.indices[1:]
         on_parameter = self.batch not in wrt.indices
         self.wrt_axes: Axes = tuple(wrt.indices) if on_parameter else tuple(wrt.indices[1:])
-        wrt_group = ("p",) if on_parameter else ("x", "x2")
+        wrt_group = ("p", "p2") if on_parameter else ("x", "x2")
         self.groups: dict[str, Axes] = {"y": self.output_axes, "y2": self.output_axes}
         self.groups |= dict.fromkeys(wrt_group, self.wrt_axes)
         self.resolvers: dict[str, Resolver] = {"J": self._jacobian, "H": self._second_derivative}
@@ -49,26 +50,14 @@ class Instance:
             self.structure = self._kronecker()
         if self.structure is not None:
             found = self.structure
-            self.groups |= {
-                "q": found.shared,
-                "q2": found.shared,
-                "o": found.outer,
-                "o2": found.outer,
-                "i": found.inner,
-            }
-            self.groups["i2"] = found.inner
+            groups = {"q": found.shared, "g": found.block, "o": found.outer, "i": found.inner}
+            self.groups |= groups | {f"{name}2": axes for name, axes in groups.items() if name != "g"}
             self.resolvers |= {"s": self._cotangent, "a": self._input, "averaged": self._averaged}
 
     def _kronecker(self) -> Kronecker | None:
         """The structure, found with output indices that differ from the parameter's own."""
         at = self.fresh.all(self.output_axes)
-        jacobian = self._jacobian([(self.batch,), at, self.wrt_axes])
-        found = kronecker(jacobian, at, self.wrt_axes, self.batch)
-        if found is None:
-            return None
-        names = dict(zip(at, self.output_axes, strict=True))
-        shared, meets = (tuple(names[i] for i in group) for group in (found.shared, found.meets))
-        return Kronecker(shared, found.outer, found.inner, meets, found.term.rename(names))
+        return kronecker(self._jacobian([(self.batch,), at, self.wrt_axes]), at, self.wrt_axes, self.batch)
 
     def _jacobian(self, groups: Sequence[Axes]) -> list[Term]:
         (n,), at, wrt = groups
@@ -88,37 +77,41 @@ class Instance:
         ]
 
     def _cotangent(self, groups: Sequence[Axes]) -> list[Term]:
-        (v,), (n,), shared, outer = groups
+        (v,), (n,), shared, block, outer = groups
         assert self.structure is not None
-        return [Term(IndexedBase("factor")[(v, n, *self.structure.arrange(self.output_axes, shared, outer))])]
+        return [Term(IndexedBase("factor")[(v, n, *self.structure.arrange(shared, block, outer))])]
 
     def _averaged(self, groups: Sequence[Axes]) -> list[Term]:
         if len(groups) == 2:
             return [Term(IndexedBase("averaged")[tuple(i for group in groups for i in group)])]
         assert self.structure is not None
-        rows, columns = (self.structure.arrange(self.output_axes, *groups[k : k + 2]) for k in (0, 2))
+        rows, columns = (self.structure.arrange(*groups[k : k + 3]) for k in (0, 3))
         return [Term(IndexedBase("averaged")[(*rows, *columns)])]
 
     def _input(self, groups: Sequence[Axes]) -> list[Term]:
-        (n,), shared, inner = groups
+        (n,), block, shared, inner = groups
         assert self.structure is not None
-        return [self.structure.input(n, shared, inner, self.batch).freshened(self.fresh)]
+        return [self.structure.input(n, block, shared, inner, self.batch).freshened(self.fresh)]
 
     def quantity(self, quantity: Quantity, name: str) -> Formula:
         """The quantity as a formula in this layer's own indices."""
         scope: dict[Index, Axes] = {}
         axes: list[Index] = []
+        groups: list[Axes] = []
         for abstract in quantity.axes:
             concrete = self.groups.get(abstract.name, (abstract,))
             if set(concrete) & set(axes):
                 concrete = tuple(Index(f"{i.name}2", i.many) for i in concrete)
             scope[abstract] = concrete
             axes += concrete
+            if concrete or abstract.name != "g":
+                groups.append(concrete)
         found = [contract(term) for term in self.instantiate(quantity.value, scope)]
         if quantity.name == "residual":
             found = [_diagonal(term, scope, axes, name) for term in found]
             axes = axes[:]
-        return Formula(name, tuple(axes), tuple(tidy(_cancel(term), axes) for term in found if not term.is_zero))
+        terms = tuple(tidy(_cancel(term), axes) for term in found if not term.is_zero)
+        return Formula(name, tuple(axes), terms, tuple(groups) if quantity.matrix else ())
 
     def instantiate(self, expr: Expr, scope: Mapping[Index, Axes]) -> list[Term]:
         """`expr` with index groups expanded as in `scope` and the abstract tensors resolved."""
@@ -140,7 +133,11 @@ class Instance:
                 product = [left * right for left in product for right in self.instantiate(part, scope)]
             return [contract(term) for term in product]
         if isinstance(expr, sympy.Pow) and expr.exp == 2 and expr.has(Indexed):
-            base = self.instantiate(expr.base, scope)
+            centred = isinstance(expr.base, Centred)
+            base = self.instantiate(expr.base.body if centred else expr.base, scope)
+            if centred:
+                (over,) = scope[expr.base.over]
+                base = [replace(term, centred=over) for term in base]
             if len(base) > 1:
                 raise CalculusError(
                     f"{self.layer.source}: {self.layer.name}: the square of a Jacobian of several terms"

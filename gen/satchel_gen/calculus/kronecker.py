@@ -1,8 +1,9 @@
 """Kronecker structure, found in a parameter's Jacobian.
 
-If ∂y[n, q, o′] / ∂θ[o, i] = δ(o, o′) · a[n, q, i], then θ's block of the curvature Σ Jᵀ H J is approximated by B ⊗ A with A
-from `a` and B from the output's factor (Martens & Grosse, 2015). A delta index that the rest of the term does not read is a
-Kronecker factor; one that it reads makes the block diagonal, which has no such structure.
+If ∂y[n, q, g′, o′] / ∂θ[g, o, i] = δ(g, g′) δ(o, o′) · a[n, g, q, i], then θ's block of the curvature Σ Jᵀ H J is approximated by
+⊕_g B_g ⊗ A_g with A from `a` and B from the output's factor (Martens & Grosse, 2015). A delta index that the rest of the term
+does not read is a Kronecker factor o; one that it reads makes the curvature block-diagonal over g (a grouped convolution).
+Where nothing but block axes is left (a norm's scale: δ(j, j′) x̂[n, j]) there is no Kronecker structure.
 """
 
 from __future__ import annotations
@@ -18,23 +19,25 @@ Axes = tuple[Index, ...]
 
 @dataclass(frozen=True)
 class Kronecker:
-    """`shared` output axes q, Kronecker axes `outer` o (of the parameter), the rest `inner` i, and a[n, q, i]."""
+    """`shared` output axes q; the parameter's block axes g, Kronecker axes `outer` o and the rest `inner` i; and a[n, g, q, i]."""
 
+    output: Axes
     shared: Axes
+    block: Axes
     outer: Axes
     inner: Axes
-    meets: Axes  # the output axis behind each outer axis
+    meets: Axes  # the output axis behind each block and outer axis
     term: Term
 
-    def arrange(self, output_axes: Axes, shared: Axes, outer: Axes) -> Axes:
+    def arrange(self, shared: Axes, block: Axes, outer: Axes) -> Axes:
         """Indices for the output's axes in their own order."""
-        where = dict(zip((*self.shared, *self.meets), (*shared, *outer), strict=True))
-        return tuple(where[axis] for axis in output_axes)
+        where = dict(zip((*self.shared, *self.meets), (*shared, *block, *outer), strict=True))
+        return tuple(where[axis] for axis in self.output)
 
-    def input(self, n: Index, shared: Axes, inner: Axes, batch: Index) -> Term:
-        """a[n, shared, inner]."""
-        names = dict(zip((batch, *self.shared, *self.inner), (n, *shared, *inner), strict=True))
-        return Term(self.term.factor, self.term.sums).rename(names)
+    def input(self, n: Index, block: Axes, shared: Axes, inner: Axes, batch: Index) -> Term:
+        """a[n, block, shared, inner]."""
+        own = (batch, *self.block, *self.shared, *self.inner)
+        return Term(self.term.factor, self.term.sums).rename(dict(zip(own, (n, *block, *shared, *inner), strict=True)))
 
 
 def kronecker(jacobian: Sequence[Term], output_axes: Axes, parameter_axes: Axes, batch: Index) -> Kronecker | None:
@@ -48,13 +51,14 @@ def kronecker(jacobian: Sequence[Term], output_axes: Axes, parameter_axes: Axes,
         if output not in output_axes or parameter not in parameter_axes:
             return None
         pairs[parameter] = output
+    # Where δ(g, g′) holds, either name stands for the same value: the parameter's.
+    term = Term(term.factor, term.sums).rename({output: parameter for parameter, output in pairs.items()})
     read = index_atoms(term.factor) - term.sums
-    if read & (set(pairs) | set(pairs.values())):
-        return None
-    outer = tuple(axis for axis in parameter_axes if axis in pairs)
+    block = tuple(axis for axis in parameter_axes if axis in pairs and axis in read)
+    outer = tuple(axis for axis in parameter_axes if axis in pairs and axis not in read)
     inner = tuple(axis for axis in parameter_axes if axis not in pairs)
-    meets = tuple(pairs[axis] for axis in outer)
+    meets = tuple(pairs[axis] for axis in (*block, *outer))
     shared = tuple(axis for axis in output_axes if axis not in meets)
-    if not outer or not read <= {batch, *shared, *inner}:
+    if not (outer or (block and inner)) or not read <= {batch, *shared, *block, *inner}:
         return None
-    return Kronecker(shared, outer, inner, meets, Term(term.factor, term.sums))
+    return Kronecker(output_axes, shared, block, outer, inner, meets, term)

@@ -21,12 +21,16 @@ class CalculusError(ValueError):
 
 @dataclass(frozen=True)
 class Term:
-    """Σ_{sums} Π_{(a,b) ∈ deltas} δ(a,b) · factor · (square)²; `factor` holds no sum."""
+    """Σ_{sums} Π_{(a,b) ∈ deltas} δ(a,b) · factor · (square)²; `factor` holds no sum.
+
+    `centred` belongs to a `square`: the index over which its mean is subtracted before it is squared.
+    """
 
     factor: Expr
     sums: frozenset[Index] = frozenset()
     deltas: tuple[Delta, ...] = ()
     square: Term | None = None
+    centred: Index | None = None
 
     @property
     def free(self) -> set[Index]:
@@ -48,6 +52,7 @@ class Term:
             frozenset(names.get(i, i) for i in self.sums),
             tuple((a.xreplace(dict(names)), b.xreplace(dict(names))) for a, b in self.deltas),
             self.square.rename(names) if self.square is not None else None,
+            names.get(self.centred, self.centred) if self.centred is not None else None,
         )
 
     def bound(self) -> set[Index]:
@@ -61,6 +66,8 @@ class Term:
         """The product. The bound indices of both must already differ (`freshened`)."""
         if self.square is not None and other.square is not None:
             raise CalculusError("a product of two squared sums has no program")
+        if self.centred is not None or other.centred is not None:
+            raise CalculusError("a centred sum can only be squared")
         return Term(
             self.factor * other.factor,
             self.sums | other.sums,
@@ -75,10 +82,10 @@ class Term:
         """(·)²: a term without sums squares factor by factor, which is what separates squares of products."""
         if self.square is not None:
             raise CalculusError("the square of a squared sum has no program")
-        if not self.sums:
+        if not self.sums and self.centred is None:
             return replace(self, factor=self.factor**2)
         inner = contract(self)
-        if not inner.sums:
+        if not inner.sums and self.centred is None:
             return replace(inner, factor=inner.factor**2)
         outside = tuple(delta for delta in inner.deltas)
         return Term(ONE, frozenset(), outside, replace(inner, deltas=()))

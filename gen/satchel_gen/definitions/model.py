@@ -280,11 +280,15 @@ class Loss(_Validated):
 
 @dataclass(frozen=True)
 class Quantity:
-    """A named formula over a layer's Jacobians, `name[axes] = value`; features are formulas over quantities."""
+    """A named formula over a layer's Jacobians, `name[axes] = value`; features are formulas over quantities.
+
+    A `matrix`, or one per block, has the axes of each index group as one.
+    """
 
     name: str
     axes: tuple[Index, ...]
     value: Expr
+    matrix: bool = False
 
     @property
     def symbol(self) -> Symbol:
@@ -296,7 +300,8 @@ class Feature(_Validated):
     """What `backpack(...)` computes: a formula per field value, over quantities of one or more sources.
 
     `value` has the units of BackPACK, `table5` those of the cheat sheet's Table 5 (None: `value` · u/N).
-    A Kronecker-factored feature gives one tuple of quantities per approximation, output factor first.
+    A Kronecker-factored feature gives one tuple of quantities per approximation, output factor first, and the `block` that a
+    parameter without Kronecker structure gets instead.
     """
 
     name: str
@@ -307,6 +312,7 @@ class Feature(_Validated):
     shape: str
     reference: str
     table5: Expr | None = None
+    block: Quantity | None = None
     options: tuple[str, ...] = ()
     source: Source = dataclasses.field(default_factory=_caller)
 
@@ -314,6 +320,7 @@ class Feature(_Validated):
         declared = {q.name for quantities in self.needs.values() for q in quantities}
         if isinstance(self.value, Mapping):
             used = {q.name for factors in self.value.values() for q in factors}
+            used |= {self.block.name} if self.block is not None else set()
         else:
             used = {str(s) for e in (self.value, self.table5) if e is not None for s in e.free_symbols} - {"N", "u"}
         if used != declared:

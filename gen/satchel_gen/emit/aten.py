@@ -73,7 +73,11 @@ class AtenPrinter(StrPrinter):
     def _print_Pow(self, expr: Expr) -> str:
         base, exponent = expr.args
         text = self._print(base)
-        scalar = base.is_number or isinstance(base, Extent | Option) or base in self.scalars
+        scalar = (
+            base.is_number
+            or isinstance(base, Extent | Option)
+            or (bool(base.free_symbols) and base.free_symbols <= self.scalars)
+        )
         if scalar and exponent == sympy.Rational(1, 2):
             return f"math.sqrt({text})"
         if scalar and exponent.is_Integer and exponent > 0:
@@ -225,6 +229,11 @@ class Body:
             text = f"{text}[{', '.join(places)}]"
         for i in reversed([i for i in node.stored if i not in node.axes]):
             text = f"{text}.squeeze({node.stored.index(i)})"
+        axes = [i for i in node.stored if i in node.axes]
+        for i in [i for i in dict.fromkeys(axes) if axes.count(i) == 2]:
+            first = axes.index(i)
+            text = f"{text}.diagonal(0, {first}, {axes.index(i, first + 1)})"
+            axes = [*(j for j in axes if j != i), i]
         return text
 
     def _sliced(self, node: Leaf) -> str:

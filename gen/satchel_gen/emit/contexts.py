@@ -11,21 +11,25 @@ import sympy
 from sympy import Expr
 
 from ..calculus.derive import Statement
+from ..calculus.instantiate import Formula
 from ..calculus.terms import Term
 from ..definitions.model import Categorical, Feature, Layer, Loss, Quantity
-from ..definitions.quantities import PULLBACKS, J, S, n, p, v, y
+from ..definitions.quantities import BLOCKS, PER_SAMPLE, PULLBACKS, SAMPLES, UNIT, S, T, n, p, p2, v
 from ..formula import render, render_formula, wrapped
+from ..lowering.deviations import deviation_variants
 from ..lowering.kernels import KernelRule, layer_kernels
 from ..lowering.losses import LoweredLoss
 from ..lowering.plan import Axes, plan
 from ..lowering.programs import Program
 from ..lowering.rules import LoweredLayer, LoweredRule
-from ..notation import NDIM, Index, IndexSum, Length, Option, Sum, base_name
+from ..lowering.squares import Variant
+from ..notation import NDIM, ONE, Centred, IndexSum, Length, Option, base_name
 from .aten import AtenPrinter, Body, unpack_extents
 from .functions import (
     Function,
     intermediate_functions,
     loss_function,
+    result,
     rule_functions,
     sample_function,
     violation_function,
@@ -308,76 +312,71 @@ def feature_context(feature: Feature) -> dict[str, Any]:
         "shape": feature.shape, "reference": feature.reference, "options": feature.options,
         "option_types": _OPTION_TYPES, "option_texts": _OPTION_TEXTS, "factors": "", "summands": (),
         "summary": f"{feature.name}, the field `{feature.field}`.", "differentiable": set(feature.needs) == {"gradient"},
-        "source": next(iter(curvature), "gradient"), "locals": [], "value": "", "table5": "",
+        "source": next(iter(curvature), "gradient"), "value": "", "table5": "", "block": "",
+        "value_text": "as above, with the loss's own c inside" if curvature else feature.formula,
         "needs": [(source, q.name) for source, quantities in feature.needs.items() for q in quantities],
     }  # fmt: skip
     if isinstance(feature.value, Mapping):
         named = {a: tuple(q.name for q in factors) for a, factors in feature.value.items()}
-        context["factors"] = repr(named)
-        context["only_approximation"] = next(iter(named))
+        assert feature.block is not None
+        context |= {"factors": repr(named), "only_approximation": next(iter(named)), "block": feature.block.name}
         context |= {"value_text": "[B, A] as above, with the loss's own c inside s", "table5_text": "[B · u / N, A]"}
         return context
-    if curvature:
-        parts = sympy.Add.make_args(feature.value)
-        order = [q.name for quantities in feature.needs.values() for q in quantities]
-        context["summands"] = tuple(sorted((str(part) for part in parts), key=order.index))
-        context |= {"value_text": "as above, with the loss's own c inside", "table5_text": "that · u / N"}
+    context["table5_text"] = _table5_text(feature)
+    if isinstance(feature.value, sympy.Add):  # of columns from several sources, not all of which need arise
+        context |= {"summands": feature.value.args, "value": "value", "table5": "value * (sizes.u / sizes.N)"}
         return context
-    context |= {"value_text": feature.formula, "table5_text": _table5_text(feature)}
-    symbols = {q.symbol: f'q["{q.name}"]' for quantities in feature.needs.values() for q in quantities}
-    if "subsampling" in feature.options:
-        context["locals"] = [
-            'individual = q["per_sample"][0]',
-            "if self.subsampling is not None:",
-            "    individual = individual[list(self.subsampling)]",
-        ]
-        symbols = dict.fromkeys(symbols, "individual")
-    names = {**symbols, sympy.Symbol("N"): "sizes.N", sympy.Symbol("u"): "sizes.u"}
-    context |= {
-        "value": _scalar_print(feature.value, names),
-        "table5": _scalar_print(feature.table5 or feature.value, names),
+    # δ is one column.
+    symbols = {
+        q.symbol: f'q["{q.name}"]' + ("[0]" if (source, q) == ("gradient", PER_SAMPLE) else "")
+        for source, quantities in feature.needs.items()
+        for q in quantities
     }
-    return context
+    names = {**symbols, UNIT: "sizes.u", SAMPLES: "sizes.N"}
+    value = _scalar_print(feature.value, names)
+    table5 = f"{value} * (sizes.u / sizes.N)" if feature.table5 is None else _scalar_print(feature.table5, names)
+    return context | {"value": value, "table5": table5}
 
 
 def _table5_text(feature: Feature) -> str:
-    """The formula with quantities in the field's notation."""
-    notation = {"sum_of_squares": "Σ_n g_n²", "squared_norm": "‖g_n‖²", "per_sample": "g_n", "gradient": "(Σ_n g_n)"}
-    text = render(feature.table5) if feature.table5 is not None else ""
-    for name, symbol in notation.items():
-        text = text.replace(name, symbol)
-    return text
+    """Table 5's scaling relative to BackPACK's, or the formula with quantities in the field's notation."""
+    if feature.table5 is None:
+        return "that · u / N"
+    ratio = feature.table5 / feature.value
+    if ratio.free_symbols <= {UNIT, SAMPLES}:
+        return f"that · {render(ratio)}"
+    return render(feature.table5).replace("squared_norm", "‖g_n‖²")
 
 
 def _scalar_print(expr: Expr, names: Mapping[sympy.Symbol, str]) -> str:
-    return AtenPrinter(names, scalars=frozenset(sympy.symbols("N u"))).doprint(expr)
+    return AtenPrinter(names, scalars=frozenset({UNIT, SAMPLES})).doprint(expr)
 
 
 def reduction_functions() -> list[Function]:
-    """Every pullback quantity from stored pullbacks: the same formulas, with T a tensor."""
-    functions = []
-    stored = sympy.IndexedBase("per_sample")[v, n, p]
-    pullback = Sum(J[n, y, p] * S[v, n, y], y)
-    for quantity in PULLBACKS:
-        if quantity.value == pullback or not quantity.value.has(S):
-            continue
-        functions.append(_reduction(quantity, quantity.value.xreplace({pullback: stored})))
-    return functions
+    """Every quantity of pullbacks from stored ones: the same formulas, with T a tensor."""
+    stored = sympy.IndexedBase("per_sample")
+    pullbacks = {T: stored[v, n, p], T.xreplace({p: p2}): stored[v, n, p2]}
+    found = [quantity for quantity in (*PULLBACKS, *BLOCKS) if quantity.value != T and quantity.value.has(S)]
+    return [_reduction(quantity, quantity.value.xreplace(pullbacks)) for quantity in found]
 
 
 def _reduction(quantity: Quantity, value: Expr) -> Function:
     assert isinstance(value, IndexSum)
-    term = Term(value.body, frozenset(value.over))
-    statement = Statement(sympy.IndexedBase(quantity.name)[quantity.axes], value)
+    body, sums = value.body, frozenset(value.over)
+    if isinstance(body, sympy.Pow) and isinstance(body.base, Centred):
+        term = Term(ONE, sums, (), Term(body.base.body, centred=body.base.over))
+        (variant,) = deviation_variants(Formula(quantity.name, quantity.axes, (term,)))
+    else:
+        variant = Variant("", plan(Term(body, sums), quantity.axes))
     weighted = "sign" in {str(r.base) for r in value.atoms(sympy.Indexed)}
     arguments: dict[str, Axes] = {"per_sample": (v, n, p)} | ({"sign": (v, n)} if weighted else {})
-    flat = Index("p")
-    body = Body(arguments, renamed={"per_sample": "per_sample.flatten(2)"})
-    body_term = term.rename({p: flat})
-    text = body(plan(body_term, tuple(flat if i == p else i for i in quantity.axes)))
-    if p in quantity.axes:
-        text = f"{text}.unflatten(-1, per_sample.shape[2:])"
-    return Function(quantity.name, str(statement), "", tuple(arguments), (), text, entry=False)
+    printed = Body(arguments, renamed={"per_sample": "per_sample.flatten(2)"})
+    text = result(printed, variant)
+    if p in quantity.axes and not quantity.matrix:
+        text = f"({text}).reshape(per_sample.shape[{2 - quantity.axes.index(p)} :])"
+    lines = unpack_extents(printed.extents, arguments) + printed.lines
+    statement = Statement(sympy.IndexedBase(quantity.name)[quantity.axes], value)
+    return Function(quantity.name, str(statement), "", tuple(arguments), tuple(lines), text, entry=False)
 
 
 def table(layers: tuple[Layer, ...], losses: tuple[Loss, ...]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:

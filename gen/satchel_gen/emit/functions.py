@@ -14,7 +14,7 @@ from ..definitions.model import Loss, Normal
 from ..formula import render, render_formula, wrapped
 from ..lowering.composed import Stage
 from ..lowering.losses import LossRule, LoweredLoss
-from ..lowering.plan import Axes, Map, Node, extent_symbol, leaf, leaves, plan
+from ..lowering.plan import Axes, Map, Node, extent_symbol, leaf, plan
 from ..lowering.rules import LoweredRule
 from ..lowering.squares import Variant
 from ..notation import Extent, LogSumExp, Option, index_atoms, reads
@@ -79,22 +79,23 @@ def shape(axes: Axes) -> str:
     return f"[{', '.join(str(extent_symbol(i)) for i in axes)}]"
 
 
-def shapes_line(arguments: Mapping[str, Axes], result: Axes) -> str:
+def shapes_line(arguments: Mapping[str, Axes], result: Axes, groups: tuple[Axes, ...] = ()) -> str:
     given = ", ".join(f"{name} {shape(axes)}" for name, axes in arguments.items())
-    return f"{given} → {shape(result)}" if given else f"→ {shape(result)}"
+    returned = shape(result)
+    if groups:
+        returned = f"[{', '.join(' '.join(str(extent_symbol(i)) for i in group) or '1' for group in groups)}]"
+    return f"{given} → {returned}" if given else f"→ {returned}"
 
 
 def rule_functions(rule: LoweredRule) -> list[Function]:
     """A rule's function, preceded by its programs where there is a choice."""
-    formula = "\n".join(
-        wrapped(render_formula(f))
-        for f in (*(() if rule.on_parameter else (s.formula for s in rule.stages)), rule.formula)
-    )
-    shapes = shapes_line(rule.arguments, rule.formula.axes)
+    shown = () if rule.on_parameter else tuple(stage.formula for stage in rule.stages)
+    formula = "\n".join(wrapped(render_formula(f)) for f in (*shown, rule.formula))
+    shapes = shapes_line(rule.arguments, rule.formula.axes, rule.formula.groups)
     arguments = tuple(rule.arguments)
     numbers = dict.fromkeys(rule.shapes, "tuple[int, ...]") | {o.attribute: _kind(o) for o in rule.components}
     if len(rule.variants) == 1:
-        return [replace(_straight(rule, formula, shapes, rule.variants[0].tree), numbers=numbers)]
+        return [replace(_straight(rule, formula, shapes), numbers=numbers)]
     programs = [replace(_program(rule, variant), numbers=numbers) for variant in rule.variants]
     body = Body(dict(rule.arguments))
     choices = tuple(_choice(rule, variant, body) for variant in rule.variants)
@@ -110,12 +111,24 @@ def _kind(option: Option) -> str:
     return number if option.part is None else f"tuple[{number}, ...]"
 
 
-def _straight(rule: LoweredRule, formula: str, shapes: str, tree: Node) -> Function:
-    body = Body(dict(rule.arguments))
+def _straight(rule: LoweredRule, formula: str, shapes: str) -> Function:
+    (variant,), arguments, groups = rule.variants, rule.arguments, rule.formula.groups
+    body = Body(dict(arguments))
     _emit_stages(body, rule)
-    result = body(tree)
-    lines = unpack_extents(body.extents, rule.arguments, rule.shapes) + body.lines
-    return Function(rule.name, formula, shapes, tuple(rule.arguments), tuple(lines), result)
+    text = result(body, variant)
+    if any(len(group) != 1 for group in groups):
+        text = f"({text}).reshape({', '.join(body.scalar(sympy.Mul(*map(Extent, group))) for group in groups)})"
+    if len(groups) == 3:  # one block is no block
+        text += ".squeeze(0)"
+    lines = unpack_extents(body.extents, arguments, rule.shapes) + body.lines
+    return Function(rule.name, formula, shapes, tuple(arguments), tuple(lines), text)
+
+
+def result(body: Body, variant: Variant) -> str:
+    """The value of a program, after its named intermediates."""
+    for name, node in variant.named:
+        body.lines.append(f"{name} = {body(node)}")
+    return body(variant.tree)
 
 
 def intermediate_functions(rule: LoweredRule) -> list[Function]:
@@ -127,7 +140,7 @@ def _own_intermediates(rule: LoweredRule) -> list[str]:
     """Names of the stages that the rule itself reads, where all stages are the layer's."""
     if not rule.on_parameter:
         return []
-    read = {leaf.name for variant in rule.variants for leaf in leaves(variant.tree)}
+    read = {leaf.name for variant in rule.variants for leaf in variant.arguments}
     return [stage.name for stage in rule.stages if stage.name in read]
 
 
@@ -138,11 +151,11 @@ def _intermediate(name: str, rule: LoweredRule) -> Function:
     body = Body(dict(arguments))
     _emit_chain(body, chain[:-1])
     assert last.tree is not None
-    result = body(last.tree)
+    value = body(last.tree)
     formula = "\n".join(wrapped(render_formula(stage.formula)) for stage in chain)
     lines = (*unpack_extents(body.extents, arguments), *body.lines)
     shapes = shapes_line(arguments, last.formula.axes)
-    return Function(f"{name}_from", formula, shapes, tuple(arguments), lines, result, entry=False, numbers=numbers)
+    return Function(f"{name}_from", formula, shapes, tuple(arguments), lines, value, entry=False, numbers=numbers)
 
 
 def _read_by(chain: Sequence[Stage], rule: LoweredRule) -> tuple[dict[str, Axes], dict[str, str]]:
@@ -179,6 +192,7 @@ NOTES = {
     "per_sample": "By the individual products, stored whole.",
     "blockwise": "By the individual products, in blocks that stay in cache.",
     "gram": "By the Gram matrices of both operands.",
+    "centred": "Of one summand, by the deviations d = a − ā, e = b − b̄ of its operands: a b − ā b̄ = a e + b̄ d.",
 }
 
 
@@ -191,22 +205,24 @@ def _program(rule: LoweredRule, variant: Variant) -> Function:
         return Function(name, "", "", arguments, extents, note=note, block=block, entry=False)
     body = Body(dict(rule.arguments))
     _emit_stages(body, rule)
-    result = body(variant.tree)
+    text = result(body, variant)
     lines = unpack_extents(body.extents, rule.arguments, rule.shapes) + body.lines
-    return Function(name, "", "", arguments, tuple(lines), result, note, entry=False)
+    return Function(name, "", "", arguments, tuple(lines), text, note, entry=False)
 
 
 def _block(rule: LoweredRule, variant: Variant) -> tuple[Block, tuple[str, ...]]:
+    before = Body(dict(rule.arguments))
+    _emit_stages(before, rule)
+    lines = [f"{name} = {before(node)}" for name, node in variant.named]
     body = Body(dict(rule.arguments), slices={"v": "columns", "n": "samples"})
+    body.extents |= before.extents
     columns, samples, each = _loops(variant, body)
     out = rule.formula.axes
     sizes = ", ".join(body.scalar(Extent(i)) for i in out)
     summand = body(variant.tree)
     target = "total[samples]" if any(i.name == "n" for i in out) else "total"
     block = Block(columns, samples, each, sizes, next(iter(rule.arguments)), target, tuple(body.lines), summand)
-    before = Body(dict(rule.arguments))
-    _emit_stages(before, rule)
-    return block, (*unpack_extents(body.extents | before.extents, rule.arguments, rule.shapes), *before.lines)
+    return block, (*unpack_extents(body.extents, rule.arguments, rule.shapes), *before.lines, *lines)
 
 
 def _loops(variant: Variant, body: Body) -> tuple[str, str, str]:
@@ -221,6 +237,8 @@ def _choice(rule: LoweredRule, variant: Variant, body: Body) -> Choice:
     called = str(variant.calls)
     if variant.blockwise:
         called = f"{variant.calls} * block_count({', '.join(_loops(variant, body))})"
+    before = variant.calls_before
+    called = f"{before} + {called}" if before else called
     valid = " and ".join(f"{body.scalar(Extent(i))} == 1" for i in variant.unit)
     costs = {"flops": variant.flops, "elements": variant.elements, "scratch": variant.scratch, "peak": variant.peak}
     counted = {name: body.scalar(cost) for name, cost in costs.items() if cost != 0}

@@ -42,6 +42,8 @@ def _kernel(rule: LoweredRule) -> KernelRule | None:
     if rule.stages or rule.numbers or len(rule.formula.terms) > 1 or any(leaf.windows for leaf in _leaves(rule)):
         return None
     (term,) = rule.formula.terms
+    if term.square is not None and term.square.centred is not None:
+        return None
     if (
         term.square is not None
         and not _is_matrix_product(term.square)
@@ -63,7 +65,7 @@ def _kernel(rule: LoweredRule) -> KernelRule | None:
     if isinstance(tree, Contract) and any(map(_is_square, (tree.left, tree.right))):
         program = _contraction(rule, rule.name, doc, tree)
         return KernelRule(rule, program) if program is not None else None
-    if term.square is not None:
+    if term.square is not None and len([i for i in reads(term.square.factor)[0].indices if i.name not in "vn"]) <= 2:
         return KernelRule(rule, _squared_sum(rule, doc))
     return None
 
@@ -111,7 +113,8 @@ def _squared_product(rule: LoweredRule) -> KernelRule:
         signature=tuple(rule.arguments),
     )
     tree = separated.tree
-    assert isinstance(tree, Contract)
+    if not isinstance(tree, Contract):  # nothing is summed after the square: no product of matrices
+        return KernelRule(rule, program, separated)
     apart = _contraction(rule, f"{rule.name}_separated", doc, tree, given=True)
     return KernelRule(rule, program, separated, apart, (tree.left, tree.right))
 

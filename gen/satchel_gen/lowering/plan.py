@@ -33,7 +33,7 @@ class Leaf:
     """A tensor argument with its `stored` axes; those that `axes` lacks have extent 1 and are squeezed.
 
     Where axes are read at affine positions, `windows` holds an access for each of them, all last in `stored`; in `axes` stand
-    first the places, then the taps.
+    first the places, then the taps. An axis stored twice is read along its diagonal, which is then the last axis.
     """
 
     name: str
@@ -172,8 +172,10 @@ def indices_of(node: Node) -> set[Index]:
 def leaf(read: Indexed, dropped: frozenset[str] = frozenset()) -> Leaf:
     stored = tuple(i.args[0] if isinstance(i, Access) else i for i in read.indices)
     windows = tuple(_window(i) for i in read.indices if isinstance(i, Access))
-    plain = tuple(i for i in read.indices if not isinstance(i, Access) and i.name not in dropped)
-    return Leaf(str(read.base), (*plain, *(w.place for w in windows), *(w.tap for w in windows)), stored, windows)
+    plain = [i for i in read.indices if not isinstance(i, Access) and i.name not in dropped]
+    twice = [i for i in dict.fromkeys(plain) if plain.count(i) == 2]
+    axes = (*(i for i in plain if i not in twice), *(w.place for w in windows), *(w.tap for w in windows), *twice)
+    return Leaf(str(read.base), axes, stored, windows)
 
 
 def _window(access: Access) -> Window:

@@ -14,6 +14,7 @@ from ..definitions import quantities as Q
 from ..definitions.model import Layer, Quantity
 from ..notation import Index, Option, reads, sigmoid, softplus
 from .composed import Composed, Stage, composed_hessian, composed_vjp, stages_of
+from .deviations import deviation_variants
 from .plan import Axes, extent_symbol, indices_of, leaves
 from .squares import Variant, variants
 
@@ -69,9 +70,10 @@ def lower_layer(layer: Layer) -> LoweredLayer:
         instance = Instance(layer, parameter)
         name = str(parameter.base)
         wanted: list[Quantity] = list(Q.PULLBACKS)
-        if instance.structure is not None:
-            wanted += Q.OUTPUT_FACTORS
-            wanted += Q.INPUT_FACTORS if instance.structure.inner else ()
+        if instance.structure is None:
+            wanted += Q.BLOCKS
+        else:
+            wanted += (*Q.OUTPUT_FACTORS, *(Q.INPUT_FACTORS if instance.structure.inner else ()))
         lowered = {q.name: _lower(layer, instance, q, f"{name}_") for q in wanted}
         parameters[name] = {quantity: rule for quantity, rule in lowered.items() if rule is not None}
     vjp = passes["vjp"]
@@ -115,9 +117,9 @@ def _lower(layer: Layer, instance: Instance, quantity: Quantity, prefix: str) ->
     lead = None
     if prefix and quantity.axes[-1:] == (Q.p,):
         lead = len(quantity.axes) - 1
-    return _rule(
-        layer, prefix + quantity.name, quantity.name, formula, variants(formula), stages_of(layer, sorted(read)), lead
-    )
+    centred = any(term.square is not None and term.square.centred is not None for term in formula.terms)
+    programs = deviation_variants(formula) if centred else variants(formula)
+    return _rule(layer, prefix + quantity.name, quantity.name, formula, programs, stages_of(layer, sorted(read)), lead)
 
 
 def term_reads(term: Term) -> list[Indexed]:
@@ -135,9 +137,11 @@ def _rule(
 ) -> LoweredRule:
     """A rule with its arguments: what the engine passes first, then operands, then numbers."""
     named = {stage.name for stage in stages}
-    trees = [stage.tree for stage in stages if stage.tree is not None] + [program.tree for program in programs]
+    before = [stage.tree for stage in stages if stage.tree is not None]
+    trees = [*before, *(tree for program in programs for tree in program.trees)]
     stored: dict[str, Axes] = {}
-    for found in (leaf for tree in trees for leaf in leaves(tree)):
+    read = [leaf for tree in before for leaf in leaves(tree)] + [leaf for one in programs for leaf in one.arguments]
+    for found in read:
         stored.setdefault(found.name, found.stored)
     for stage in stages:
         if stage.logsumexp is not None:
@@ -159,7 +163,7 @@ def _shapes(layer: Layer, needed_indices: set[Index], arguments: Mapping[str, Ax
     carried = {extent_symbol(i) for axes in arguments.values() for i in axes}
     needed = {extent_symbol(i) for i in needed_indices} - carried
     shapes: dict[str, Axes] = {}
-    for tensor in (layer.input, *layer.parameters):
+    for tensor in (layer.input, *layer.parameters, layer.output):
         carries = {extent_symbol(i) for i in tensor.indices}
         if needed & carries:
             shapes[f"{tensor.base}_shape"] = tuple(tensor.indices)

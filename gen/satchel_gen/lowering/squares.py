@@ -16,35 +16,57 @@ from sympy import Expr
 from ..calculus.instantiate import Formula
 from ..calculus.terms import Term
 from ..notation import Access, Index, index_atoms, plain_names, reads
-from .plan import Axes, Map, Node, Reduce, calls, elements_moved, flops, leaf, leaves, plan, plan_sum, size
+from .plan import Axes, Leaf, Map, Node, Reduce, calls, elements_moved, flops, leaf, leaves, plan, plan_sum, size
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One program for a rule. `unit` are axes that must have extent 1; `inner` is the product before it is squared."""
+    """One program for a rule. `unit` are axes that must have extent 1; `inner` is the product before it is squared.
+
+    `named` intermediates are computed first, in order; the tree, and those that follow, read them by name.
+    """
 
     name: str
     tree: Node
     unit: Axes = ()
     inner: Node | None = None
+    named: tuple[tuple[str, Node], ...] = ()
+
+    @property
+    def trees(self) -> tuple[Node, ...]:
+        return (*(node for _, node in self.named), self.tree)
+
+    @property
+    def arguments(self) -> list[Leaf]:
+        """What the program reads of its arguments, each tensor once."""
+        known = {name for name, _ in self.named}
+        found = {leaf.name: leaf for tree in self.trees for leaf in leaves(tree) if leaf.name not in known}
+        return list(found.values())
 
     @property
     def flops(self) -> Expr:
-        return flops(self.tree)
+        return sum(map(flops, self.trees), sympy.Integer(0))
 
     @property
     def elements(self) -> Expr:
         """Elements of the operands and the result."""
-        return sum((size(tensor.stored) for tensor in leaves(self.tree)), size(self.tree.axes))
+        return sum((size(tensor.stored) for tensor in self.arguments), size(self.tree.axes))
 
     @property
     def calls(self) -> int:
         return calls(self.tree)
 
     @property
+    def calls_before(self) -> int:
+        """Operations that the named intermediates take."""
+        return sum(calls(node) for _, node in self.named)
+
+    @property
     def scratch(self) -> Expr:
         """Elements moved through intermediates: none where blocks of them stay in cache."""
-        return sympy.Integer(0) if self.blockwise else elements_moved(self.tree) - self.elements
+        if self.blockwise:
+            return sympy.Integer(0)
+        return sum(map(elements_moved, self.trees), sympy.Integer(0)) - self.elements
 
     @property
     def peak(self) -> Expr:
@@ -64,7 +86,7 @@ def variants(formula: Formula) -> tuple[Variant, ...]:
     if term.square is None:
         return (Variant("", plan(term, formula.axes)),)
     inner = term.square
-    stored = plan(inner, _inner_axes(term, formula.axes))
+    stored = plan(inner, inner_axes(term, formula.axes))
     per_sample = _square_of(term, stored, formula.axes)
     if len(reads(inner.factor)) < 2:
         return (Variant("", per_sample),)
@@ -82,7 +104,7 @@ def variants(formula: Formula) -> tuple[Variant, ...]:
     return tuple(found)
 
 
-def _inner_axes(term: Term, axes: Axes) -> Axes:
+def inner_axes(term: Term, axes: Axes) -> Axes:
     """Axes of the inner product: columns and samples first, the parameter's own last."""
     assert term.square is not None
     free = term.square.free

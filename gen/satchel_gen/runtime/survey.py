@@ -64,7 +64,7 @@ def _touch(plan: Plan, demand: Demand) -> None:
         layer = step.record.definition
         needed = demand.of(layer)
         kinds = {source.kind for source in needed}
-        names = {name for quantities in needed.values() for name in quantities}
+        names = {need.quantity for needs in needed.values() for need in needs}
         rules = [rule for p in step.parameters for name, rule in layer.parameters[p].items() if name in names]
         if step.inputs and kinds & set(CURVATURE):
             rules += [layer.vjp] if layer.vjp is not None else []

@@ -2,6 +2,9 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """The features, one class each."""
 
+from .batch_diag_ggn_exact import BatchDiagGGNExact
+from .batch_diag_ggn_mc import BatchDiagGGNMC
+from .batch_diag_hessian import BatchDiagHessian
 from .batch_grad import BatchGrad
 from .batch_l2_grad import BatchL2Grad
 from .diag_ggn_exact import DiagGGNExact
@@ -10,6 +13,8 @@ from .diag_hessian import DiagHessian
 from .kfac import KFAC
 from .kflr import KFLR
 from .kfra import KFRA
+from .sqrt_ggn_exact import SqrtGGNExact
+from .sqrt_ggn_mc import SqrtGGNMC
 from .sum_grad_squared import SumGradSquared
 from .variance import Variance
 
@@ -17,11 +22,16 @@ __all__ = [
     "KFAC",
     "KFLR",
     "KFRA",
+    "BatchDiagGGNExact",
+    "BatchDiagGGNMC",
+    "BatchDiagHessian",
     "BatchGrad",
     "BatchL2Grad",
     "DiagGGNExact",
     "DiagGGNMC",
     "DiagHessian",
+    "SqrtGGNExact",
+    "SqrtGGNMC",
     "SumGradSquared",
     "Variance",
 ]

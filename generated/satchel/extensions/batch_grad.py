@@ -18,7 +18,7 @@ class BatchGrad(Extension):
         g_n = ∇_θ of sample n's contribution to the loss
 
     scaling="backpack": g_n = ∇_θ of sample n's contribution to the loss
-    scaling="table5":   g_n u / N
+    scaling="table5":   that · u / N
     with N samples, u = N for a mean-reduced loss and 1 for a sum: ∇ℓ_n = u g_n.
     subsampling: indices of the samples to compute, None for all; the scale stays that of the whole batch.
 
@@ -32,12 +32,9 @@ class BatchGrad(Extension):
         super().__init__(subsampling=subsampling, scaling=scaling)
 
     def needs(self, layer: Layer) -> tuple[Need, ...]:
-        return (Need("gradient", "per_sample"),)
+        return (Need("gradient", "per_sample", self.subsampling),)
 
     def value(self, q: Mapping[str, Tensor], sizes: Sizes) -> Tensor | list[Tensor]:
-        individual = q["per_sample"][0]
-        if self.subsampling is not None:
-            individual = individual[list(self.subsampling)]
         if self.scaling == "table5":
-            return sizes.u * individual / sizes.N
-        return individual
+            return sizes.u * q["per_sample"][0] / sizes.N
+        return q["per_sample"][0]

@@ -34,5 +34,6 @@ class DiagGGNExact(Extension):
         return (Need("exact", "sum_of_squares"),)
 
     def value(self, q: Mapping[str, Tensor], sizes: Sizes) -> Tensor | list[Tensor]:
-        value = q["sum_of_squares"]
-        return value * (sizes.u / sizes.N) if self.scaling == "table5" else value
+        if self.scaling == "table5":
+            return q["sum_of_squares"] * (sizes.u / sizes.N)
+        return q["sum_of_squares"]

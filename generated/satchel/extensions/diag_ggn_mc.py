@@ -39,5 +39,6 @@ class DiagGGNMC(Extension):
         return (Need("mc", "sum_of_squares"),)
 
     def value(self, q: Mapping[str, Tensor], sizes: Sizes) -> Tensor | list[Tensor]:
-        value = q["sum_of_squares"]
-        return value * (sizes.u / sizes.N) if self.scaling == "table5" else value
+        if self.scaling == "table5":
+            return q["sum_of_squares"] * (sizes.u / sizes.N)
+        return q["sum_of_squares"]

@@ -38,6 +38,8 @@ class DiagHessian(Extension):
         )
 
     def value(self, q: Mapping[str, Tensor], sizes: Sizes) -> Tensor | list[Tensor]:
-        parts = [q[name] for name in ("sum_of_squares", "signed_sum_of_squares", "diagonal_sum") if name in q]
-        value = sum(parts[1:], parts[0])
-        return value * (sizes.u / sizes.N) if self.scaling == "table5" else value
+        first, *others = q.values()
+        value = sum(others, first)
+        if self.scaling == "table5":
+            return value * (sizes.u / sizes.N)
+        return value

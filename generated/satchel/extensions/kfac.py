@@ -21,7 +21,7 @@ FACTORS = {
 
 
 class KFAC(Extension):
-    """`kfac`, shape [B, A]; [B] for a bias:
+    """`kfac`, shape [B, A]; [B] for a bias; [G] for a parameter without Kronecker structure:
 
         G ≈ B ⊗ A, A = 1/N Σ_n a_n a_nᵀ, B = Σ_{m,n} s sᵀ with s = ∇ℓ(f, ŷ_m)/√M at the layer's output
 
@@ -49,12 +49,10 @@ class KFAC(Extension):
 
     def needs(self, layer: Layer) -> tuple[Need, ...]:
         output_factor, input_factor = FACTORS[self.approximation or layer.approximation]
-        return (Need("mc", output_factor), Need("input", input_factor))
+        return (Need("mc", output_factor), Need("mc", "block"), Need("input", input_factor))
 
     def value(self, q: Mapping[str, Tensor], sizes: Sizes) -> Tensor | list[Tensor]:
-        factors = [
-            q[name] for names in zip(*FACTORS.values(), strict=True) for name in dict.fromkeys(names) if name in q
-        ]
+        factors = list(q.values())
         if self.scaling == "table5":
             factors[0] = factors[0] * (sizes.u / sizes.N)
         return factors

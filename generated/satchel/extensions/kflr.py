@@ -20,7 +20,7 @@ FACTORS = {
 
 
 class KFLR(Extension):
-    """`kflr`, shape [B, A]; [B] for a bias:
+    """`kflr`, shape [B, A]; [B] for a bias; [G] for a parameter without Kronecker structure:
 
         G ≈ B ⊗ A, A = 1/N Σ_n a_n a_nᵀ, B = Σ_{v,n} s sᵀ with the exact factor, S Sᵀ = ∇²ℓ
 
@@ -40,12 +40,10 @@ class KFLR(Extension):
 
     def needs(self, layer: Layer) -> tuple[Need, ...]:
         output_factor, input_factor = FACTORS[self.approximation or layer.approximation]
-        return (Need("exact", output_factor), Need("input", input_factor))
+        return (Need("exact", output_factor), Need("exact", "block"), Need("input", input_factor))
 
     def value(self, q: Mapping[str, Tensor], sizes: Sizes) -> Tensor | list[Tensor]:
-        factors = [
-            q[name] for names in zip(*FACTORS.values(), strict=True) for name in dict.fromkeys(names) if name in q
-        ]
+        factors = list(q.values())
         if self.scaling == "table5":
             factors[0] = factors[0] * (sizes.u / sizes.N)
         return factors

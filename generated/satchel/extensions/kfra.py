@@ -16,7 +16,7 @@ FACTORS = {"backpack": ("averaged_factor", "input_factor_backpack")}
 
 
 class KFRA(Extension):
-    """`kfra`, shape [B, A]; [B] for a bias:
+    """`kfra`, shape [B, A]; [B] for a bias; [G] for a parameter without Kronecker structure:
 
         G ≈ B ⊗ A, A = 1/N Σ_n a_n a_nᵀ, B = Ḡ with Ḡ ← 1/N Σ_n J_nᵀ Ḡ J_n from Σ_n ∇²ℓ_n
 
@@ -35,12 +35,10 @@ class KFRA(Extension):
 
     def needs(self, layer: Layer) -> tuple[Need, ...]:
         output_factor, input_factor = FACTORS["backpack"]
-        return (Need("averaged", output_factor), Need("input", input_factor))
+        return (Need("averaged", output_factor), Need("averaged", "averaged_block"), Need("input", input_factor))
 
     def value(self, q: Mapping[str, Tensor], sizes: Sizes) -> Tensor | list[Tensor]:
-        factors = [
-            q[name] for names in zip(*FACTORS.values(), strict=True) for name in dict.fromkeys(names) if name in q
-        ]
+        factors = list(q.values())
         if self.scaling == "table5":
             factors[0] = factors[0] * (sizes.u / sizes.N)
         return factors

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 
-def gradient(per_sample: Tensor) -> Tensor:
-    """gradient[p] = Σ_{v,n} per_sample[v, n, p], with p all axes of the parameter."""
-    return per_sample.flatten(2).sum((0, 1)).unflatten(-1, per_sample.shape[2:])
+def sample_squares(per_sample: Tensor) -> Tensor:
+    """sample_squares[n, p] = Σ_{v} per_sample[v, n, p]², with p all axes of the parameter."""
+    return (per_sample.flatten(2).square().sum(0)).reshape(per_sample.shape[1:])
 
 
-def sum_of_squares(per_sample: Tensor) -> Tensor:
-    """sum_of_squares[p] = Σ_{v,n} per_sample[v, n, p]², with p all axes of the parameter."""
-    return per_sample.flatten(2).square().sum((0, 1)).unflatten(-1, per_sample.shape[2:])
+def signed_sample_squares(per_sample: Tensor, sign: Tensor) -> Tensor:
+    """signed_sample_squares[n, p] = Σ_{v} per_sample[v, n, p]² sign[v, n], with p all axes of the parameter."""
+    return (torch.einsum("vnp,vn->np", per_sample.flatten(2).square(), sign)).reshape(per_sample.shape[1:])
 
 
 def squared_norm(per_sample: Tensor) -> Tensor:
@@ -25,14 +25,34 @@ def squared_norm(per_sample: Tensor) -> Tensor:
     return per_sample.flatten(2).square().sum((0, 2))
 
 
+def sum_of_squares(per_sample: Tensor) -> Tensor:
+    """sum_of_squares[p] = Σ_{v,n} per_sample[v, n, p]², with p all axes of the parameter."""
+    return (per_sample.flatten(2).square().sum((0, 1))).reshape(per_sample.shape[2:])
+
+
 def signed_sum_of_squares(per_sample: Tensor, sign: Tensor) -> Tensor:
     """signed_sum_of_squares[p] = Σ_{v,n} per_sample[v, n, p]² sign[v, n], with p all axes of the parameter."""
-    return torch.einsum("vnp,vn->p", per_sample.flatten(2).square(), sign).unflatten(-1, per_sample.shape[2:])
+    return (torch.einsum("vnp,vn->p", per_sample.flatten(2).square(), sign)).reshape(per_sample.shape[2:])
+
+
+def squared_deviations(per_sample: Tensor) -> Tensor:
+    """squared_deviations[p] = Σ_{v,n} (per_sample[v, n, p] − mean_n)², with p all axes of the parameter."""
+    N = per_sample.shape[1]
+    mean = per_sample.flatten(2).sum(1) / N
+    return (torch.square(per_sample.flatten(2) - mean[:, None, :]).sum((0, 1))).reshape(per_sample.shape[2:])
+
+
+def block(per_sample: Tensor) -> Tensor:
+    """block[p, p2] = Σ_{v,n} per_sample[v, n, p2] per_sample[v, n, p], with p all axes of the parameter."""
+    return per_sample.flatten(2).flatten(0, 1).T @ per_sample.flatten(2).flatten(0, 1)
 
 
 REDUCTIONS: dict[str, Callable[..., Tensor]] = {
-    "gradient": gradient,
-    "sum_of_squares": sum_of_squares,
+    "sample_squares": sample_squares,
+    "signed_sample_squares": signed_sample_squares,
     "squared_norm": squared_norm,
+    "sum_of_squares": sum_of_squares,
     "signed_sum_of_squares": signed_sum_of_squares,
+    "squared_deviations": squared_deviations,
+    "block": block,
 }

@@ -18,7 +18,7 @@ class SumGradSquared(Extension):
         Σ_n g_n²
 
     scaling="backpack": Σ_n g_n²
-    scaling="table5":   Σ_n g_n² u² / N
+    scaling="table5":   that · u² / N
     with N samples, u = N for a mean-reduced loss and 1 for a sum: ∇ℓ_n = u g_n.
 
     Source: Dangel et al., BackPACK, ICLR 2020, Table 5 (2nd moment).

@@ -15,10 +15,10 @@ from ..runtime.rules import Layer, Need, Sizes
 class Variance(Extension):
     """`variance`, shape [*θ]:
 
-        1/N Σ_n g_n² − (1/N Σ_n g_n)², biased
+        1/N Σ_n (g_n − 1/N Σ_m g_m)², biased
 
-    scaling="backpack": 1/N Σ_n g_n² − (1/N Σ_n g_n)², biased
-    scaling="table5":   Σ_n g_n² u² / N − (Σ_n g_n)² u² / N²
+    scaling="backpack": 1/N Σ_n (g_n − 1/N Σ_m g_m)², biased
+    scaling="table5":   that · u²
     with N samples, u = N for a mean-reduced loss and 1 for a sum: ∇ℓ_n = u g_n.
 
     Source: Dangel et al., BackPACK, ICLR 2020, Table 5 (batch variance).
@@ -31,12 +31,9 @@ class Variance(Extension):
         super().__init__(scaling=scaling)
 
     def needs(self, layer: Layer) -> tuple[Need, ...]:
-        return (
-            Need("gradient", "sum_of_squares"),
-            Need("gradient", "gradient"),
-        )
+        return (Need("gradient", "squared_deviations"),)
 
     def value(self, q: Mapping[str, Tensor], sizes: Sizes) -> Tensor | list[Tensor]:
         if self.scaling == "table5":
-            return q["sum_of_squares"] * sizes.u**2 / sizes.N - sizes.u**2 * q["gradient"].square() / sizes.N**2
-        return q["sum_of_squares"] / sizes.N - q["gradient"].square() / sizes.N**2
+            return q["squared_deviations"] * sizes.u**2 / sizes.N
+        return q["squared_deviations"] / sizes.N

@@ -21,39 +21,89 @@ from ..runtime.triton_launch import REDUCE_LANES, REDUCE_ROWS, accumulator, spli
 
 
 @triton.jit
-def bias_sum_of_squares_kernel(
-    factor_ptr, out_ptr, C, S, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
+def bias_sample_squares_kernel(
+    factor_ptr, out_ptr, N, C, S, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
 ):
-    """bias_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s])²"""
+    """bias_sample_squares[n, c] = Σ_{v} (Σ_{s} factor[v, n, c, s])²"""
+    n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
     c_inside = c < C
     total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * C * S + c[None, :] * S
+        factortile_offset = factor_ptr + step[:, None] * N * C * S + n * C * S + c[None, :] * S
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(S):
             part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
             factortile_offset += 1
         total += part * part
-    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * C + c, tl.sum(total, axis=0), mask=c_inside)
+    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * N * C + n * C + c, tl.sum(total, axis=0), mask=c_inside)
 
 
-def bias_sum_of_squares(factor: Tensor) -> Tensor:
-    """bias_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s])²
+def bias_sample_squares(factor: Tensor) -> Tensor:
+    """bias_sample_squares[n, c] = Σ_{v} (Σ_{s} factor[v, n, c, s])²
 
-    factor [V, N, C, S] -> [C].
+    factor [V, N, C, S] -> [N, C].
     """
     factor = factor.contiguous()
     V, N, C, S = factor.shape
-    steps = V * N
+    steps = V
     dtype = accumulator(factor)
     lanes = triton.cdiv(C, REDUCE_LANES)
-    parts = splits(lanes, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((parts, C), dtype=dtype, device=factor.device)
-    bias_sum_of_squares_kernel[(1, lanes, parts)](
-        factor, out, C, S, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
+    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
+    out = torch.empty((parts, N, C), dtype=dtype, device=factor.device)
+    bias_sample_squares_kernel[(N, lanes, parts)](
+        factor, out, N, C, S, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
+    )
+    return out[0] if parts == 1 else out.sum(0)
+
+
+@triton.jit
+def bias_signed_sample_squares_kernel(
+    factor_ptr,
+    sign_ptr,
+    out_ptr,
+    N,
+    C,
+    S,
+    steps,
+    COMPUTE: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    BLOCK_LANE: tl.constexpr,
+):
+    """bias_signed_sample_squares[n, c] = Σ_{v} sign[v, n] (Σ_{s} factor[v, n, c, s])²"""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
+    c_inside = c < C
+    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
+    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
+        step = start + tl.arange(0, BLOCK_ROW)
+        step_inside = step < steps
+        factortile_offset = factor_ptr + step[:, None] * N * C * S + n * C * S + c[None, :] * S
+        weight = tl.load(sign_ptr + step * N + n, mask=step_inside, other=0).to(COMPUTE)
+        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
+        for _ in range(S):
+            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
+            factortile_offset += 1
+        total += weight[:, None] * part * part
+    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * N * C + n * C + c, tl.sum(total, axis=0), mask=c_inside)
+
+
+def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
+    """bias_signed_sample_squares[n, c] = Σ_{v} sign[v, n] (Σ_{s} factor[v, n, c, s])²
+
+    factor [V, N, C, S], sign [V, N] -> [N, C].
+    """
+    factor, sign = factor.contiguous(), sign.contiguous()
+    V, N, C, S = factor.shape
+    steps = V
+    dtype = accumulator(factor, sign)
+    lanes = triton.cdiv(C, REDUCE_LANES)
+    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
+    out = torch.empty((parts, N, C), dtype=dtype, device=factor.device)
+    bias_signed_sample_squares_kernel[(N, lanes, parts)](
+        factor, sign, out, N, C, S, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
     )
     return out[0] if parts == 1 else out.sum(0)
 
@@ -97,6 +147,44 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
         factor, out, N, C, S, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
     )
     return out.sum((-2, -1))
+
+
+@triton.jit
+def bias_sum_of_squares_kernel(
+    factor_ptr, out_ptr, C, S, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
+):
+    """bias_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s])²"""
+    c = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
+    c_inside = c < C
+    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
+    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
+        step = start + tl.arange(0, BLOCK_ROW)
+        step_inside = step < steps
+        factortile_offset = factor_ptr + step[:, None] * C * S + c[None, :] * S
+        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
+        for _ in range(S):
+            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
+            factortile_offset += 1
+        total += part * part
+    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * C + c, tl.sum(total, axis=0), mask=c_inside)
+
+
+def bias_sum_of_squares(factor: Tensor) -> Tensor:
+    """bias_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s])²
+
+    factor [V, N, C, S] -> [C].
+    """
+    factor = factor.contiguous()
+    V, N, C, S = factor.shape
+    steps = V * N
+    dtype = accumulator(factor)
+    lanes = triton.cdiv(C, REDUCE_LANES)
+    parts = splits(lanes, triton.cdiv(steps, REDUCE_ROWS))
+    out = torch.empty((parts, C), dtype=dtype, device=factor.device)
+    bias_sum_of_squares_kernel[(1, lanes, parts)](
+        factor, out, C, S, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
+    )
+    return out[0] if parts == 1 else out.sum(0)
 
 
 @triton.jit

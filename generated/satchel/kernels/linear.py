@@ -102,6 +102,292 @@ def diagonal(curvature: Tensor, weight: Tensor) -> Tensor:
     configs=MATRIX_TILES, key=["O", "I", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
 )
 @triton.jit
+def weight_sample_squares_fused_kernel(
+    factor_ptr,
+    input_ptr,
+    out_ptr,
+    N,
+    R,
+    O,
+    I,
+    steps,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """weight_sample_squares[n, o, i] = Σ_{v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²"""
+    n = tl.program_id(0).to(tl.int64)
+    o_start = tl.program_id(1).to(tl.int64) * BLOCK_M
+    i_start = tl.program_id(2).to(tl.int64) * BLOCK_N
+    o = tl.arange(0, BLOCK_M)
+    i = tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_K)
+    o_inside = o < O - o_start
+    i_inside = i < I - i_start
+    factor_tile = r[None, :] * O + o[:, None]
+    input_tile = r[:, None] * I + i[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+    for step in range(tl.cast(0, tl.int64), steps):
+        factor_start = factor_ptr + step * N * R * O + n * R * O + o_start
+        input_start = input_ptr + n * R * I + i_start
+        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+        for r_start in range(0, R, BLOCK_K):
+            r_inside = r < R - r_start
+            factor = tl.load(factor_start + factor_tile, mask=o_inside[:, None] & r_inside[None, :], other=0).to(
+                COMPUTE
+            )
+            input = tl.load(input_start + input_tile, mask=r_inside[:, None] & i_inside[None, :], other=0).to(COMPUTE)
+            product = tl.dot(factor, input, product, input_precision=PRECISION, out_dtype=COMPUTE)
+            factor_start += BLOCK_K * O
+            input_start += BLOCK_K * I
+        total += product * product
+    out_start = out_ptr + n * O * I + o_start * I + i_start
+    out_tile = o[:, None] * I + i[None, :]
+    tl.store(out_start + out_tile, total, mask=o_inside[:, None] & i_inside[None, :])
+
+
+def weight_sample_squares_fused(factor: Tensor, input: Tensor) -> Tensor:
+    """weight_sample_squares[n, o, i] = Σ_{v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
+
+    factor [V, N, R, O], input [N, R, I] -> [N, O, I].
+    """
+    factor, input = factor.contiguous(), input.contiguous()
+    V, N, R, O = factor.shape
+    I = input.shape[2]
+    check_strides(O, I)
+    dtype = accumulator(factor, input)
+    out = torch.empty((N, O, I), dtype=dtype, device=factor.device)
+    weight_sample_squares_fused_kernel[
+        lambda meta: (N, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
+    ](factor, input, out, N, R, O, I, V, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input))
+    return out
+
+
+@triton.autotune(
+    configs=MATRIX_TILES, key=["O", "I", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
+)
+@triton.jit
+def weight_signed_sample_squares_fused_kernel(
+    factor_ptr,
+    sign_ptr,
+    input_ptr,
+    out_ptr,
+    N,
+    R,
+    O,
+    I,
+    steps,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """weight_signed_sample_squares[n, o, i] = Σ_{v} sign[v, n] (Σ_{r} factor[v, n, r, o] input[n, r, i])²"""
+    n = tl.program_id(0).to(tl.int64)
+    o_start = tl.program_id(1).to(tl.int64) * BLOCK_M
+    i_start = tl.program_id(2).to(tl.int64) * BLOCK_N
+    o = tl.arange(0, BLOCK_M)
+    i = tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_K)
+    o_inside = o < O - o_start
+    i_inside = i < I - i_start
+    factor_tile = r[None, :] * O + o[:, None]
+    input_tile = r[:, None] * I + i[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+    for step in range(tl.cast(0, tl.int64), steps):
+        factor_start = factor_ptr + step * N * R * O + n * R * O + o_start
+        input_start = input_ptr + n * R * I + i_start
+        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+        for r_start in range(0, R, BLOCK_K):
+            r_inside = r < R - r_start
+            factor = tl.load(factor_start + factor_tile, mask=o_inside[:, None] & r_inside[None, :], other=0).to(
+                COMPUTE
+            )
+            input = tl.load(input_start + input_tile, mask=r_inside[:, None] & i_inside[None, :], other=0).to(COMPUTE)
+            product = tl.dot(factor, input, product, input_precision=PRECISION, out_dtype=COMPUTE)
+            factor_start += BLOCK_K * O
+            input_start += BLOCK_K * I
+        weight = tl.load(sign_ptr + step * N + n).to(COMPUTE)
+        total += weight * product * product
+    out_start = out_ptr + n * O * I + o_start * I + i_start
+    out_tile = o[:, None] * I + i[None, :]
+    tl.store(out_start + out_tile, total, mask=o_inside[:, None] & i_inside[None, :])
+
+
+def weight_signed_sample_squares_fused(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
+    """weight_signed_sample_squares[n, o, i] = Σ_{v} sign[v, n] (Σ_{r} factor[v, n, r, o] input[n, r, i])²
+
+    factor [V, N, R, O], sign [V, N], input [N, R, I] -> [N, O, I].
+    """
+    factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
+    V, N, R, O = factor.shape
+    I = input.shape[2]
+    check_strides(O, I)
+    dtype = accumulator(factor, sign, input)
+    out = torch.empty((N, O, I), dtype=dtype, device=factor.device)
+    weight_signed_sample_squares_fused_kernel[
+        lambda meta: (N, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
+    ](factor, sign, input, out, N, R, O, I, V, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input))
+    return out
+
+
+@triton.autotune(
+    configs=MATRIX_TILES, key=["O", "I", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
+)
+@triton.jit
+def weight_sample_diagonal_kernel(
+    curvature_ptr,
+    input_ptr,
+    out_ptr,
+    R,
+    I,
+    O,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """weight_sample_diagonal[n, o, i] = Σ_{r} curvature[n, r, o] input[n, r, i]²"""
+    n = tl.program_id(0).to(tl.int64)
+    o_start = tl.program_id(1).to(tl.int64) * BLOCK_M
+    i_start = tl.program_id(2).to(tl.int64) * BLOCK_N
+    o = tl.arange(0, BLOCK_M)
+    i = tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_K)
+    o_inside = o < O - o_start
+    i_inside = i < I - i_start
+    curvature_tile = r[None, :] * O + o[:, None]
+    input_tile = r[:, None] * I + i[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+    curvature_start = curvature_ptr + n * R * O + o_start
+    input_start = input_ptr + n * R * I + i_start
+    for r_start in range(0, R, BLOCK_K):
+        r_inside = r < R - r_start
+        curvature = tl.load(curvature_start + curvature_tile, mask=o_inside[:, None] & r_inside[None, :], other=0).to(
+            COMPUTE
+        )
+        input = tl.load(input_start + input_tile, mask=r_inside[:, None] & i_inside[None, :], other=0).to(COMPUTE)
+        total = tl.dot(curvature, input * input, total, input_precision=PRECISION, out_dtype=COMPUTE)
+        curvature_start += BLOCK_K * O
+        input_start += BLOCK_K * I
+    out_start = out_ptr + n * O * I + o_start * I + i_start
+    out_tile = o[:, None] * I + i[None, :]
+    tl.store(out_start + out_tile, total, mask=o_inside[:, None] & i_inside[None, :])
+
+
+def weight_sample_diagonal(curvature: Tensor, input: Tensor) -> Tensor:
+    """weight_sample_diagonal[n, o, i] = Σ_{r} curvature[n, r, o] input[n, r, i]²
+
+    curvature [N, R, O], input [N, R, I] -> [N, O, I].
+    """
+    curvature, input = curvature.contiguous(), input.contiguous()
+    N, R, O = curvature.shape
+    I = input.shape[2]
+    check_strides(O, I)
+    dtype = accumulator(curvature, input)
+    out = torch.empty((N, O, I), dtype=dtype, device=input.device)
+    weight_sample_diagonal_kernel[lambda meta: (N, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))](
+        curvature, input, out, R, I, O, COMPUTE=triton_type(dtype), PRECISION=precision(curvature, input, squared=True)
+    )
+    return out
+
+
+@triton.autotune(configs=GRAM_TILES, key=["BLOCK_M", "COMPUTE", "PRECISION"])
+@triton.jit
+def weight_squared_norm_gram_kernel(
+    factor_ptr,
+    input_ptr,
+    out_ptr,
+    N,
+    R,
+    O,
+    I,
+    steps,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """weight_squared_norm[n] = Σ_{i,o,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
+
+    One program: one tile of both Gram matrices, on or above the diagonal; a tile above it counts twice.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    row_tile = tl.program_id(1)
+    column_tile = tl.program_id(2)
+    if row_tile <= column_tile:
+        row_start = row_tile.to(tl.int64) * BLOCK_M
+        column_start = column_tile.to(tl.int64) * BLOCK_M
+        lane = tl.arange(0, BLOCK_M)
+        k = tl.arange(0, BLOCK_K)
+        row_inside = lane < R - row_start
+        column_inside = lane < R - column_start
+        input_row_tile = lane[:, None] * I + k[None, :]
+        input_column_tile = k[:, None] + lane[None, :] * I
+        input_gram = tl.zeros((BLOCK_M, BLOCK_M), dtype=COMPUTE)
+        input_row_start = input_ptr + n * R * I + row_start * I
+        input_column_start = input_ptr + n * R * I + column_start * I
+        for k_start in range(0, I, BLOCK_K):
+            k_inside = k < I - k_start
+            rows = tl.load(input_row_start + input_row_tile, mask=row_inside[:, None] & k_inside[None, :], other=0).to(
+                COMPUTE
+            )
+            columns = tl.load(
+                input_column_start + input_column_tile, mask=k_inside[:, None] & column_inside[None, :], other=0
+            ).to(COMPUTE)
+            input_gram = tl.dot(rows, columns, input_gram, input_precision=PRECISION, out_dtype=COMPUTE)
+            input_row_start += BLOCK_K
+            input_column_start += BLOCK_K
+        factor_row_tile = lane[:, None] * O + k[None, :]
+        factor_column_tile = k[:, None] + lane[None, :] * O
+        total = tl.zeros((BLOCK_M, BLOCK_M), dtype=COMPUTE)
+        for step in range(tl.cast(0, tl.int64), steps):
+            factor_gram = tl.zeros((BLOCK_M, BLOCK_M), dtype=COMPUTE)
+            factor_row_start = factor_ptr + step * N * R * O + n * R * O + row_start * O
+            factor_column_start = factor_ptr + step * N * R * O + n * R * O + column_start * O
+            for k_start in range(0, O, BLOCK_K):
+                k_inside = k < O - k_start
+                rows = tl.load(
+                    factor_row_start + factor_row_tile, mask=row_inside[:, None] & k_inside[None, :], other=0
+                ).to(COMPUTE)
+                columns = tl.load(
+                    factor_column_start + factor_column_tile, mask=k_inside[:, None] & column_inside[None, :], other=0
+                ).to(COMPUTE)
+                factor_gram = tl.dot(rows, columns, factor_gram, input_precision=PRECISION, out_dtype=COMPUTE)
+                factor_row_start += BLOCK_K
+                factor_column_start += BLOCK_K
+            total += factor_gram * input_gram
+        value = tl.sum(total) * tl.where(row_tile == column_tile, 1.0, 2.0)
+        tl.store(out_ptr + (n * tl.num_programs(1) + row_tile) * tl.num_programs(2) + column_tile, value)
+
+
+def weight_squared_norm_gram(factor: Tensor, input: Tensor) -> Tensor:
+    """weight_squared_norm[n] = Σ_{i,o,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
+
+    factor [V, N, R, O], input [N, R, I] -> [N].
+    """
+    factor, input = factor.contiguous(), input.contiguous()
+    V, N, R, O = factor.shape
+    I = input.shape[2]
+    check_strides(O, I)
+    dtype = accumulator(factor, input)
+    block = gram_rows(R, dtype)
+    tiles = triton.cdiv(R, block)
+    out = torch.zeros((N, tiles, tiles), dtype=dtype, device=factor.device)
+    weight_squared_norm_gram_kernel[(N, tiles, tiles)](
+        factor, input, out, N, R, O, I, V, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input), BLOCK_M=block
+    )
+    return out.sum((-2, -1))
+
+
+@triton.autotune(
+    configs=MATRIX_TILES, key=["O", "I", "COMPUTE", "PRECISION"], prune_configs_by={"early_config_prune": fitting}
+)
+@triton.jit
 def weight_sum_of_squares_fused_kernel(
     factor_ptr,
     input_ptr,
@@ -230,94 +516,6 @@ def weight_sum_of_squares_separated(input: Tensor, product: Tensor) -> Tensor:
         lambda meta: (parts, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
     ](input, product, out, N, I, O, COMPUTE=triton_type(dtype), PRECISION=precision(product, input, squared=True))
     return out[0] if parts == 1 else out.sum(0)
-
-
-@triton.autotune(configs=GRAM_TILES, key=["BLOCK_M", "COMPUTE", "PRECISION"])
-@triton.jit
-def weight_squared_norm_gram_kernel(
-    factor_ptr,
-    input_ptr,
-    out_ptr,
-    N,
-    R,
-    O,
-    I,
-    steps,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """weight_squared_norm[n] = Σ_{i,o,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
-
-    One program: one tile of both Gram matrices, on or above the diagonal; a tile above it counts twice.
-    """
-    n = tl.program_id(0).to(tl.int64)
-    row_tile = tl.program_id(1)
-    column_tile = tl.program_id(2)
-    if row_tile <= column_tile:
-        row_start = row_tile.to(tl.int64) * BLOCK_M
-        column_start = column_tile.to(tl.int64) * BLOCK_M
-        lane = tl.arange(0, BLOCK_M)
-        k = tl.arange(0, BLOCK_K)
-        row_inside = lane < R - row_start
-        column_inside = lane < R - column_start
-        input_row_tile = lane[:, None] * I + k[None, :]
-        input_column_tile = k[:, None] + lane[None, :] * I
-        input_gram = tl.zeros((BLOCK_M, BLOCK_M), dtype=COMPUTE)
-        input_row_start = input_ptr + n * R * I + row_start * I
-        input_column_start = input_ptr + n * R * I + column_start * I
-        for k_start in range(0, I, BLOCK_K):
-            k_inside = k < I - k_start
-            rows = tl.load(input_row_start + input_row_tile, mask=row_inside[:, None] & k_inside[None, :], other=0).to(
-                COMPUTE
-            )
-            columns = tl.load(
-                input_column_start + input_column_tile, mask=k_inside[:, None] & column_inside[None, :], other=0
-            ).to(COMPUTE)
-            input_gram = tl.dot(rows, columns, input_gram, input_precision=PRECISION, out_dtype=COMPUTE)
-            input_row_start += BLOCK_K
-            input_column_start += BLOCK_K
-        factor_row_tile = lane[:, None] * O + k[None, :]
-        factor_column_tile = k[:, None] + lane[None, :] * O
-        total = tl.zeros((BLOCK_M, BLOCK_M), dtype=COMPUTE)
-        for step in range(tl.cast(0, tl.int64), steps):
-            factor_gram = tl.zeros((BLOCK_M, BLOCK_M), dtype=COMPUTE)
-            factor_row_start = factor_ptr + step * N * R * O + n * R * O + row_start * O
-            factor_column_start = factor_ptr + step * N * R * O + n * R * O + column_start * O
-            for k_start in range(0, O, BLOCK_K):
-                k_inside = k < O - k_start
-                rows = tl.load(
-                    factor_row_start + factor_row_tile, mask=row_inside[:, None] & k_inside[None, :], other=0
-                ).to(COMPUTE)
-                columns = tl.load(
-                    factor_column_start + factor_column_tile, mask=k_inside[:, None] & column_inside[None, :], other=0
-                ).to(COMPUTE)
-                factor_gram = tl.dot(rows, columns, factor_gram, input_precision=PRECISION, out_dtype=COMPUTE)
-                factor_row_start += BLOCK_K
-                factor_column_start += BLOCK_K
-            total += factor_gram * input_gram
-        value = tl.sum(total) * tl.where(row_tile == column_tile, 1.0, 2.0)
-        tl.store(out_ptr + (n * tl.num_programs(1) + row_tile) * tl.num_programs(2) + column_tile, value)
-
-
-def weight_squared_norm_gram(factor: Tensor, input: Tensor) -> Tensor:
-    """weight_squared_norm[n] = Σ_{i,o,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
-
-    factor [V, N, R, O], input [N, R, I] -> [N].
-    """
-    factor, input = factor.contiguous(), input.contiguous()
-    V, N, R, O = factor.shape
-    I = input.shape[2]
-    check_strides(O, I)
-    dtype = accumulator(factor, input)
-    block = gram_rows(R, dtype)
-    tiles = triton.cdiv(R, block)
-    out = torch.zeros((N, tiles, tiles), dtype=dtype, device=factor.device)
-    weight_squared_norm_gram_kernel[(N, tiles, tiles)](
-        factor, input, out, N, R, O, I, V, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input), BLOCK_M=block
-    )
-    return out.sum((-2, -1))
 
 
 @triton.autotune(
@@ -528,39 +726,89 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor) -> Tensor:
 
 
 @triton.jit
-def bias_sum_of_squares_kernel(
-    factor_ptr, out_ptr, R, O, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
+def bias_sample_squares_kernel(
+    factor_ptr, out_ptr, N, R, O, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
 ):
-    """bias_sum_of_squares[o] = Σ_{n,v} (Σ_{r} factor[v, n, r, o])²"""
+    """bias_sample_squares[n, o] = Σ_{v} (Σ_{r} factor[v, n, r, o])²"""
+    n = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
     o_inside = o < O
     total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * R * O + o[None, :]
+        factortile_offset = factor_ptr + step[:, None] * N * R * O + n * R * O + o[None, :]
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(R):
             part += tl.load(factortile_offset, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
             factortile_offset += O
         total += part * part
-    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * O + o, tl.sum(total, axis=0), mask=o_inside)
+    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * N * O + n * O + o, tl.sum(total, axis=0), mask=o_inside)
 
 
-def bias_sum_of_squares(factor: Tensor) -> Tensor:
-    """bias_sum_of_squares[o] = Σ_{n,v} (Σ_{r} factor[v, n, r, o])²
+def bias_sample_squares(factor: Tensor) -> Tensor:
+    """bias_sample_squares[n, o] = Σ_{v} (Σ_{r} factor[v, n, r, o])²
 
-    factor [V, N, R, O] -> [O].
+    factor [V, N, R, O] -> [N, O].
     """
     factor = factor.contiguous()
     V, N, R, O = factor.shape
-    steps = V * N
+    steps = V
     dtype = accumulator(factor)
     lanes = triton.cdiv(O, REDUCE_LANES)
-    parts = splits(lanes, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((parts, O), dtype=dtype, device=factor.device)
-    bias_sum_of_squares_kernel[(1, lanes, parts)](
-        factor, out, R, O, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
+    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
+    out = torch.empty((parts, N, O), dtype=dtype, device=factor.device)
+    bias_sample_squares_kernel[(N, lanes, parts)](
+        factor, out, N, R, O, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
+    )
+    return out[0] if parts == 1 else out.sum(0)
+
+
+@triton.jit
+def bias_signed_sample_squares_kernel(
+    factor_ptr,
+    sign_ptr,
+    out_ptr,
+    N,
+    R,
+    O,
+    steps,
+    COMPUTE: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    BLOCK_LANE: tl.constexpr,
+):
+    """bias_signed_sample_squares[n, o] = Σ_{v} sign[v, n] (Σ_{r} factor[v, n, r, o])²"""
+    n = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
+    o_inside = o < O
+    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
+    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
+        step = start + tl.arange(0, BLOCK_ROW)
+        step_inside = step < steps
+        factortile_offset = factor_ptr + step[:, None] * N * R * O + n * R * O + o[None, :]
+        weight = tl.load(sign_ptr + step * N + n, mask=step_inside, other=0).to(COMPUTE)
+        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
+        for _ in range(R):
+            part += tl.load(factortile_offset, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
+            factortile_offset += O
+        total += weight[:, None] * part * part
+    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * N * O + n * O + o, tl.sum(total, axis=0), mask=o_inside)
+
+
+def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
+    """bias_signed_sample_squares[n, o] = Σ_{v} sign[v, n] (Σ_{r} factor[v, n, r, o])²
+
+    factor [V, N, R, O], sign [V, N] -> [N, O].
+    """
+    factor, sign = factor.contiguous(), sign.contiguous()
+    V, N, R, O = factor.shape
+    steps = V
+    dtype = accumulator(factor, sign)
+    lanes = triton.cdiv(O, REDUCE_LANES)
+    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
+    out = torch.empty((parts, N, O), dtype=dtype, device=factor.device)
+    bias_signed_sample_squares_kernel[(N, lanes, parts)](
+        factor, sign, out, N, R, O, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
     )
     return out[0] if parts == 1 else out.sum(0)
 
@@ -607,6 +855,44 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
 
 
 @triton.jit
+def bias_sum_of_squares_kernel(
+    factor_ptr, out_ptr, R, O, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
+):
+    """bias_sum_of_squares[o] = Σ_{n,v} (Σ_{r} factor[v, n, r, o])²"""
+    o = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
+    o_inside = o < O
+    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
+    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
+        step = start + tl.arange(0, BLOCK_ROW)
+        step_inside = step < steps
+        factortile_offset = factor_ptr + step[:, None] * R * O + o[None, :]
+        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
+        for _ in range(R):
+            part += tl.load(factortile_offset, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
+            factortile_offset += O
+        total += part * part
+    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * O + o, tl.sum(total, axis=0), mask=o_inside)
+
+
+def bias_sum_of_squares(factor: Tensor) -> Tensor:
+    """bias_sum_of_squares[o] = Σ_{n,v} (Σ_{r} factor[v, n, r, o])²
+
+    factor [V, N, R, O] -> [O].
+    """
+    factor = factor.contiguous()
+    V, N, R, O = factor.shape
+    steps = V * N
+    dtype = accumulator(factor)
+    lanes = triton.cdiv(O, REDUCE_LANES)
+    parts = splits(lanes, triton.cdiv(steps, REDUCE_ROWS))
+    out = torch.empty((parts, O), dtype=dtype, device=factor.device)
+    bias_sum_of_squares_kernel[(1, lanes, parts)](
+        factor, out, R, O, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
+    )
+    return out[0] if parts == 1 else out.sum(0)
+
+
+@triton.jit
 def bias_signed_sum_of_squares_kernel(
     factor_ptr, sign_ptr, out_ptr, R, O, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
 ):
@@ -645,12 +931,21 @@ def bias_signed_sum_of_squares(factor: Tensor, sign: Tensor) -> Tensor:
     return out[0] if parts == 1 else out.sum(0)
 
 
-def weight_sum_of_squares(factor: Tensor, input: Tensor) -> Tensor:
-    """weight_sum_of_squares[o, i] = Σ_{n,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²"""
+def weight_sample_squares(factor: Tensor, input: Tensor) -> Tensor:
+    """weight_sample_squares[n, o, i] = Σ_{v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²"""
     if factor.shape[2] == 1:
-        product = factor.squeeze(2).square().sum(0)
-        return weight_sum_of_squares_separated(input.squeeze(1), product)
-    return weight_sum_of_squares_fused(factor, input)
+        return input.squeeze(1).square()[:, None, :] * factor.squeeze(2).square().sum(0)[:, :, None]
+    return weight_sample_squares_fused(factor, input)
+
+
+def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
+    """weight_signed_sample_squares[n, o, i] = Σ_{v} sign[v, n] (Σ_{r} factor[v, n, r, o] input[n, r, i])²"""
+    if factor.shape[2] == 1:
+        return (
+            input.squeeze(1).square()[:, None, :]
+            * torch.einsum("vno,vn->no", factor.squeeze(2).square(), sign)[:, :, None]
+        )
+    return weight_signed_sample_squares_fused(factor, sign, input)
 
 
 def weight_squared_norm(factor: Tensor, input: Tensor) -> Tensor:
@@ -658,6 +953,14 @@ def weight_squared_norm(factor: Tensor, input: Tensor) -> Tensor:
     if factor.shape[2] == 1:
         return input.squeeze(1).square().sum(1) * factor.squeeze(2).square().sum((0, 2))
     return weight_squared_norm_gram(factor, input)
+
+
+def weight_sum_of_squares(factor: Tensor, input: Tensor) -> Tensor:
+    """weight_sum_of_squares[o, i] = Σ_{n,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²"""
+    if factor.shape[2] == 1:
+        product = factor.squeeze(2).square().sum(0)
+        return weight_sum_of_squares_separated(input.squeeze(1), product)
+    return weight_sum_of_squares_fused(factor, input)
 
 
 def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:

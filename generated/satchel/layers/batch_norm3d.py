@@ -68,25 +68,16 @@ def weight_per_sample(factor: Tensor, input: Tensor, running_mean: Tensor, runni
     ).permute(2, 0, 1)
 
 
-@widened
-def weight_gradient(factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> Tensor:
-    """weight_gradient[c] = Σ_{n,s,v} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] / √(running_var[c] + eps)
-
-    factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [C]
-    """
-    return torch.pow(running_var + eps, -1 / 2) * ((input - running_mean[:, None]) * factor.sum(0)).sum((0, 2))
-
-
-def weight_sum_of_squares_separated(
+def weight_sample_squares_separated(
     factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
 ) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    return (1 / (running_var + eps)) * (
-        torch.square(input.squeeze(2) - running_mean) * factor.squeeze(3).square().sum(0)
-    ).sum(0)
+    return factor.squeeze(3).square().sum(0) * (
+        (1 / (running_var + eps))[:, None] * torch.square(input.squeeze(2) - running_mean).permute(1, 0)
+    ).permute(1, 0)
 
 
-def weight_sum_of_squares_per_sample(
+def weight_sample_squares_per_sample(
     factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
 ) -> Tensor:
     """By the individual products, stored whole."""
@@ -96,18 +87,18 @@ def weight_sum_of_squares_per_sample(
             * torch.einsum("ncs,vncs->ncv", input - running_mean[:, None], factor).permute(2, 0, 1)
         )
         .square()
-        .sum((0, 1))
+        .sum(0)
     )
 
 
-def weight_sum_of_squares_blockwise(
+def weight_sample_squares_blockwise(
     factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
 ) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
     V, N, C, _ = factor.shape
-    total = factor.new_zeros(C)
+    total = factor.new_zeros(N, C)
     for columns, samples in blocks(V, N, C):
-        total += (
+        total[samples] += (
             (
                 torch.pow(running_var + eps, -1 / 2)
                 * torch.einsum(
@@ -115,45 +106,134 @@ def weight_sum_of_squares_blockwise(
                 ).permute(2, 0, 1)
             )
             .square()
-            .sum((0, 1))
+            .sum(0)
         )
     return total
 
 
 @widened
-def weight_sum_of_squares(
+def weight_sample_squares(
     factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
 ) -> Tensor:
-    """weight_sum_of_squares[c] = Σ_{n,v} (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] /
+    """weight_sample_squares[n, c] = Σ_{v} (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] /
         √(running_var[c] + eps))²
 
-    factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [C]. The cheapest program for the shapes.
+    factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [N, C]. The cheapest program for the shapes.
     """
     V, N, C, S = factor.shape
     return cheapest(
         Program(
-            weight_sum_of_squares_separated,
-            flops=2 * C + 3 * C * N + 2 * C * N * V,
-            elements=3 * C + C * N * S + C * N * S * V,
-            scratch=4 * C + 5 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
+            weight_sample_squares_separated,
+            flops=C + 3 * C * N + 2 * C * N * V,
+            elements=2 * C + C * N + C * N * S + C * N * S * V,
+            scratch=2 * C + 7 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
             calls=6,
             valid=S == 1,
         ),
         Program(
-            weight_sum_of_squares_per_sample,
+            weight_sample_squares_per_sample,
             flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
-            elements=3 * C + C * N * S + C * N * S * V,
+            elements=2 * C + C * N + C * N * S + C * N * S * V,
             scratch=2 * C + 2 * C * N * S + 6 * C * N * V,
             peak=C * N * V,
             calls=6,
         ),
         Program(
-            weight_sum_of_squares_blockwise,
+            weight_sample_squares_blockwise,
             flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
-            elements=3 * C + C * N * S + C * N * S * V,
+            elements=2 * C + C * N + C * N * S + C * N * S * V,
             calls=6 * block_count(V, N, C),
         ),
     )(factor, input, running_mean, running_var, eps)
+
+
+def weight_signed_sample_squares_separated(
+    factor: Tensor, sign: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> Tensor:
+    """Of one summand, the square of a product is a product of squares."""
+    return torch.einsum("vnc,vn->nc", factor.squeeze(3).square(), sign) * (
+        (1 / (running_var + eps))[:, None] * torch.square(input.squeeze(2) - running_mean).permute(1, 0)
+    ).permute(1, 0)
+
+
+def weight_signed_sample_squares_per_sample(
+    factor: Tensor, sign: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> Tensor:
+    """By the individual products, stored whole."""
+    return (
+        torch.square(
+            torch.pow(running_var + eps, -1 / 2)
+            * torch.einsum("ncs,vncs->ncv", input - running_mean[:, None], factor).permute(2, 0, 1)
+        )
+        * sign[:, :, None]
+    ).sum(0)
+
+
+def weight_signed_sample_squares_blockwise(
+    factor: Tensor, sign: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, C, _ = factor.shape
+    total = factor.new_zeros(N, C)
+    for columns, samples in blocks(V, N, C):
+        total[samples] += (
+            torch.square(
+                torch.pow(running_var + eps, -1 / 2)
+                * torch.einsum(
+                    "ncs,vncs->ncv", input[samples] - running_mean[:, None], factor[columns, samples]
+                ).permute(2, 0, 1)
+            )
+            * sign[columns, samples][:, :, None]
+        ).sum(0)
+    return total
+
+
+@widened
+def weight_signed_sample_squares(
+    factor: Tensor, sign: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> Tensor:
+    """weight_signed_sample_squares[n, c] = Σ_{v} sign[v, n] (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c,
+        s] / √(running_var[c] + eps))²
+
+    factor [V, N, C, S], sign [V, N], input [N, C, S], running_mean [C], running_var [C] → [N, C]. The cheapest program for the shapes.
+    """
+    V, N, C, S = factor.shape
+    return cheapest(
+        Program(
+            weight_signed_sample_squares_separated,
+            flops=C + 3 * C * N + 3 * C * N * V,
+            elements=2 * C + C * N + N * V + C * N * S + C * N * S * V,
+            scratch=2 * C + 7 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
+            calls=6,
+            valid=S == 1,
+        ),
+        Program(
+            weight_signed_sample_squares_per_sample,
+            flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
+            elements=2 * C + C * N + N * V + C * N * S + C * N * S * V,
+            scratch=2 * C + 2 * C * N * S + 6 * C * N * V,
+            peak=C * N * V,
+            calls=6,
+        ),
+        Program(
+            weight_signed_sample_squares_blockwise,
+            flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
+            elements=2 * C + C * N + N * V + C * N * S + C * N * S * V,
+            calls=6 * block_count(V, N, C),
+        ),
+    )(factor, sign, input, running_mean, running_var, eps)
+
+
+@widened
+def weight_sample_diagonal(
+    curvature: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> Tensor:
+    """weight_sample_diagonal[n, c] = Σ_{s} (input[n, c, s] − running_mean[c])² curvature[n, c, s] / (running_var[c] +
+        eps)
+
+    curvature [N, C, S], input [N, C, S], running_mean [C], running_var [C] → [N, C]
+    """
+    return (1 / (running_var + eps)) * (torch.square(input - running_mean[:, None]) * curvature).sum(2)
 
 
 def weight_squared_norm_separated(
@@ -230,6 +310,85 @@ def weight_squared_norm(factor: Tensor, input: Tensor, running_mean: Tensor, run
             weight_squared_norm_blockwise,
             flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
             elements=N + 2 * C + C * N * S + C * N * S * V,
+            calls=6 * block_count(V, N, C),
+        ),
+    )(factor, input, running_mean, running_var, eps)
+
+
+def weight_sum_of_squares_separated(
+    factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> Tensor:
+    """Of one summand, the square of a product is a product of squares."""
+    return (1 / (running_var + eps)) * (
+        torch.square(input.squeeze(2) - running_mean) * factor.squeeze(3).square().sum(0)
+    ).sum(0)
+
+
+def weight_sum_of_squares_per_sample(
+    factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> Tensor:
+    """By the individual products, stored whole."""
+    return (
+        (
+            torch.pow(running_var + eps, -1 / 2)
+            * torch.einsum("ncs,vncs->ncv", input - running_mean[:, None], factor).permute(2, 0, 1)
+        )
+        .square()
+        .sum((0, 1))
+    )
+
+
+def weight_sum_of_squares_blockwise(
+    factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, C, _ = factor.shape
+    total = factor.new_zeros(C)
+    for columns, samples in blocks(V, N, C):
+        total += (
+            (
+                torch.pow(running_var + eps, -1 / 2)
+                * torch.einsum(
+                    "ncs,vncs->ncv", input[samples] - running_mean[:, None], factor[columns, samples]
+                ).permute(2, 0, 1)
+            )
+            .square()
+            .sum((0, 1))
+        )
+    return total
+
+
+@widened
+def weight_sum_of_squares(
+    factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> Tensor:
+    """weight_sum_of_squares[c] = Σ_{n,v} (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] /
+        √(running_var[c] + eps))²
+
+    factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [C]. The cheapest program for the shapes.
+    """
+    V, N, C, S = factor.shape
+    return cheapest(
+        Program(
+            weight_sum_of_squares_separated,
+            flops=2 * C + 3 * C * N + 2 * C * N * V,
+            elements=3 * C + C * N * S + C * N * S * V,
+            scratch=4 * C + 5 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
+            calls=6,
+            valid=S == 1,
+        ),
+        Program(
+            weight_sum_of_squares_per_sample,
+            flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
+            elements=3 * C + C * N * S + C * N * S * V,
+            scratch=2 * C + 2 * C * N * S + 6 * C * N * V,
+            peak=C * N * V,
+            calls=6,
+        ),
+        Program(
+            weight_sum_of_squares_blockwise,
+            flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
+            elements=3 * C + C * N * S + C * N * S * V,
             calls=6 * block_count(V, N, C),
         ),
     )(factor, input, running_mean, running_var, eps)
@@ -324,6 +483,70 @@ def weight_diagonal_sum(
 
 
 @widened
+def weight_squared_deviations(
+    factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> Tensor:
+    """weight_squared_deviations[c] = Σ_{n,v} (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] /
+        √(running_var[c] + eps) − mean_n)²
+
+    factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [C]
+    """
+    N = factor.shape[1]
+    mean = (
+        torch.pow(running_var + eps, -1 / 2)
+        * torch.einsum("ncs,vncs->cv", input - running_mean[:, None], factor).permute(1, 0)
+        / N
+    )
+    return torch.square(
+        (
+            torch.pow(running_var + eps, -1 / 2)
+            * torch.einsum("ncs,vncs->ncv", input - running_mean[:, None], factor).permute(2, 0, 1)
+        )
+        - mean[:, None, :]
+    ).sum((0, 1))
+
+
+@widened
+def weight_block(factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> Tensor:
+    """weight_block[c, c2] = Σ_{n,s,s2,v} (input[n, c, s] − running_mean[c]) (input[n, c2, s2] − running_mean[c2])
+        factor[v, n, c, s] factor[v, n, c2, s2] / (√(running_var[c2] + eps) √(running_var[c] + eps))
+
+    factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [C, C]
+    """
+    return (
+        torch.einsum(
+            "ncv,nCv->cC",
+            torch.einsum("ncs,vncs->ncv", input - running_mean[:, None], factor),
+            torch.einsum("nCS,vnCS->nCv", input - running_mean[:, None], factor),
+        )
+        * torch.pow(running_var + eps, -1 / 2)[:, None]
+        * torch.pow(running_var + eps, -1 / 2)
+    )
+
+
+@widened
+def weight_averaged_block(
+    averaged: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> Tensor:
+    """weight_averaged_block[c, c2] = Σ_{n,s,s2} (input[n, c, s] − running_mean[c]) (input[n, c2, s2] −
+        running_mean[c2]) averaged[c, s, c2, s2] / (√(running_var[c2] + eps) √(running_var[c] + eps) N)
+
+    averaged [C, S, C, S], input [N, C, S], running_mean [C], running_var [C] → [C, C]
+    """
+    N = input.shape[0]
+    return (
+        torch.einsum(
+            "ncs,Cncs->cC",
+            input - running_mean[:, None],
+            torch.einsum("nCS,csCS->Cncs", input - running_mean[:, None], averaged),
+        )
+        * torch.pow(running_var + eps, -1 / 2)[:, None]
+        * torch.pow(running_var + eps, -1 / 2)
+        / N
+    )
+
+
+@widened
 def bias_per_sample(factor: Tensor) -> Tensor:
     """bias_per_sample[v, n, c] = Σ_{s} factor[v, n, c, s]
 
@@ -333,21 +556,30 @@ def bias_per_sample(factor: Tensor) -> Tensor:
 
 
 @widened
-def bias_gradient(factor: Tensor) -> Tensor:
-    """bias_gradient[c] = Σ_{n,s,v} factor[v, n, c, s]
+def bias_sample_squares(factor: Tensor) -> Tensor:
+    """bias_sample_squares[n, c] = Σ_{v} (Σ_{s} factor[v, n, c, s])²
 
-    factor [V, N, C, S] → [C]
+    factor [V, N, C, S] → [N, C]
     """
-    return factor.sum((0, 1, 3))
+    return factor.sum(3).square().sum(0)
 
 
 @widened
-def bias_sum_of_squares(factor: Tensor) -> Tensor:
-    """bias_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s])²
+def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
+    """bias_signed_sample_squares[n, c] = Σ_{v} sign[v, n] (Σ_{s} factor[v, n, c, s])²
 
-    factor [V, N, C, S] → [C]
+    factor [V, N, C, S], sign [V, N] → [N, C]
     """
-    return factor.sum(3).square().sum((0, 1))
+    return (factor.sum(3).square() * sign[:, :, None]).sum(0)
+
+
+@widened
+def bias_sample_diagonal(curvature: Tensor) -> Tensor:
+    """bias_sample_diagonal[n, c] = Σ_{s} curvature[n, c, s]
+
+    curvature [N, C, S] → [N, C]
+    """
+    return curvature.sum(2)
 
 
 @widened
@@ -357,6 +589,15 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
     factor [V, N, C, S] → [N]
     """
     return factor.sum(3).square().sum((0, 2))
+
+
+@widened
+def bias_sum_of_squares(factor: Tensor) -> Tensor:
+    """bias_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s])²
+
+    factor [V, N, C, S] → [C]
+    """
+    return factor.sum(3).square().sum((0, 1))
 
 
 @widened
@@ -375,6 +616,17 @@ def bias_diagonal_sum(curvature: Tensor) -> Tensor:
     curvature [N, C, S] → [C]
     """
     return curvature.sum((0, 2))
+
+
+@widened
+def bias_squared_deviations(factor: Tensor) -> Tensor:
+    """bias_squared_deviations[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s] − mean_n)²
+
+    factor [V, N, C, S] → [C]
+    """
+    N = factor.shape[1]
+    mean = factor.sum((1, 3)) / N
+    return torch.square(factor.sum(3) - mean[:, None, :]).sum((0, 1))
 
 
 @widened
@@ -424,21 +676,33 @@ LAYER = Layer(
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input", "running_mean", "running_var", "eps"), lead=2),
-            "gradient": Rule(weight_gradient, ("input", "running_mean", "running_var", "eps"), lead=0),
-            "sum_of_squares": Rule(weight_sum_of_squares, ("input", "running_mean", "running_var", "eps"), lead=0),
+            "sample_squares": Rule(weight_sample_squares, ("input", "running_mean", "running_var", "eps"), lead=1),
+            "signed_sample_squares": Rule(
+                weight_signed_sample_squares, ("input", "running_mean", "running_var", "eps"), lead=1
+            ),
+            "sample_diagonal": Rule(weight_sample_diagonal, ("input", "running_mean", "running_var", "eps"), lead=1),
             "squared_norm": Rule(weight_squared_norm, ("input", "running_mean", "running_var", "eps")),
+            "sum_of_squares": Rule(weight_sum_of_squares, ("input", "running_mean", "running_var", "eps"), lead=0),
             "signed_sum_of_squares": Rule(
                 weight_signed_sum_of_squares, ("input", "running_mean", "running_var", "eps"), lead=0
             ),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "running_mean", "running_var", "eps"), lead=0),
+            "squared_deviations": Rule(
+                weight_squared_deviations, ("input", "running_mean", "running_var", "eps"), lead=0
+            ),
+            "block": Rule(weight_block, ("input", "running_mean", "running_var", "eps")),
+            "averaged_block": Rule(weight_averaged_block, ("input", "running_mean", "running_var", "eps")),
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
-            "gradient": Rule(bias_gradient, (), lead=0),
-            "sum_of_squares": Rule(bias_sum_of_squares, (), kernel="bias_sum_of_squares", lead=0),
+            "sample_squares": Rule(bias_sample_squares, (), kernel="bias_sample_squares", lead=1),
+            "signed_sample_squares": Rule(bias_signed_sample_squares, (), kernel="bias_signed_sample_squares", lead=1),
+            "sample_diagonal": Rule(bias_sample_diagonal, (), lead=1),
             "squared_norm": Rule(bias_squared_norm, (), kernel="bias_squared_norm"),
+            "sum_of_squares": Rule(bias_sum_of_squares, (), kernel="bias_sum_of_squares", lead=0),
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), kernel="bias_signed_sum_of_squares", lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
+            "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

@@ -55,27 +55,7 @@ def weight_per_sample(
     return torch.einsum("ngcwa,vngow->vngoca", patches, factor)
 
 
-@widened
-def weight_gradient(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """weight_gradient[g, o, c, kw] = Σ_{n,v,w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] −
-        padding[0]]
-
-    factor [V, N, G, O, W], input [N, G, C, IW] → [G, O, C, KW]
-    """
-    W = factor.shape[4]
-    KW = weight_shape[3]
-    patches = windows(input, (W,), (KW,), stride, dilation, padding)
-    return torch.einsum("ngcwa,ngow->goca", patches, factor.sum(0))
-
-
-def weight_sum_of_squares_per_sample(
+def weight_sample_squares_per_sample(
     factor: Tensor,
     input: Tensor,
     weight_shape: tuple[int, ...],
@@ -87,10 +67,10 @@ def weight_sum_of_squares_per_sample(
     W = factor.shape[4]
     KW = weight_shape[3]
     patches = windows(input, (W,), (KW,), stride, dilation, padding)
-    return torch.einsum("ngcwa,vngow->vngoca", patches, factor).square().sum((0, 1))
+    return torch.einsum("ngcwa,vngow->vngoca", patches, factor).square().sum(0)
 
 
-def weight_sum_of_squares_blockwise(
+def weight_sample_squares_blockwise(
     factor: Tensor,
     input: Tensor,
     weight_shape: tuple[int, ...],
@@ -102,15 +82,15 @@ def weight_sum_of_squares_blockwise(
     V, N, G, O, W = factor.shape
     C = input.shape[2]
     KW = weight_shape[3]
-    total = factor.new_zeros(G, O, C, KW)
+    total = factor.new_zeros(N, G, O, C, KW)
     for columns, samples in blocks(V, N, C * G * KW * O):
         patches = windows(input[samples], (W,), (KW,), stride, dilation, padding)
-        total += torch.einsum("ngcwa,vngow->vngoca", patches, factor[columns, samples]).square().sum((0, 1))
+        total[samples] += torch.einsum("ngcwa,vngow->vngoca", patches, factor[columns, samples]).square().sum(0)
     return total
 
 
 @widened
-def weight_sum_of_squares(
+def weight_sample_squares(
     factor: Tensor,
     input: Tensor,
     weight_shape: tuple[int, ...],
@@ -118,30 +98,125 @@ def weight_sum_of_squares(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_sum_of_squares[g, o, c, kw] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w
+    """weight_sample_squares[n, g, o, c, kw] = Σ_{v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w
         stride[0] − padding[0]])²
 
-    factor [V, N, G, O, W], input [N, G, C, IW] → [G, O, C, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, W], input [N, G, C, IW] → [N, G, O, C, KW]. The cheapest program for the shapes.
     """
     V, N, G, O, W = factor.shape
     *_, C, IW = input.shape
     KW = weight_shape[3]
     return cheapest(
         Program(
-            weight_sum_of_squares_per_sample,
+            weight_sample_squares_per_sample,
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
-            elements=C * G * IW * N + C * G * KW * O + G * N * O * V * W,
+            elements=C * G * IW * N + C * G * KW * N * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
             peak=C * G * KW * N * O * V,
             calls=3,
         ),
         Program(
-            weight_sum_of_squares_blockwise,
+            weight_sample_squares_blockwise,
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
-            elements=C * G * IW * N + C * G * KW * O + G * N * O * V * W,
+            elements=C * G * IW * N + C * G * KW * N * O + G * N * O * V * W,
             calls=3 * block_count(V, N, C * G * KW * O),
         ),
     )(factor, input, weight_shape, dilation, padding, stride)
+
+
+def weight_signed_sample_squares_per_sample(
+    factor: Tensor,
+    sign: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, stored whole."""
+    W = factor.shape[4]
+    KW = weight_shape[3]
+    patches = windows(input, (W,), (KW,), stride, dilation, padding)
+    return (torch.einsum("ngcwa,vngow->vngoca", patches, factor).square() * sign[:, :, None, None, None, None]).sum(0)
+
+
+def weight_signed_sample_squares_blockwise(
+    factor: Tensor,
+    sign: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, G, O, W = factor.shape
+    C = input.shape[2]
+    KW = weight_shape[3]
+    total = factor.new_zeros(N, G, O, C, KW)
+    for columns, samples in blocks(V, N, C * G * KW * O):
+        patches = windows(input[samples], (W,), (KW,), stride, dilation, padding)
+        total[samples] += (
+            torch.einsum("ngcwa,vngow->vngoca", patches, factor[columns, samples]).square()
+            * sign[columns, samples][:, :, None, None, None, None]
+        ).sum(0)
+    return total
+
+
+@widened
+def weight_signed_sample_squares(
+    factor: Tensor,
+    sign: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_signed_sample_squares[n, g, o, c, kw] = Σ_{v} sign[v, n] (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw
+        dilation[0] + w stride[0] − padding[0]])²
+
+    factor [V, N, G, O, W], sign [V, N], input [N, G, C, IW] → [N, G, O, C, KW]. The cheapest program for the shapes.
+    """
+    V, N, G, O, W = factor.shape
+    *_, C, IW = input.shape
+    KW = weight_shape[3]
+    return cheapest(
+        Program(
+            weight_signed_sample_squares_per_sample,
+            flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
+            elements=N * V + C * G * IW * N + C * G * KW * N * O + G * N * O * V * W,
+            scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
+            peak=C * G * KW * N * O * V,
+            calls=3,
+        ),
+        Program(
+            weight_signed_sample_squares_blockwise,
+            flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
+            elements=N * V + C * G * IW * N + C * G * KW * N * O + G * N * O * V * W,
+            calls=3 * block_count(V, N, C * G * KW * O),
+        ),
+    )(factor, sign, input, weight_shape, dilation, padding, stride)
+
+
+@widened
+def weight_sample_diagonal(
+    curvature: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_sample_diagonal[n, g, o, c, kw] = Σ_{w} curvature[n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0]
+        − padding[0]]²
+
+    curvature [N, G, O, W], input [N, G, C, IW] → [N, G, O, C, KW]
+    """
+    W = curvature.shape[3]
+    KW = weight_shape[3]
+    patches = windows(input, (W,), (KW,), stride, dilation, padding)
+    return torch.einsum("ngcwa,ngow->ngoca", patches.square(), curvature)
 
 
 def weight_squared_norm_per_sample(
@@ -235,6 +310,75 @@ def weight_squared_norm(
             elements=N + C * G * IW * N + G * N * O * V * W,
             scratch=4 * G * N * W**2 - C * G * IW * N + G * N * O * V * W + 2 * C * G * KW * N * W,
             calls=3,
+        ),
+    )(factor, input, weight_shape, dilation, padding, stride)
+
+
+def weight_sum_of_squares_per_sample(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, stored whole."""
+    W = factor.shape[4]
+    KW = weight_shape[3]
+    patches = windows(input, (W,), (KW,), stride, dilation, padding)
+    return torch.einsum("ngcwa,vngow->vngoca", patches, factor).square().sum((0, 1))
+
+
+def weight_sum_of_squares_blockwise(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, G, O, W = factor.shape
+    C = input.shape[2]
+    KW = weight_shape[3]
+    total = factor.new_zeros(G, O, C, KW)
+    for columns, samples in blocks(V, N, C * G * KW * O):
+        patches = windows(input[samples], (W,), (KW,), stride, dilation, padding)
+        total += torch.einsum("ngcwa,vngow->vngoca", patches, factor[columns, samples]).square().sum((0, 1))
+    return total
+
+
+@widened
+def weight_sum_of_squares(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_sum_of_squares[g, o, c, kw] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w
+        stride[0] − padding[0]])²
+
+    factor [V, N, G, O, W], input [N, G, C, IW] → [G, O, C, KW]. The cheapest program for the shapes.
+    """
+    V, N, G, O, W = factor.shape
+    *_, C, IW = input.shape
+    KW = weight_shape[3]
+    return cheapest(
+        Program(
+            weight_sum_of_squares_per_sample,
+            flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
+            elements=C * G * IW * N + C * G * KW * O + G * N * O * V * W,
+            scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
+            peak=C * G * KW * N * O * V,
+            calls=3,
+        ),
+        Program(
+            weight_sum_of_squares_blockwise,
+            flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
+            elements=C * G * IW * N + C * G * KW * O + G * N * O * V * W,
+            calls=3 * block_count(V, N, C * G * KW * O),
         ),
     )(factor, input, weight_shape, dilation, padding, stride)
 
@@ -336,6 +480,178 @@ def weight_diagonal_sum(
     return torch.einsum("ngcwa,ngow->goca", patches.square(), curvature)
 
 
+def weight_squared_deviations_per_sample(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, stored whole."""
+    _, N, _, _, W = factor.shape
+    KW = weight_shape[3]
+    patches = windows(input, (W,), (KW,), stride, dilation, padding)
+    mean = torch.einsum("ngcwa,vngow->vgoca", patches, factor) / N
+    return torch.square(torch.einsum("ngcwa,vngow->vngoca", patches, factor) - mean[:, None, :, :, :, :]).sum((0, 1))
+
+
+def weight_squared_deviations_blockwise(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, G, O, W = factor.shape
+    C = input.shape[2]
+    KW = weight_shape[3]
+    patches = windows(input, (W,), (KW,), stride, dilation, padding)
+    mean = torch.einsum("ngcwa,vngow->vgoca", patches, factor) / N
+    total = factor.new_zeros(G, O, C, KW)
+    for columns, samples in blocks(V, N, C * G * KW * O):
+        patches = windows(input[samples], (W,), (KW,), stride, dilation, padding)
+        total += torch.square(
+            torch.einsum("ngcwa,vngow->vngoca", patches, factor[columns, samples]) - mean[columns][:, None, :, :, :, :]
+        ).sum((0, 1))
+    return total
+
+
+@widened
+def weight_squared_deviations(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_squared_deviations[g, o, c, kw] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w
+        stride[0] − padding[0]] − mean_n)²
+
+    factor [V, N, G, O, W], input [N, G, C, IW] → [G, O, C, KW]. The cheapest program for the shapes.
+    """
+    V, N, G, O, W = factor.shape
+    *_, C, IW = input.shape
+    KW = weight_shape[3]
+    return cheapest(
+        Program(
+            weight_squared_deviations_per_sample,
+            flops=2 * C * G * KW * N * O * V + 4 * C * G * KW * N * O * V * W,
+            elements=C * G * IW * N + C * G * KW * O + G * N * O * V * W,
+            scratch=-C * G * IW * N
+            + G * N * O * V * W
+            + 2 * C * G * KW * N * W
+            + 2 * C * G * KW * O * V
+            + 4 * C * G * KW * N * O * V,
+            peak=C * G * KW * N * O * V,
+            calls=1 + 3,
+        ),
+        Program(
+            weight_squared_deviations_blockwise,
+            flops=2 * C * G * KW * N * O * V + 4 * C * G * KW * N * O * V * W,
+            elements=C * G * IW * N + C * G * KW * O + G * N * O * V * W,
+            calls=1 + 3 * block_count(V, N, C * G * KW * O),
+        ),
+    )(factor, input, weight_shape, dilation, padding, stride)
+
+
+@widened
+def weight_output_factor_expand(factor: Tensor) -> Tensor:
+    """weight_output_factor_expand[g, o, o2] = Σ_{n,v,w} factor[v, n, g, o, w] factor[v, n, g, o2, w]
+
+    factor [V, N, G, O, W] → [G, O, O]
+    """
+    return torch.einsum("vngow,vngOw->goO", factor, factor).squeeze(0)
+
+
+@widened
+def weight_output_factor_reduce(factor: Tensor) -> Tensor:
+    """weight_output_factor_reduce[g, o, o2] = Σ_{n,v,w,w2} factor[v, n, g, o, w] factor[v, n, g, o2, w2]
+
+    factor [V, N, G, O, W] → [G, O, O]
+    """
+    return torch.einsum("vngo,vngO->goO", factor.sum(4), factor.sum(4)).squeeze(0)
+
+
+@widened
+def weight_averaged_factor(averaged: Tensor) -> Tensor:
+    """weight_averaged_factor[g, o, o2] = Σ_{w,w2} averaged[g, o, w, g, o2, w2]
+
+    averaged [G, O, W, G, O, W] → [G, O, O]
+    """
+    return averaged.diagonal(0, 0, 3).sum((1, 3)).permute(2, 0, 1).squeeze(0)
+
+
+@widened
+def weight_input_factor_expand(
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_input_factor_expand[g, c, kw, c2, kw2] = Σ_{n,w} input[n, g, c, kw dilation[0] + w stride[0] −
+        padding[0]] input[n, g, c2, kw2 dilation[0] + w stride[0] − padding[0]] / (N W)
+
+    input [N, G, C, IW] → [G, C KW, C KW]
+    """
+    N, G, C, _ = input.shape
+    KW = weight_shape[3]
+    W = output_shape[3]
+    patches = windows(input, (W,), (KW,), stride, dilation, padding)
+    return (torch.einsum("ngcwa,ngCwb->gcaCb", patches, patches) / (N * W)).reshape(G, C * KW, C * KW).squeeze(0)
+
+
+@widened
+def weight_input_factor_reduce(
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_input_factor_reduce[g, c, kw, c2, kw2] = Σ_{n,w,w2} input[n, g, c, kw dilation[0] + w stride[0] −
+        padding[0]] input[n, g, c2, kw2 dilation[0] + w2 stride[0] − padding[0]] / (N (W)²)
+
+    input [N, G, C, IW] → [G, C KW, C KW]
+    """
+    N, G, C, _ = input.shape
+    KW = weight_shape[3]
+    W = output_shape[3]
+    patches = windows(input, (W,), (KW,), stride, dilation, padding)
+    return (
+        (torch.einsum("ngca,ngCb->gcaCb", patches.sum(3), patches.sum(3)) / (N * W**2))
+        .reshape(G, C * KW, C * KW)
+        .squeeze(0)
+    )
+
+
+@widened
+def weight_input_factor_backpack(
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_input_factor_backpack[g, c, kw, c2, kw2] = Σ_{n,w} input[n, g, c, kw dilation[0] + w stride[0] −
+        padding[0]] input[n, g, c2, kw2 dilation[0] + w stride[0] − padding[0]] / N
+
+    input [N, G, C, IW] → [G, C KW, C KW]
+    """
+    N, G, C, _ = input.shape
+    KW = weight_shape[3]
+    W = output_shape[3]
+    patches = windows(input, (W,), (KW,), stride, dilation, padding)
+    return (torch.einsum("ngcwa,ngCwb->gcaCb", patches, patches) / N).reshape(G, C * KW, C * KW).squeeze(0)
+
+
 @widened
 def bias_per_sample(factor: Tensor) -> Tensor:
     """bias_per_sample[v, n, g, o] = Σ_{w} factor[v, n, g, o, w]
@@ -346,21 +662,30 @@ def bias_per_sample(factor: Tensor) -> Tensor:
 
 
 @widened
-def bias_gradient(factor: Tensor) -> Tensor:
-    """bias_gradient[g, o] = Σ_{n,v,w} factor[v, n, g, o, w]
+def bias_sample_squares(factor: Tensor) -> Tensor:
+    """bias_sample_squares[n, g, o] = Σ_{v} (Σ_{w} factor[v, n, g, o, w])²
 
-    factor [V, N, G, O, W] → [G, O]
+    factor [V, N, G, O, W] → [N, G, O]
     """
-    return factor.sum((0, 1, 4))
+    return factor.sum(4).square().sum(0)
 
 
 @widened
-def bias_sum_of_squares(factor: Tensor) -> Tensor:
-    """bias_sum_of_squares[g, o] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w])²
+def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
+    """bias_signed_sample_squares[n, g, o] = Σ_{v} sign[v, n] (Σ_{w} factor[v, n, g, o, w])²
 
-    factor [V, N, G, O, W] → [G, O]
+    factor [V, N, G, O, W], sign [V, N] → [N, G, O]
     """
-    return factor.sum(4).square().sum((0, 1))
+    return (factor.sum(4).square() * sign[:, :, None, None]).sum(0)
+
+
+@widened
+def bias_sample_diagonal(curvature: Tensor) -> Tensor:
+    """bias_sample_diagonal[n, g, o] = Σ_{w} curvature[n, g, o, w]
+
+    curvature [N, G, O, W] → [N, G, O]
+    """
+    return curvature.sum(3)
 
 
 @widened
@@ -370,6 +695,15 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
     factor [V, N, G, O, W] → [N]
     """
     return factor.sum(4).square().sum((0, 2, 3))
+
+
+@widened
+def bias_sum_of_squares(factor: Tensor) -> Tensor:
+    """bias_sum_of_squares[g, o] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w])²
+
+    factor [V, N, G, O, W] → [G, O]
+    """
+    return factor.sum(4).square().sum((0, 1))
 
 
 @widened
@@ -391,30 +725,44 @@ def bias_diagonal_sum(curvature: Tensor) -> Tensor:
 
 
 @widened
+def bias_squared_deviations(factor: Tensor) -> Tensor:
+    """bias_squared_deviations[g, o] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w] − mean_n)²
+
+    factor [V, N, G, O, W] → [G, O]
+    """
+    N = factor.shape[1]
+    mean = factor.sum((1, 4)) / N
+    return torch.square(factor.sum(4) - mean[:, None, :, :]).sum((0, 1))
+
+
+@widened
 def bias_output_factor_expand(factor: Tensor) -> Tensor:
     """bias_output_factor_expand[g, o, g2, o2] = Σ_{n,v,w} factor[v, n, g, o, w] factor[v, n, g2, o2, w]
 
-    factor [V, N, G, O, W] → [G, O, G, O]
+    factor [V, N, G, O, W] → [G O, G O]
     """
-    return torch.einsum("vngow,vnGOw->goGO", factor, factor)
+    *_, G, O, _ = factor.shape
+    return (torch.einsum("vngow,vnGOw->goGO", factor, factor)).reshape(G * O, G * O)
 
 
 @widened
 def bias_output_factor_reduce(factor: Tensor) -> Tensor:
     """bias_output_factor_reduce[g, o, g2, o2] = Σ_{n,v,w,w2} factor[v, n, g, o, w] factor[v, n, g2, o2, w2]
 
-    factor [V, N, G, O, W] → [G, O, G, O]
+    factor [V, N, G, O, W] → [G O, G O]
     """
-    return torch.einsum("vngo,vnGO->goGO", factor.sum(4), factor.sum(4))
+    *_, G, O, _ = factor.shape
+    return (torch.einsum("vngo,vnGO->goGO", factor.sum(4), factor.sum(4))).reshape(G * O, G * O)
 
 
 @widened
 def bias_averaged_factor(averaged: Tensor) -> Tensor:
     """bias_averaged_factor[g, o, g2, o2] = Σ_{w,w2} averaged[g, o, w, g2, o2, w2]
 
-    averaged [G, O, W, G, O, W] → [G, O, G, O]
+    averaged [G, O, W, G, O, W] → [G O, G O]
     """
-    return averaged.sum((2, 5))
+    G, O, _, _, _, _ = averaged.shape
+    return (averaged.sum((2, 5))).reshape(G * O, G * O)
 
 
 LAYER = Layer(
@@ -423,7 +771,7 @@ LAYER = Layer(
     formula=(
         "output[n, g, o, w] = Σ_{c,kw} input[n, g, c, kw dilation[0] + w stride[0] − padding[0]] weight[g, o, c, kw] + bias[g, o]"
     ),
-    kernels="conv1d",
+    kernels="",
     input_axes=("n", ("g", "c"), "iw"),
     output_axes=("n", ("g", "o"), "w"),
     parameter_axes={"weight": (("g", "o"), "c", "kw"), "bias": (("g", "o"),)},
@@ -438,25 +786,51 @@ LAYER = Layer(
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input", "weight_shape", "dilation", "padding", "stride"), lead=2),
-            "gradient": Rule(weight_gradient, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0),
+            "sample_squares": Rule(
+                weight_sample_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1
+            ),
+            "signed_sample_squares": Rule(
+                weight_signed_sample_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1
+            ),
+            "sample_diagonal": Rule(
+                weight_sample_diagonal, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1
+            ),
+            "squared_norm": Rule(weight_squared_norm, ("input", "weight_shape", "dilation", "padding", "stride")),
             "sum_of_squares": Rule(
                 weight_sum_of_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
-            "squared_norm": Rule(weight_squared_norm, ("input", "weight_shape", "dilation", "padding", "stride")),
             "signed_sum_of_squares": Rule(
                 weight_signed_sum_of_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
             "diagonal_sum": Rule(
                 weight_diagonal_sum, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
+            "squared_deviations": Rule(
+                weight_squared_deviations, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
+            ),
+            "output_factor_expand": Rule(weight_output_factor_expand, ()),
+            "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
+            "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_factor_expand": Rule(
+                weight_input_factor_expand, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+            ),
+            "input_factor_reduce": Rule(
+                weight_input_factor_reduce, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+            ),
+            "input_factor_backpack": Rule(
+                weight_input_factor_backpack, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+            ),
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
-            "gradient": Rule(bias_gradient, (), lead=0),
-            "sum_of_squares": Rule(bias_sum_of_squares, (), kernel="bias_sum_of_squares", lead=0),
-            "squared_norm": Rule(bias_squared_norm, (), kernel="bias_squared_norm"),
-            "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), kernel="bias_signed_sum_of_squares", lead=0),
+            "sample_squares": Rule(bias_sample_squares, (), lead=1),
+            "signed_sample_squares": Rule(bias_signed_sample_squares, (), lead=1),
+            "sample_diagonal": Rule(bias_sample_diagonal, (), lead=1),
+            "squared_norm": Rule(bias_squared_norm, ()),
+            "sum_of_squares": Rule(bias_sum_of_squares, (), lead=0),
+            "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
+            "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

@@ -54,27 +54,7 @@ def weight_per_sample(
     return torch.einsum("ngchwab,vngohw->vngcoab", patches, factor)
 
 
-@widened
-def weight_gradient(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """weight_gradient[g, c, o, kh, kw] = Σ_{h,n,v,w} factor[v, n, g, o, h, w] input[n, g, c, (h + padding[0] − kh
-        dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]]
-
-    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [G, C, O, KH, KW]
-    """
-    *_, H, W = factor.shape
-    *_, KH, KW = weight_shape
-    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    return torch.einsum("ngchwab,ngohw->gcoab", patches, factor.sum(0))
-
-
-def weight_sum_of_squares_per_sample(
+def weight_sample_squares_per_sample(
     factor: Tensor,
     input: Tensor,
     weight_shape: tuple[int, ...],
@@ -86,10 +66,10 @@ def weight_sum_of_squares_per_sample(
     *_, H, W = factor.shape
     *_, KH, KW = weight_shape
     patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    return torch.einsum("ngchwab,vngohw->vngcoab", patches, factor).square().sum((0, 1))
+    return torch.einsum("ngchwab,vngohw->vngcoab", patches, factor).square().sum(0)
 
 
-def weight_sum_of_squares_blockwise(
+def weight_sample_squares_blockwise(
     factor: Tensor,
     input: Tensor,
     weight_shape: tuple[int, ...],
@@ -101,15 +81,15 @@ def weight_sum_of_squares_blockwise(
     V, N, G, O, H, W = factor.shape
     C = input.shape[2]
     *_, KH, KW = weight_shape
-    total = factor.new_zeros(G, C, O, KH, KW)
+    total = factor.new_zeros(N, G, C, O, KH, KW)
     for columns, samples in blocks(V, N, C * G * KH * KW * O):
         patches = transposed_windows(input[samples], (H, W), (KH, KW), stride, dilation, padding)
-        total += torch.einsum("ngchwab,vngohw->vngcoab", patches, factor[columns, samples]).square().sum((0, 1))
+        total[samples] += torch.einsum("ngchwab,vngohw->vngcoab", patches, factor[columns, samples]).square().sum(0)
     return total
 
 
 @widened
-def weight_sum_of_squares(
+def weight_sample_squares(
     factor: Tensor,
     input: Tensor,
     weight_shape: tuple[int, ...],
@@ -117,30 +97,127 @@ def weight_sum_of_squares(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_sum_of_squares[g, c, o, kh, kw] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h +
+    """weight_sample_squares[n, g, c, o, kh, kw] = Σ_{v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h +
         padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
 
-    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [G, C, O, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [N, G, C, O, KH, KW]. The cheapest program for the shapes.
     """
     V, N, G, O, H, W = factor.shape
     *_, C, IH, IW = input.shape
     *_, KH, KW = weight_shape
     return cheapest(
         Program(
-            weight_sum_of_squares_per_sample,
+            weight_sample_squares_per_sample,
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
-            elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
+            elements=C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
             peak=C * G * KH * KW * N * O * V,
             calls=3,
         ),
         Program(
-            weight_sum_of_squares_blockwise,
+            weight_sample_squares_blockwise,
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
-            elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
+            elements=C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
             calls=3 * block_count(V, N, C * G * KH * KW * O),
         ),
     )(factor, input, weight_shape, dilation, padding, stride)
+
+
+def weight_signed_sample_squares_per_sample(
+    factor: Tensor,
+    sign: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, stored whole."""
+    *_, H, W = factor.shape
+    *_, KH, KW = weight_shape
+    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
+    return (
+        torch.einsum("ngchwab,vngohw->vngcoab", patches, factor).square() * sign[:, :, None, None, None, None, None]
+    ).sum(0)
+
+
+def weight_signed_sample_squares_blockwise(
+    factor: Tensor,
+    sign: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, G, O, H, W = factor.shape
+    C = input.shape[2]
+    *_, KH, KW = weight_shape
+    total = factor.new_zeros(N, G, C, O, KH, KW)
+    for columns, samples in blocks(V, N, C * G * KH * KW * O):
+        patches = transposed_windows(input[samples], (H, W), (KH, KW), stride, dilation, padding)
+        total[samples] += (
+            torch.einsum("ngchwab,vngohw->vngcoab", patches, factor[columns, samples]).square()
+            * sign[columns, samples][:, :, None, None, None, None, None]
+        ).sum(0)
+    return total
+
+
+@widened
+def weight_signed_sample_squares(
+    factor: Tensor,
+    sign: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_signed_sample_squares[n, g, c, o, kh, kw] = Σ_{v} sign[v, n] (Σ_{h,w} factor[v, n, g, o, h, w] input[n,
+        g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
+
+    factor [V, N, G, O, H, W], sign [V, N], input [N, G, C, IH, IW] → [N, G, C, O, KH, KW]. The cheapest program for the shapes.
+    """
+    V, N, G, O, H, W = factor.shape
+    *_, C, IH, IW = input.shape
+    *_, KH, KW = weight_shape
+    return cheapest(
+        Program(
+            weight_signed_sample_squares_per_sample,
+            flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
+            elements=N * V + C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
+            scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
+            peak=C * G * KH * KW * N * O * V,
+            calls=3,
+        ),
+        Program(
+            weight_signed_sample_squares_blockwise,
+            flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
+            elements=N * V + C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
+            calls=3 * block_count(V, N, C * G * KH * KW * O),
+        ),
+    )(factor, sign, input, weight_shape, dilation, padding, stride)
+
+
+@widened
+def weight_sample_diagonal(
+    curvature: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_sample_diagonal[n, g, c, o, kh, kw] = Σ_{h,w} curvature[n, g, o, h, w] input[n, g, c, (h + padding[0] −
+        kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]]²
+
+    curvature [N, G, O, H, W], input [N, G, C, IH, IW] → [N, G, C, O, KH, KW]
+    """
+    *_, H, W = curvature.shape
+    *_, KH, KW = weight_shape
+    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
+    return torch.einsum("ngchwab,ngohw->ngcoab", patches.square(), curvature)
 
 
 def weight_squared_norm_per_sample(
@@ -242,6 +319,75 @@ def weight_squared_norm(
     )(factor, input, weight_shape, dilation, padding, stride)
 
 
+def weight_sum_of_squares_per_sample(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, stored whole."""
+    *_, H, W = factor.shape
+    *_, KH, KW = weight_shape
+    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
+    return torch.einsum("ngchwab,vngohw->vngcoab", patches, factor).square().sum((0, 1))
+
+
+def weight_sum_of_squares_blockwise(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, G, O, H, W = factor.shape
+    C = input.shape[2]
+    *_, KH, KW = weight_shape
+    total = factor.new_zeros(G, C, O, KH, KW)
+    for columns, samples in blocks(V, N, C * G * KH * KW * O):
+        patches = transposed_windows(input[samples], (H, W), (KH, KW), stride, dilation, padding)
+        total += torch.einsum("ngchwab,vngohw->vngcoab", patches, factor[columns, samples]).square().sum((0, 1))
+    return total
+
+
+@widened
+def weight_sum_of_squares(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_sum_of_squares[g, c, o, kh, kw] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h +
+        padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
+
+    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [G, C, O, KH, KW]. The cheapest program for the shapes.
+    """
+    V, N, G, O, H, W = factor.shape
+    *_, C, IH, IW = input.shape
+    *_, KH, KW = weight_shape
+    return cheapest(
+        Program(
+            weight_sum_of_squares_per_sample,
+            flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
+            elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
+            scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
+            peak=C * G * KH * KW * N * O * V,
+            calls=3,
+        ),
+        Program(
+            weight_sum_of_squares_blockwise,
+            flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
+            elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
+            calls=3 * block_count(V, N, C * G * KH * KW * O),
+        ),
+    )(factor, input, weight_shape, dilation, padding, stride)
+
+
 def weight_signed_sum_of_squares_per_sample(
     factor: Tensor,
     sign: Tensor,
@@ -339,6 +485,190 @@ def weight_diagonal_sum(
     return torch.einsum("ngchwab,ngohw->gcoab", patches.square(), curvature)
 
 
+def weight_squared_deviations_per_sample(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, stored whole."""
+    _, N, _, _, H, W = factor.shape
+    *_, KH, KW = weight_shape
+    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
+    mean = torch.einsum("ngchwab,vngohw->vgcoab", patches, factor) / N
+    return torch.square(torch.einsum("ngchwab,vngohw->vngcoab", patches, factor) - mean[:, None, :, :, :, :, :]).sum(
+        (0, 1)
+    )
+
+
+def weight_squared_deviations_blockwise(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, G, O, H, W = factor.shape
+    C = input.shape[2]
+    *_, KH, KW = weight_shape
+    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
+    mean = torch.einsum("ngchwab,vngohw->vgcoab", patches, factor) / N
+    total = factor.new_zeros(G, C, O, KH, KW)
+    for columns, samples in blocks(V, N, C * G * KH * KW * O):
+        patches = transposed_windows(input[samples], (H, W), (KH, KW), stride, dilation, padding)
+        total += torch.square(
+            torch.einsum("ngchwab,vngohw->vngcoab", patches, factor[columns, samples])
+            - mean[columns][:, None, :, :, :, :, :]
+        ).sum((0, 1))
+    return total
+
+
+@widened
+def weight_squared_deviations(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_squared_deviations[g, c, o, kh, kw] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h +
+        padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]] − mean_n)²
+
+    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [G, C, O, KH, KW]. The cheapest program for the shapes.
+    """
+    V, N, G, O, H, W = factor.shape
+    *_, C, IH, IW = input.shape
+    *_, KH, KW = weight_shape
+    return cheapest(
+        Program(
+            weight_squared_deviations_per_sample,
+            flops=2 * C * G * KH * KW * N * O * V + 4 * C * G * H * KH * KW * N * O * V * W,
+            elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
+            scratch=-C * G * IH * IW * N
+            + G * H * N * O * V * W
+            + 2 * C * G * KH * KW * O * V
+            + 2 * C * G * H * KH * KW * N * W
+            + 4 * C * G * KH * KW * N * O * V,
+            peak=C * G * KH * KW * N * O * V,
+            calls=1 + 3,
+        ),
+        Program(
+            weight_squared_deviations_blockwise,
+            flops=2 * C * G * KH * KW * N * O * V + 4 * C * G * H * KH * KW * N * O * V * W,
+            elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
+            calls=1 + 3 * block_count(V, N, C * G * KH * KW * O),
+        ),
+    )(factor, input, weight_shape, dilation, padding, stride)
+
+
+@widened
+def weight_output_factor_expand(factor: Tensor) -> Tensor:
+    """weight_output_factor_expand[g, o, o2] = Σ_{h,n,v,w} factor[v, n, g, o, h, w] factor[v, n, g, o2, h, w]
+
+    factor [V, N, G, O, H, W] → [G, O, O]
+    """
+    return torch.einsum("vngohw,vngOhw->goO", factor, factor).squeeze(0)
+
+
+@widened
+def weight_output_factor_reduce(factor: Tensor) -> Tensor:
+    """weight_output_factor_reduce[g, o, o2] = Σ_{h,h2,n,v,w,w2} factor[v, n, g, o, h, w] factor[v, n, g, o2, h2, w2]
+
+    factor [V, N, G, O, H, W] → [G, O, O]
+    """
+    return torch.einsum("vngo,vngO->goO", factor.sum((4, 5)), factor.sum((4, 5))).squeeze(0)
+
+
+@widened
+def weight_averaged_factor(averaged: Tensor) -> Tensor:
+    """weight_averaged_factor[g, o, o2] = Σ_{h,h2,w,w2} averaged[g, o, h, w, g, o2, h2, w2]
+
+    averaged [G, O, H, W, G, O, H, W] → [G, O, O]
+    """
+    return averaged.diagonal(0, 0, 4).sum((1, 2, 4, 5)).permute(2, 0, 1).squeeze(0)
+
+
+@widened
+def weight_input_factor_expand(
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_input_factor_expand[g, c, kh, kw, c2, kh2, kw2] = Σ_{h,n,w} input[n, g, c, (h + padding[0] − kh
+        dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]] input[n, g, c2, (h + padding[0] −
+        kh2 dilation[0]) / stride[0], (w + padding[1] − kw2 dilation[1]) / stride[1]] / (H N W)
+
+    input [N, G, C, IH, IW] → [G, C KH KW, C KH KW]
+    """
+    N, G, C, _, _ = input.shape
+    *_, KH, KW = weight_shape
+    *_, H, W = output_shape
+    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
+    return (
+        (torch.einsum("ngchwab,ngChwde->gcabCde", patches, patches) / (H * N * W))
+        .reshape(G, C * KH * KW, C * KH * KW)
+        .squeeze(0)
+    )
+
+
+@widened
+def weight_input_factor_reduce(
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_input_factor_reduce[g, c, kh, kw, c2, kh2, kw2] = Σ_{h,h2,n,w,w2} input[n, g, c, (h + padding[0] − kh
+        dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]] input[n, g, c2, (h2 + padding[0] −
+        kh2 dilation[0]) / stride[0], (w2 + padding[1] − kw2 dilation[1]) / stride[1]] / ((H)² N (W)²)
+
+    input [N, G, C, IH, IW] → [G, C KH KW, C KH KW]
+    """
+    N, G, C, _, _ = input.shape
+    *_, KH, KW = weight_shape
+    *_, H, W = output_shape
+    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
+    return (
+        (torch.einsum("ngcab,ngCde->gcabCde", patches.sum((3, 4)), patches.sum((3, 4))) / (N * H**2 * W**2))
+        .reshape(G, C * KH * KW, C * KH * KW)
+        .squeeze(0)
+    )
+
+
+@widened
+def weight_input_factor_backpack(
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_input_factor_backpack[g, c, kh, kw, c2, kh2, kw2] = Σ_{h,n,w} input[n, g, c, (h + padding[0] − kh
+        dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]] input[n, g, c2, (h + padding[0] −
+        kh2 dilation[0]) / stride[0], (w + padding[1] − kw2 dilation[1]) / stride[1]] / N
+
+    input [N, G, C, IH, IW] → [G, C KH KW, C KH KW]
+    """
+    N, G, C, _, _ = input.shape
+    *_, KH, KW = weight_shape
+    *_, H, W = output_shape
+    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
+    return (
+        (torch.einsum("ngchwab,ngChwde->gcabCde", patches, patches) / N).reshape(G, C * KH * KW, C * KH * KW).squeeze(0)
+    )
+
+
 @widened
 def bias_per_sample(factor: Tensor) -> Tensor:
     """bias_per_sample[v, n, g, o] = Σ_{h,w} factor[v, n, g, o, h, w]
@@ -349,21 +679,30 @@ def bias_per_sample(factor: Tensor) -> Tensor:
 
 
 @widened
-def bias_gradient(factor: Tensor) -> Tensor:
-    """bias_gradient[g, o] = Σ_{h,n,v,w} factor[v, n, g, o, h, w]
+def bias_sample_squares(factor: Tensor) -> Tensor:
+    """bias_sample_squares[n, g, o] = Σ_{v} (Σ_{h,w} factor[v, n, g, o, h, w])²
 
-    factor [V, N, G, O, H, W] → [G, O]
+    factor [V, N, G, O, H, W] → [N, G, O]
     """
-    return factor.sum((0, 1, 4, 5))
+    return factor.sum((4, 5)).square().sum(0)
 
 
 @widened
-def bias_sum_of_squares(factor: Tensor) -> Tensor:
-    """bias_sum_of_squares[g, o] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w])²
+def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
+    """bias_signed_sample_squares[n, g, o] = Σ_{v} sign[v, n] (Σ_{h,w} factor[v, n, g, o, h, w])²
 
-    factor [V, N, G, O, H, W] → [G, O]
+    factor [V, N, G, O, H, W], sign [V, N] → [N, G, O]
     """
-    return factor.sum((4, 5)).square().sum((0, 1))
+    return (factor.sum((4, 5)).square() * sign[:, :, None, None]).sum(0)
+
+
+@widened
+def bias_sample_diagonal(curvature: Tensor) -> Tensor:
+    """bias_sample_diagonal[n, g, o] = Σ_{h,w} curvature[n, g, o, h, w]
+
+    curvature [N, G, O, H, W] → [N, G, O]
+    """
+    return curvature.sum((3, 4))
 
 
 @widened
@@ -373,6 +712,15 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
     factor [V, N, G, O, H, W] → [N]
     """
     return factor.sum((4, 5)).square().sum((0, 2, 3))
+
+
+@widened
+def bias_sum_of_squares(factor: Tensor) -> Tensor:
+    """bias_sum_of_squares[g, o] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w])²
+
+    factor [V, N, G, O, H, W] → [G, O]
+    """
+    return factor.sum((4, 5)).square().sum((0, 1))
 
 
 @widened
@@ -394,12 +742,24 @@ def bias_diagonal_sum(curvature: Tensor) -> Tensor:
 
 
 @widened
+def bias_squared_deviations(factor: Tensor) -> Tensor:
+    """bias_squared_deviations[g, o] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w] − mean_n)²
+
+    factor [V, N, G, O, H, W] → [G, O]
+    """
+    N = factor.shape[1]
+    mean = factor.sum((1, 4, 5)) / N
+    return torch.square(factor.sum((4, 5)) - mean[:, None, :, :]).sum((0, 1))
+
+
+@widened
 def bias_output_factor_expand(factor: Tensor) -> Tensor:
     """bias_output_factor_expand[g, o, g2, o2] = Σ_{h,n,v,w} factor[v, n, g, o, h, w] factor[v, n, g2, o2, h, w]
 
-    factor [V, N, G, O, H, W] → [G, O, G, O]
+    factor [V, N, G, O, H, W] → [G O, G O]
     """
-    return torch.einsum("vngohw,vnGOhw->goGO", factor, factor)
+    *_, G, O, _, _ = factor.shape
+    return (torch.einsum("vngohw,vnGOhw->goGO", factor, factor)).reshape(G * O, G * O)
 
 
 @widened
@@ -407,18 +767,20 @@ def bias_output_factor_reduce(factor: Tensor) -> Tensor:
     """bias_output_factor_reduce[g, o, g2, o2] = Σ_{h,h2,n,v,w,w2} factor[v, n, g, o, h, w] factor[v, n, g2, o2, h2,
         w2]
 
-    factor [V, N, G, O, H, W] → [G, O, G, O]
+    factor [V, N, G, O, H, W] → [G O, G O]
     """
-    return torch.einsum("vngo,vnGO->goGO", factor.sum((4, 5)), factor.sum((4, 5)))
+    *_, G, O, _, _ = factor.shape
+    return (torch.einsum("vngo,vnGO->goGO", factor.sum((4, 5)), factor.sum((4, 5)))).reshape(G * O, G * O)
 
 
 @widened
 def bias_averaged_factor(averaged: Tensor) -> Tensor:
     """bias_averaged_factor[g, o, g2, o2] = Σ_{h,h2,w,w2} averaged[g, o, h, w, g2, o2, h2, w2]
 
-    averaged [G, O, H, W, G, O, H, W] → [G, O, G, O]
+    averaged [G, O, H, W, G, O, H, W] → [G O, G O]
     """
-    return averaged.sum((2, 3, 6, 7))
+    G, O, _, _, _, _, _, _ = averaged.shape
+    return (averaged.sum((2, 3, 6, 7))).reshape(G * O, G * O)
 
 
 LAYER = Layer(
@@ -427,7 +789,7 @@ LAYER = Layer(
     formula=(
         "output[n, g, o, h, w] = Σ_{c,kh,kw} input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]] weight[g, c, o, kh, kw] + bias[g, o]"
     ),
-    kernels="conv_transpose2d",
+    kernels="",
     input_axes=("n", ("g", "c"), "ih", "iw"),
     output_axes=("n", ("g", "o"), "h", "w"),
     parameter_axes={"weight": (("g", "c"), "o", "kh", "kw"), "bias": (("g", "o"),)},
@@ -442,25 +804,51 @@ LAYER = Layer(
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input", "weight_shape", "dilation", "padding", "stride"), lead=2),
-            "gradient": Rule(weight_gradient, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0),
+            "sample_squares": Rule(
+                weight_sample_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1
+            ),
+            "signed_sample_squares": Rule(
+                weight_signed_sample_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1
+            ),
+            "sample_diagonal": Rule(
+                weight_sample_diagonal, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1
+            ),
+            "squared_norm": Rule(weight_squared_norm, ("input", "weight_shape", "dilation", "padding", "stride")),
             "sum_of_squares": Rule(
                 weight_sum_of_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
-            "squared_norm": Rule(weight_squared_norm, ("input", "weight_shape", "dilation", "padding", "stride")),
             "signed_sum_of_squares": Rule(
                 weight_signed_sum_of_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
             "diagonal_sum": Rule(
                 weight_diagonal_sum, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
+            "squared_deviations": Rule(
+                weight_squared_deviations, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
+            ),
+            "output_factor_expand": Rule(weight_output_factor_expand, ()),
+            "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
+            "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_factor_expand": Rule(
+                weight_input_factor_expand, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+            ),
+            "input_factor_reduce": Rule(
+                weight_input_factor_reduce, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+            ),
+            "input_factor_backpack": Rule(
+                weight_input_factor_backpack, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+            ),
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
-            "gradient": Rule(bias_gradient, (), lead=0),
-            "sum_of_squares": Rule(bias_sum_of_squares, (), kernel="bias_sum_of_squares", lead=0),
-            "squared_norm": Rule(bias_squared_norm, (), kernel="bias_squared_norm"),
-            "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), kernel="bias_signed_sum_of_squares", lead=0),
+            "sample_squares": Rule(bias_sample_squares, (), lead=1),
+            "signed_sample_squares": Rule(bias_signed_sample_squares, (), lead=1),
+            "sample_diagonal": Rule(bias_sample_diagonal, (), lead=1),
+            "squared_norm": Rule(bias_squared_norm, ()),
+            "sum_of_squares": Rule(bias_sum_of_squares, (), lead=0),
+            "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
+            "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

@@ -57,28 +57,7 @@ def weight_per_sample(
     return torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor)
 
 
-@widened
-def weight_gradient(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """weight_gradient[g, c, o, kd, kh, kw] = Σ_{d,h,n,v,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0]
-        − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw
-        dilation[2]) / stride[2]]
-
-    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [G, C, O, KD, KH, KW]
-    """
-    *_, D, H, W = factor.shape
-    *_, KD, KH, KW = weight_shape
-    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
-    return torch.einsum("ngcdhwabe,ngodhw->gcoabe", patches, factor.sum(0))
-
-
-def weight_sum_of_squares_per_sample(
+def weight_sample_squares_per_sample(
     factor: Tensor,
     input: Tensor,
     weight_shape: tuple[int, ...],
@@ -90,10 +69,10 @@ def weight_sum_of_squares_per_sample(
     *_, D, H, W = factor.shape
     *_, KD, KH, KW = weight_shape
     patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
-    return torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor).square().sum((0, 1))
+    return torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor).square().sum(0)
 
 
-def weight_sum_of_squares_blockwise(
+def weight_sample_squares_blockwise(
     factor: Tensor,
     input: Tensor,
     weight_shape: tuple[int, ...],
@@ -105,15 +84,15 @@ def weight_sum_of_squares_blockwise(
     V, N, G, O, D, H, W = factor.shape
     C = input.shape[2]
     *_, KD, KH, KW = weight_shape
-    total = factor.new_zeros(G, C, O, KD, KH, KW)
+    total = factor.new_zeros(N, G, C, O, KD, KH, KW)
     for columns, samples in blocks(V, N, C * G * KD * KH * KW * O):
         patches = transposed_windows(input[samples], (D, H, W), (KD, KH, KW), stride, dilation, padding)
-        total += torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor[columns, samples]).square().sum((0, 1))
+        total[samples] += torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor[columns, samples]).square().sum(0)
     return total
 
 
 @widened
-def weight_sum_of_squares(
+def weight_sample_squares(
     factor: Tensor,
     input: Tensor,
     weight_shape: tuple[int, ...],
@@ -121,20 +100,20 @@ def weight_sum_of_squares(
     padding: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Tensor:
-    """weight_sum_of_squares[g, c, o, kd, kh, kw] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d +
+    """weight_sample_squares[n, g, c, o, kd, kh, kw] = Σ_{v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d +
         padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] −
         kw dilation[2]) / stride[2]])²
 
-    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [G, C, O, KD, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [N, G, C, O, KD, KH, KW]. The cheapest program for the shapes.
     """
     V, N, G, O, D, H, W = factor.shape
     *_, C, ID, IH, IW = input.shape
     *_, KD, KH, KW = weight_shape
     return cheapest(
         Program(
-            weight_sum_of_squares_per_sample,
+            weight_sample_squares_per_sample,
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
-            elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
+            elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * N * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
             + 4 * C * G * KD * KH * KW * N * O * V
             + C * D * G * H * KD * KH * KW * N * W,
@@ -142,12 +121,114 @@ def weight_sum_of_squares(
             calls=3,
         ),
         Program(
-            weight_sum_of_squares_blockwise,
+            weight_sample_squares_blockwise,
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
-            elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
+            elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * N * O + D * G * H * N * O * V * W,
             calls=3 * block_count(V, N, C * G * KD * KH * KW * O),
         ),
     )(factor, input, weight_shape, dilation, padding, stride)
+
+
+def weight_signed_sample_squares_per_sample(
+    factor: Tensor,
+    sign: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, stored whole."""
+    *_, D, H, W = factor.shape
+    *_, KD, KH, KW = weight_shape
+    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
+    return (
+        torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor).square()
+        * sign[:, :, None, None, None, None, None, None]
+    ).sum(0)
+
+
+def weight_signed_sample_squares_blockwise(
+    factor: Tensor,
+    sign: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, G, O, D, H, W = factor.shape
+    C = input.shape[2]
+    *_, KD, KH, KW = weight_shape
+    total = factor.new_zeros(N, G, C, O, KD, KH, KW)
+    for columns, samples in blocks(V, N, C * G * KD * KH * KW * O):
+        patches = transposed_windows(input[samples], (D, H, W), (KD, KH, KW), stride, dilation, padding)
+        total[samples] += (
+            torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor[columns, samples]).square()
+            * sign[columns, samples][:, :, None, None, None, None, None, None]
+        ).sum(0)
+    return total
+
+
+@widened
+def weight_signed_sample_squares(
+    factor: Tensor,
+    sign: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_signed_sample_squares[n, g, c, o, kd, kh, kw] = Σ_{v} sign[v, n] (Σ_{d,h,w} factor[v, n, g, o, d, h, w]
+        input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1],
+        (w + padding[2] − kw dilation[2]) / stride[2]])²
+
+    factor [V, N, G, O, D, H, W], sign [V, N], input [N, G, C, ID, IH, IW] → [N, G, C, O, KD, KH, KW]. The cheapest program for the shapes.
+    """
+    V, N, G, O, D, H, W = factor.shape
+    *_, C, ID, IH, IW = input.shape
+    *_, KD, KH, KW = weight_shape
+    return cheapest(
+        Program(
+            weight_signed_sample_squares_per_sample,
+            flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
+            elements=N * V + C * G * ID * IH * IW * N + C * G * KD * KH * KW * N * O + D * G * H * N * O * V * W,
+            scratch=-C * G * ID * IH * IW * N
+            + 4 * C * G * KD * KH * KW * N * O * V
+            + C * D * G * H * KD * KH * KW * N * W,
+            peak=C * G * KD * KH * KW * N * O * V,
+            calls=3,
+        ),
+        Program(
+            weight_signed_sample_squares_blockwise,
+            flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
+            elements=N * V + C * G * ID * IH * IW * N + C * G * KD * KH * KW * N * O + D * G * H * N * O * V * W,
+            calls=3 * block_count(V, N, C * G * KD * KH * KW * O),
+        ),
+    )(factor, sign, input, weight_shape, dilation, padding, stride)
+
+
+@widened
+def weight_sample_diagonal(
+    curvature: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_sample_diagonal[n, g, c, o, kd, kh, kw] = Σ_{d,h,w} curvature[n, g, o, d, h, w] input[n, g, c, (d +
+        padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] −
+        kw dilation[2]) / stride[2]]²
+
+    curvature [N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [N, G, C, O, KD, KH, KW]
+    """
+    *_, D, H, W = curvature.shape
+    *_, KD, KH, KW = weight_shape
+    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
+    return torch.einsum("ngcdhwabe,ngodhw->ngcoabe", patches.square(), curvature)
 
 
 def weight_squared_norm_per_sample(
@@ -259,6 +340,78 @@ def weight_squared_norm(
     )(factor, input, weight_shape, dilation, padding, stride)
 
 
+def weight_sum_of_squares_per_sample(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, stored whole."""
+    *_, D, H, W = factor.shape
+    *_, KD, KH, KW = weight_shape
+    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
+    return torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor).square().sum((0, 1))
+
+
+def weight_sum_of_squares_blockwise(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, G, O, D, H, W = factor.shape
+    C = input.shape[2]
+    *_, KD, KH, KW = weight_shape
+    total = factor.new_zeros(G, C, O, KD, KH, KW)
+    for columns, samples in blocks(V, N, C * G * KD * KH * KW * O):
+        patches = transposed_windows(input[samples], (D, H, W), (KD, KH, KW), stride, dilation, padding)
+        total += torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor[columns, samples]).square().sum((0, 1))
+    return total
+
+
+@widened
+def weight_sum_of_squares(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_sum_of_squares[g, c, o, kd, kh, kw] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d +
+        padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] −
+        kw dilation[2]) / stride[2]])²
+
+    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [G, C, O, KD, KH, KW]. The cheapest program for the shapes.
+    """
+    V, N, G, O, D, H, W = factor.shape
+    *_, C, ID, IH, IW = input.shape
+    *_, KD, KH, KW = weight_shape
+    return cheapest(
+        Program(
+            weight_sum_of_squares_per_sample,
+            flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
+            elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
+            scratch=-C * G * ID * IH * IW * N
+            + 4 * C * G * KD * KH * KW * N * O * V
+            + C * D * G * H * KD * KH * KW * N * W,
+            peak=C * G * KD * KH * KW * N * O * V,
+            calls=3,
+        ),
+        Program(
+            weight_sum_of_squares_blockwise,
+            flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
+            elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
+            calls=3 * block_count(V, N, C * G * KD * KH * KW * O),
+        ),
+    )(factor, input, weight_shape, dilation, padding, stride)
+
+
 def weight_signed_sum_of_squares_per_sample(
     factor: Tensor,
     sign: Tensor,
@@ -361,6 +514,201 @@ def weight_diagonal_sum(
     return torch.einsum("ngcdhwabe,ngodhw->gcoabe", patches.square(), curvature)
 
 
+def weight_squared_deviations_per_sample(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, stored whole."""
+    _, N, _, _, D, H, W = factor.shape
+    *_, KD, KH, KW = weight_shape
+    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
+    mean = torch.einsum("ngcdhwabe,vngodhw->vgcoabe", patches, factor) / N
+    return torch.square(
+        torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor) - mean[:, None, :, :, :, :, :, :]
+    ).sum((0, 1))
+
+
+def weight_squared_deviations_blockwise(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, G, O, D, H, W = factor.shape
+    C = input.shape[2]
+    *_, KD, KH, KW = weight_shape
+    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
+    mean = torch.einsum("ngcdhwabe,vngodhw->vgcoabe", patches, factor) / N
+    total = factor.new_zeros(G, C, O, KD, KH, KW)
+    for columns, samples in blocks(V, N, C * G * KD * KH * KW * O):
+        patches = transposed_windows(input[samples], (D, H, W), (KD, KH, KW), stride, dilation, padding)
+        total += torch.square(
+            torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor[columns, samples])
+            - mean[columns][:, None, :, :, :, :, :, :]
+        ).sum((0, 1))
+    return total
+
+
+@widened
+def weight_squared_deviations(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_squared_deviations[g, c, o, kd, kh, kw] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c,
+        (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w +
+        padding[2] − kw dilation[2]) / stride[2]] − mean_n)²
+
+    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [G, C, O, KD, KH, KW]. The cheapest program for the shapes.
+    """
+    V, N, G, O, D, H, W = factor.shape
+    *_, C, ID, IH, IW = input.shape
+    *_, KD, KH, KW = weight_shape
+    return cheapest(
+        Program(
+            weight_squared_deviations_per_sample,
+            flops=2 * C * G * KD * KH * KW * N * O * V + 4 * C * D * G * H * KD * KH * KW * N * O * V * W,
+            elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
+            scratch=-C * G * ID * IH * IW * N
+            + D * G * H * N * O * V * W
+            + 2 * C * G * KD * KH * KW * O * V
+            + 4 * C * G * KD * KH * KW * N * O * V
+            + 2 * C * D * G * H * KD * KH * KW * N * W,
+            peak=C * G * KD * KH * KW * N * O * V,
+            calls=1 + 3,
+        ),
+        Program(
+            weight_squared_deviations_blockwise,
+            flops=2 * C * G * KD * KH * KW * N * O * V + 4 * C * D * G * H * KD * KH * KW * N * O * V * W,
+            elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
+            calls=1 + 3 * block_count(V, N, C * G * KD * KH * KW * O),
+        ),
+    )(factor, input, weight_shape, dilation, padding, stride)
+
+
+@widened
+def weight_output_factor_expand(factor: Tensor) -> Tensor:
+    """weight_output_factor_expand[g, o, o2] = Σ_{d,h,n,v,w} factor[v, n, g, o, d, h, w] factor[v, n, g, o2, d, h, w]
+
+    factor [V, N, G, O, D, H, W] → [G, O, O]
+    """
+    return torch.einsum("vngodhw,vngOdhw->goO", factor, factor).squeeze(0)
+
+
+@widened
+def weight_output_factor_reduce(factor: Tensor) -> Tensor:
+    """weight_output_factor_reduce[g, o, o2] = Σ_{d,d2,h,h2,n,v,w,w2} factor[v, n, g, o, d, h, w] factor[v, n, g, o2,
+        d2, h2, w2]
+
+    factor [V, N, G, O, D, H, W] → [G, O, O]
+    """
+    return torch.einsum("vngo,vngO->goO", factor.sum((4, 5, 6)), factor.sum((4, 5, 6))).squeeze(0)
+
+
+@widened
+def weight_averaged_factor(averaged: Tensor) -> Tensor:
+    """weight_averaged_factor[g, o, o2] = Σ_{d,d2,h,h2,w,w2} averaged[g, o, d, h, w, g, o2, d2, h2, w2]
+
+    averaged [G, O, D, H, W, G, O, D, H, W] → [G, O, O]
+    """
+    return averaged.diagonal(0, 0, 5).sum((1, 2, 3, 5, 6, 7)).permute(2, 0, 1).squeeze(0)
+
+
+@widened
+def weight_input_factor_expand(
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_input_factor_expand[g, c, kd, kh, kw, c2, kd2, kh2, kw2] = Σ_{d,h,n,w} input[n, g, c, (d + padding[0] −
+        kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw
+        dilation[2]) / stride[2]] input[n, g, c2, (d + padding[0] − kd2 dilation[0]) / stride[0], (h + padding[1] −
+        kh2 dilation[1]) / stride[1], (w + padding[2] − kw2 dilation[2]) / stride[2]] / (D H N W)
+
+    input [N, G, C, ID, IH, IW] → [G, C KD KH KW, C KD KH KW]
+    """
+    N, G, C, _, _, _ = input.shape
+    *_, KD, KH, KW = weight_shape
+    *_, D, H, W = output_shape
+    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
+    return (
+        (torch.einsum("ngcdhwabe,ngCdhwfij->gcabeCfij", patches, patches) / (D * H * N * W))
+        .reshape(G, C * KD * KH * KW, C * KD * KH * KW)
+        .squeeze(0)
+    )
+
+
+@widened
+def weight_input_factor_reduce(
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_input_factor_reduce[g, c, kd, kh, kw, c2, kd2, kh2, kw2] = Σ_{d,d2,h,h2,n,w,w2} input[n, g, c, (d +
+        padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] −
+        kw dilation[2]) / stride[2]] input[n, g, c2, (d2 + padding[0] − kd2 dilation[0]) / stride[0], (h2 +
+        padding[1] − kh2 dilation[1]) / stride[1], (w2 + padding[2] − kw2 dilation[2]) / stride[2]] / ((D)² (H)² N
+        (W)²)
+
+    input [N, G, C, ID, IH, IW] → [G, C KD KH KW, C KD KH KW]
+    """
+    N, G, C, _, _, _ = input.shape
+    *_, KD, KH, KW = weight_shape
+    *_, D, H, W = output_shape
+    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
+    return (
+        (
+            torch.einsum("ngcabd,ngCefh->gcabdCefh", patches.sum((3, 4, 5)), patches.sum((3, 4, 5)))
+            / (N * D**2 * H**2 * W**2)
+        )
+        .reshape(G, C * KD * KH * KW, C * KD * KH * KW)
+        .squeeze(0)
+    )
+
+
+@widened
+def weight_input_factor_backpack(
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_input_factor_backpack[g, c, kd, kh, kw, c2, kd2, kh2, kw2] = Σ_{d,h,n,w} input[n, g, c, (d + padding[0] −
+        kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw
+        dilation[2]) / stride[2]] input[n, g, c2, (d + padding[0] − kd2 dilation[0]) / stride[0], (h + padding[1] −
+        kh2 dilation[1]) / stride[1], (w + padding[2] − kw2 dilation[2]) / stride[2]] / N
+
+    input [N, G, C, ID, IH, IW] → [G, C KD KH KW, C KD KH KW]
+    """
+    N, G, C, _, _, _ = input.shape
+    *_, KD, KH, KW = weight_shape
+    *_, D, H, W = output_shape
+    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
+    return (
+        (torch.einsum("ngcdhwabe,ngCdhwfij->gcabeCfij", patches, patches) / N)
+        .reshape(G, C * KD * KH * KW, C * KD * KH * KW)
+        .squeeze(0)
+    )
+
+
 @widened
 def bias_per_sample(factor: Tensor) -> Tensor:
     """bias_per_sample[v, n, g, o] = Σ_{d,h,w} factor[v, n, g, o, d, h, w]
@@ -371,21 +719,30 @@ def bias_per_sample(factor: Tensor) -> Tensor:
 
 
 @widened
-def bias_gradient(factor: Tensor) -> Tensor:
-    """bias_gradient[g, o] = Σ_{d,h,n,v,w} factor[v, n, g, o, d, h, w]
+def bias_sample_squares(factor: Tensor) -> Tensor:
+    """bias_sample_squares[n, g, o] = Σ_{v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w])²
 
-    factor [V, N, G, O, D, H, W] → [G, O]
+    factor [V, N, G, O, D, H, W] → [N, G, O]
     """
-    return factor.sum((0, 1, 4, 5, 6))
+    return factor.sum((4, 5, 6)).square().sum(0)
 
 
 @widened
-def bias_sum_of_squares(factor: Tensor) -> Tensor:
-    """bias_sum_of_squares[g, o] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w])²
+def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
+    """bias_signed_sample_squares[n, g, o] = Σ_{v} sign[v, n] (Σ_{d,h,w} factor[v, n, g, o, d, h, w])²
 
-    factor [V, N, G, O, D, H, W] → [G, O]
+    factor [V, N, G, O, D, H, W], sign [V, N] → [N, G, O]
     """
-    return factor.sum((4, 5, 6)).square().sum((0, 1))
+    return (factor.sum((4, 5, 6)).square() * sign[:, :, None, None]).sum(0)
+
+
+@widened
+def bias_sample_diagonal(curvature: Tensor) -> Tensor:
+    """bias_sample_diagonal[n, g, o] = Σ_{d,h,w} curvature[n, g, o, d, h, w]
+
+    curvature [N, G, O, D, H, W] → [N, G, O]
+    """
+    return curvature.sum((3, 4, 5))
 
 
 @widened
@@ -395,6 +752,15 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
     factor [V, N, G, O, D, H, W] → [N]
     """
     return factor.sum((4, 5, 6)).square().sum((0, 2, 3))
+
+
+@widened
+def bias_sum_of_squares(factor: Tensor) -> Tensor:
+    """bias_sum_of_squares[g, o] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w])²
+
+    factor [V, N, G, O, D, H, W] → [G, O]
+    """
+    return factor.sum((4, 5, 6)).square().sum((0, 1))
 
 
 @widened
@@ -416,13 +782,25 @@ def bias_diagonal_sum(curvature: Tensor) -> Tensor:
 
 
 @widened
+def bias_squared_deviations(factor: Tensor) -> Tensor:
+    """bias_squared_deviations[g, o] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] − mean_n)²
+
+    factor [V, N, G, O, D, H, W] → [G, O]
+    """
+    N = factor.shape[1]
+    mean = factor.sum((1, 4, 5, 6)) / N
+    return torch.square(factor.sum((4, 5, 6)) - mean[:, None, :, :]).sum((0, 1))
+
+
+@widened
 def bias_output_factor_expand(factor: Tensor) -> Tensor:
     """bias_output_factor_expand[g, o, g2, o2] = Σ_{d,h,n,v,w} factor[v, n, g, o, d, h, w] factor[v, n, g2, o2, d, h,
         w]
 
-    factor [V, N, G, O, D, H, W] → [G, O, G, O]
+    factor [V, N, G, O, D, H, W] → [G O, G O]
     """
-    return torch.einsum("vngodhw,vnGOdhw->goGO", factor, factor)
+    *_, G, O, _, _, _ = factor.shape
+    return (torch.einsum("vngodhw,vnGOdhw->goGO", factor, factor)).reshape(G * O, G * O)
 
 
 @widened
@@ -430,18 +808,20 @@ def bias_output_factor_reduce(factor: Tensor) -> Tensor:
     """bias_output_factor_reduce[g, o, g2, o2] = Σ_{d,d2,h,h2,n,v,w,w2} factor[v, n, g, o, d, h, w] factor[v, n, g2,
         o2, d2, h2, w2]
 
-    factor [V, N, G, O, D, H, W] → [G, O, G, O]
+    factor [V, N, G, O, D, H, W] → [G O, G O]
     """
-    return torch.einsum("vngo,vnGO->goGO", factor.sum((4, 5, 6)), factor.sum((4, 5, 6)))
+    *_, G, O, _, _, _ = factor.shape
+    return (torch.einsum("vngo,vnGO->goGO", factor.sum((4, 5, 6)), factor.sum((4, 5, 6)))).reshape(G * O, G * O)
 
 
 @widened
 def bias_averaged_factor(averaged: Tensor) -> Tensor:
     """bias_averaged_factor[g, o, g2, o2] = Σ_{d,d2,h,h2,w,w2} averaged[g, o, d, h, w, g2, o2, d2, h2, w2]
 
-    averaged [G, O, D, H, W, G, O, D, H, W] → [G, O, G, O]
+    averaged [G, O, D, H, W, G, O, D, H, W] → [G O, G O]
     """
-    return averaged.sum((2, 3, 4, 7, 8, 9))
+    G, O, _, _, _, _, _, _, _, _ = averaged.shape
+    return (averaged.sum((2, 3, 4, 7, 8, 9))).reshape(G * O, G * O)
 
 
 LAYER = Layer(
@@ -450,7 +830,7 @@ LAYER = Layer(
     formula=(
         "output[n, g, o, d, h, w] = Σ_{c,kd,kh,kw} input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]] weight[g, c, o, kd, kh, kw] + bias[g, o]"
     ),
-    kernels="conv_transpose3d",
+    kernels="",
     input_axes=("n", ("g", "c"), "id", "ih", "iw"),
     output_axes=("n", ("g", "o"), "d", "h", "w"),
     parameter_axes={"weight": (("g", "c"), "o", "kd", "kh", "kw"), "bias": (("g", "o"),)},
@@ -465,25 +845,51 @@ LAYER = Layer(
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input", "weight_shape", "dilation", "padding", "stride"), lead=2),
-            "gradient": Rule(weight_gradient, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0),
+            "sample_squares": Rule(
+                weight_sample_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1
+            ),
+            "signed_sample_squares": Rule(
+                weight_signed_sample_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1
+            ),
+            "sample_diagonal": Rule(
+                weight_sample_diagonal, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1
+            ),
+            "squared_norm": Rule(weight_squared_norm, ("input", "weight_shape", "dilation", "padding", "stride")),
             "sum_of_squares": Rule(
                 weight_sum_of_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
-            "squared_norm": Rule(weight_squared_norm, ("input", "weight_shape", "dilation", "padding", "stride")),
             "signed_sum_of_squares": Rule(
                 weight_signed_sum_of_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
             "diagonal_sum": Rule(
                 weight_diagonal_sum, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
+            "squared_deviations": Rule(
+                weight_squared_deviations, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
+            ),
+            "output_factor_expand": Rule(weight_output_factor_expand, ()),
+            "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
+            "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_factor_expand": Rule(
+                weight_input_factor_expand, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+            ),
+            "input_factor_reduce": Rule(
+                weight_input_factor_reduce, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+            ),
+            "input_factor_backpack": Rule(
+                weight_input_factor_backpack, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+            ),
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
-            "gradient": Rule(bias_gradient, (), lead=0),
-            "sum_of_squares": Rule(bias_sum_of_squares, (), kernel="bias_sum_of_squares", lead=0),
-            "squared_norm": Rule(bias_squared_norm, (), kernel="bias_squared_norm"),
-            "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), kernel="bias_signed_sum_of_squares", lead=0),
+            "sample_squares": Rule(bias_sample_squares, (), lead=1),
+            "signed_sample_squares": Rule(bias_signed_sample_squares, (), lead=1),
+            "sample_diagonal": Rule(bias_sample_diagonal, (), lead=1),
+            "squared_norm": Rule(bias_squared_norm, ()),
+            "sum_of_squares": Rule(bias_sum_of_squares, (), lead=0),
+            "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
+            "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

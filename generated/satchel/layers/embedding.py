@@ -28,29 +28,20 @@ def weight_per_sample(factor: Tensor, input: Tensor, weight: Tensor, padding_idx
     ).permute(2, 0, 1, 3)
 
 
-@widened
-def weight_gradient(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
-    """weight_gradient[k, d] = Σ_{n,r,v} (1 − [k = padding_idx]) [k = input[n, r]] factor[v, n, r, d]
-
-    factor [V, N, R, D], input [N, R], weight [K, D] → [K, D]
-    """
-    K = weight.shape[0]
-    classes = torch.arange(K, device=factor.device)
-    values = (input[:, :, None] == classes).to(factor.dtype)
-    total = factor.sum(0)
-    return (1 - (padding_idx == classes).to(factor.dtype))[:, None] * (values.flatten(0, 1).T @ total.flatten(0, 1))
-
-
-def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+def weight_sample_squares_separated(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
-    values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
-    total = factor.squeeze(2).square().sum(0)
-    return torch.square(1 - (padding_idx == classes).to(factor.dtype))[:, None] * (values.T @ total)
+    return (
+        factor.squeeze(2).square().sum(0)[:, None, :]
+        * (
+            torch.square(1 - (padding_idx == classes).to(factor.dtype))[:, None]
+            * (input.squeeze(1)[:, None] == classes).to(factor.dtype).square().permute(1, 0)
+        ).permute(1, 0)[:, :, None]
+    )
 
 
-def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+def weight_sample_squares_per_sample(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
     """By the individual products, stored whole."""
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
@@ -62,18 +53,18 @@ def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, weight: Tens
             )
         )
         .square()
-        .sum((0, 1))
+        .sum(0)
     )
 
 
-def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+def weight_sample_squares_blockwise(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
     V, N, _, D = factor.shape
     K = weight.shape[0]
-    total = factor.new_zeros(K, D)
+    total = factor.new_zeros(N, K, D)
     for columns, samples in blocks(V, N, D * K):
         classes = torch.arange(K, device=factor.device)
-        total += (
+        total[samples] += (
             (
                 (1 - (padding_idx == classes).to(factor.dtype))[:, None]
                 * torch.einsum(
@@ -81,43 +72,146 @@ def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, weight: Tenso
                 ).permute(2, 0, 1, 3)
             )
             .square()
-            .sum((0, 1))
+            .sum(0)
         )
     return total
 
 
 @widened
-def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
-    """weight_sum_of_squares[k, d] = Σ_{n,v} (Σ_{r} (1 − [k = padding_idx]) [k = input[n, r]] factor[v, n, r, d])²
+def weight_sample_squares(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+    """weight_sample_squares[n, k, d] = Σ_{v} (Σ_{r} (1 − [k = padding_idx]) [k = input[n, r]] factor[v, n, r, d])²
 
-    factor [V, N, R, D], input [N, R], weight [K, D] → [K, D]. The cheapest program for the shapes.
+    factor [V, N, R, D], input [N, R], weight [K, D] → [N, K, D]. The cheapest program for the shapes.
     """
     V, N, R, D = factor.shape
     K = weight.shape[0]
     return cheapest(
         Program(
-            weight_sum_of_squares_separated,
-            flops=K + D * K + K * N + 2 * D * K * N + 2 * D * N * V,
-            elements=D * K + N * R + D * N * R * V,
-            scratch=N + 2 * K - N * R + 2 * D * K + 2 * D * N + 2 * K * N + 3 * D * N * V - D * N * R * V,
+            weight_sample_squares_separated,
+            flops=K + 2 * K * N + D * K * N + 2 * D * N * V,
+            elements=N * R + D * K * N + D * N * R * V,
+            scratch=N + 2 * K - N * R + 2 * D * N + 4 * K * N + 3 * D * N * V - D * N * R * V,
             calls=6,
             valid=R == 1,
         ),
         Program(
-            weight_sum_of_squares_per_sample,
+            weight_sample_squares_per_sample,
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
-            elements=D * K + N * R + D * N * R * V,
+            elements=N * R + D * K * N + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
             peak=D * K * N * V,
             calls=6,
         ),
         Program(
-            weight_sum_of_squares_blockwise,
+            weight_sample_squares_blockwise,
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
-            elements=D * K + N * R + D * N * R * V,
+            elements=N * R + D * K * N + D * N * R * V,
             calls=6 * block_count(V, N, D * K),
         ),
     )(factor, input, weight, padding_idx)
+
+
+def weight_signed_sample_squares_separated(
+    factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor, padding_idx: float
+) -> Tensor:
+    """Of one summand, the square of a product is a product of squares."""
+    K = weight.shape[0]
+    classes = torch.arange(K, device=factor.device)
+    return (
+        torch.einsum("vnd,vn->nd", factor.squeeze(2).square(), sign)[:, None, :]
+        * (
+            torch.square(1 - (padding_idx == classes).to(factor.dtype))[:, None]
+            * (input.squeeze(1)[:, None] == classes).to(factor.dtype).square().permute(1, 0)
+        ).permute(1, 0)[:, :, None]
+    )
+
+
+def weight_signed_sample_squares_per_sample(
+    factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor, padding_idx: float
+) -> Tensor:
+    """By the individual products, stored whole."""
+    K = weight.shape[0]
+    classes = torch.arange(K, device=factor.device)
+    return (
+        torch.square(
+            (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+            * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
+                2, 0, 1, 3
+            )
+        )
+        * sign[:, :, None, None]
+    ).sum(0)
+
+
+def weight_signed_sample_squares_blockwise(
+    factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor, padding_idx: float
+) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, _, D = factor.shape
+    K = weight.shape[0]
+    total = factor.new_zeros(N, K, D)
+    for columns, samples in blocks(V, N, D * K):
+        classes = torch.arange(K, device=factor.device)
+        total[samples] += (
+            torch.square(
+                (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+                * torch.einsum(
+                    "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
+                ).permute(2, 0, 1, 3)
+            )
+            * sign[columns, samples][:, :, None, None]
+        ).sum(0)
+    return total
+
+
+@widened
+def weight_signed_sample_squares(
+    factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor, padding_idx: float
+) -> Tensor:
+    """weight_signed_sample_squares[n, k, d] = Σ_{v} sign[v, n] (Σ_{r} (1 − [k = padding_idx]) [k = input[n, r]]
+        factor[v, n, r, d])²
+
+    factor [V, N, R, D], sign [V, N], input [N, R], weight [K, D] → [N, K, D]. The cheapest program for the shapes.
+    """
+    V, N, R, D = factor.shape
+    K = weight.shape[0]
+    return cheapest(
+        Program(
+            weight_signed_sample_squares_separated,
+            flops=K + 2 * K * N + D * K * N + 3 * D * N * V,
+            elements=N * R + N * V + D * K * N + D * N * R * V,
+            scratch=N + 2 * K - N * R + 2 * D * N + 4 * K * N + 3 * D * N * V - D * N * R * V,
+            calls=6,
+            valid=R == 1,
+        ),
+        Program(
+            weight_signed_sample_squares_per_sample,
+            flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
+            elements=N * R + N * V + D * K * N + D * N * R * V,
+            scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
+            peak=D * K * N * V,
+            calls=6,
+        ),
+        Program(
+            weight_signed_sample_squares_blockwise,
+            flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
+            elements=N * R + N * V + D * K * N + D * N * R * V,
+            calls=6 * block_count(V, N, D * K),
+        ),
+    )(factor, sign, input, weight, padding_idx)
+
+
+@widened
+def weight_sample_diagonal(curvature: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+    """weight_sample_diagonal[n, k, d] = Σ_{r} (1 − [k = padding_idx])² ([k = input[n, r]])² curvature[n, r, d]
+
+    curvature [N, R, D], input [N, R], weight [K, D] → [N, K, D]
+    """
+    K = weight.shape[0]
+    classes = torch.arange(K, device=curvature.device)
+    return torch.square(1 - (padding_idx == classes).to(curvature.dtype))[:, None] * (
+        (input[:, :, None] == classes).to(curvature.dtype).square().transpose(-2, -1) @ curvature
+    )
 
 
 def weight_squared_norm_separated(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
@@ -195,6 +289,85 @@ def weight_squared_norm(factor: Tensor, input: Tensor, weight: Tensor, padding_i
             weight_squared_norm_blockwise,
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=N + N * R + D * N * R * V,
+            calls=6 * block_count(V, N, D * K),
+        ),
+    )(factor, input, weight, padding_idx)
+
+
+def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+    """Of one summand, the square of a product is a product of squares."""
+    K = weight.shape[0]
+    classes = torch.arange(K, device=factor.device)
+    values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
+    total = factor.squeeze(2).square().sum(0)
+    return torch.square(1 - (padding_idx == classes).to(factor.dtype))[:, None] * (values.T @ total)
+
+
+def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+    """By the individual products, stored whole."""
+    K = weight.shape[0]
+    classes = torch.arange(K, device=factor.device)
+    return (
+        (
+            (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+            * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
+                2, 0, 1, 3
+            )
+        )
+        .square()
+        .sum((0, 1))
+    )
+
+
+def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, _, D = factor.shape
+    K = weight.shape[0]
+    total = factor.new_zeros(K, D)
+    for columns, samples in blocks(V, N, D * K):
+        classes = torch.arange(K, device=factor.device)
+        total += (
+            (
+                (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+                * torch.einsum(
+                    "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
+                ).permute(2, 0, 1, 3)
+            )
+            .square()
+            .sum((0, 1))
+        )
+    return total
+
+
+@widened
+def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+    """weight_sum_of_squares[k, d] = Σ_{n,v} (Σ_{r} (1 − [k = padding_idx]) [k = input[n, r]] factor[v, n, r, d])²
+
+    factor [V, N, R, D], input [N, R], weight [K, D] → [K, D]. The cheapest program for the shapes.
+    """
+    V, N, R, D = factor.shape
+    K = weight.shape[0]
+    return cheapest(
+        Program(
+            weight_sum_of_squares_separated,
+            flops=K + D * K + K * N + 2 * D * K * N + 2 * D * N * V,
+            elements=D * K + N * R + D * N * R * V,
+            scratch=N + 2 * K - N * R + 2 * D * K + 2 * D * N + 2 * K * N + 3 * D * N * V - D * N * R * V,
+            calls=6,
+            valid=R == 1,
+        ),
+        Program(
+            weight_sum_of_squares_per_sample,
+            flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
+            elements=D * K + N * R + D * N * R * V,
+            scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
+            peak=D * K * N * V,
+            calls=6,
+        ),
+        Program(
+            weight_sum_of_squares_blockwise,
+            flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
+            elements=D * K + N * R + D * N * R * V,
             calls=6 * block_count(V, N, D * K),
         ),
     )(factor, input, weight, padding_idx)
@@ -298,6 +471,106 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor, weight: Tensor, paddin
     return torch.square(1 - (padding_idx == classes).to(curvature.dtype))[:, None] * (
         values.flatten(0, 1).T @ curvature.flatten(0, 1)
     )
+
+
+def weight_squared_deviations_centred(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+    """Of one summand, by the deviations d = a − ā, e = b − b̄ of its operands: a b − ā b̄ = a e + b̄ d."""
+    N = factor.shape[1]
+    K = weight.shape[0]
+    a = factor.squeeze(2).squeeze(0)
+    classes = torch.arange(K, device=factor.device)
+    b = (1 - (padding_idx == classes).to(factor.dtype)) * (input.squeeze(1)[:, None] == classes).to(factor.dtype)
+    centre = b.sum(0) / N
+    d = a - (a.sum(0) / N)
+    e = b - centre
+    values = e.square()
+    values2 = a.square()
+    moment = values.T @ values2
+    values3 = a * d
+    cross = e.T @ values3
+    drift = e.T @ a
+    return centre[:, None].square() * d.square().sum(0) + 2 * centre[:, None] * cross + moment - drift.square() / N
+
+
+def weight_squared_deviations_per_sample(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+    """By the individual products, stored whole."""
+    N = factor.shape[1]
+    K = weight.shape[0]
+    classes = torch.arange(K, device=factor.device)
+    mean = (
+        (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+        * torch.einsum("nrk,vnrd->kvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(1, 0, 2)
+        / N
+    )
+    return torch.square(
+        (
+            (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+            * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
+                2, 0, 1, 3
+            )
+        )
+        - mean[:, None, :, :]
+    ).sum((0, 1))
+
+
+def weight_squared_deviations_blockwise(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, _, D = factor.shape
+    K = weight.shape[0]
+    classes = torch.arange(K, device=factor.device)
+    mean = (
+        (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+        * torch.einsum("nrk,vnrd->kvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(1, 0, 2)
+        / N
+    )
+    total = factor.new_zeros(K, D)
+    for columns, samples in blocks(V, N, D * K):
+        classes = torch.arange(K, device=factor.device)
+        total += torch.square(
+            (
+                (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+                * torch.einsum(
+                    "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
+                ).permute(2, 0, 1, 3)
+            )
+            - mean[columns][:, None, :, :]
+        ).sum((0, 1))
+    return total
+
+
+@widened
+def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+    """weight_squared_deviations[k, d] = Σ_{n,v} (Σ_{r} (1 − [k = padding_idx]) [k = input[n, r]] factor[v, n, r, d] −
+        mean_n)²
+
+    factor [V, N, R, D], input [N, R], weight [K, D] → [K, D]. The cheapest program for the shapes.
+    """
+    V, N, R, D = factor.shape
+    K = weight.shape[0]
+    return cheapest(
+        Program(
+            weight_squared_deviations_centred,
+            flops=K + D * K + 5 * K * N + 6 * D * N + 6 * D * K * N,
+            elements=D * K + N * R + D * N * R * V,
+            scratch=N + 4 * D + 5 * K - N * R + 6 * D * K + 11 * K * N + 14 * D * N - D * N * R * V,
+            calls=13 + 3,
+            valid=R == 1 and V == 1,
+        ),
+        Program(
+            weight_squared_deviations_per_sample,
+            flops=2 * K + D * K * V + 2 * K * N * R + 3 * D * K * N * V + 4 * D * K * N * R * V,
+            elements=D * K + N * R + D * N * R * V,
+            scratch=4 * K + N * R + 4 * D * K * V + 4 * K * N * R + D * N * R * V + 6 * D * K * N * V,
+            peak=D * K * N * V,
+            calls=4 + 6,
+        ),
+        Program(
+            weight_squared_deviations_blockwise,
+            flops=2 * K + D * K * V + 2 * K * N * R + 3 * D * K * N * V + 4 * D * K * N * R * V,
+            elements=D * K + N * R + D * N * R * V,
+            calls=4 + 6 * block_count(V, N, D * K),
+        ),
+    )(factor, input, weight, padding_idx)
 
 
 @widened
@@ -407,11 +680,14 @@ LAYER = Layer(
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input", "weight", "padding_idx"), lead=2),
-            "gradient": Rule(weight_gradient, ("input", "weight", "padding_idx"), lead=0),
-            "sum_of_squares": Rule(weight_sum_of_squares, ("input", "weight", "padding_idx"), lead=0),
+            "sample_squares": Rule(weight_sample_squares, ("input", "weight", "padding_idx"), lead=1),
+            "signed_sample_squares": Rule(weight_signed_sample_squares, ("input", "weight", "padding_idx"), lead=1),
+            "sample_diagonal": Rule(weight_sample_diagonal, ("input", "weight", "padding_idx"), lead=1),
             "squared_norm": Rule(weight_squared_norm, ("input", "weight", "padding_idx")),
+            "sum_of_squares": Rule(weight_sum_of_squares, ("input", "weight", "padding_idx"), lead=0),
             "signed_sum_of_squares": Rule(weight_signed_sum_of_squares, ("input", "weight", "padding_idx"), lead=0),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "weight", "padding_idx"), lead=0),
+            "squared_deviations": Rule(weight_squared_deviations, ("input", "weight", "padding_idx"), lead=0),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),

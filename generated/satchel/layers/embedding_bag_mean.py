@@ -27,95 +27,170 @@ def weight_per_sample(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     return (input[:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None] * factor[:, :, None, :] / R
 
 
-@widened
-def weight_gradient(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """weight_gradient[k, d] = Σ_{n,r,v} [k = input[n, r]] factor[v, n, d] / R
-
-    factor [V, N, D], input [N, R], weight [K, D] → [K, D]
-    """
-    R = input.shape[1]
-    K = weight.shape[0]
-    classes = torch.arange(K, device=factor.device)
-    total = (input[:, :, None] == classes).to(factor.dtype).sum(1)
-    total2 = factor.sum(0)
-    return total.T @ total2 / R
-
-
-def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+def weight_sample_squares_separated(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
     R = input.shape[1]
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
-    values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
-    total = factor.square().sum(0)
-    return values.T @ total / (R**2)
+    return (
+        (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()[:, :, None]
+        * factor.square().sum(0)[:, None, :]
+        / (R**2)
+    )
 
 
-def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+def weight_sample_squares_per_sample(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """By the individual products, stored whole."""
     R = input.shape[1]
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
     return (
-        ((input[:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None] * factor[:, :, None, :] / R)
-        .square()
-        .sum((0, 1))
+        ((input[:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None] * factor[:, :, None, :] / R).square().sum(0)
     )
 
 
-def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+def weight_sample_squares_blockwise(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
     V, N, D = factor.shape
     R = input.shape[1]
     K = weight.shape[0]
-    total = factor.new_zeros(K, D)
+    total = factor.new_zeros(N, K, D)
     for columns, samples in blocks(V, N, D * K):
         classes = torch.arange(K, device=factor.device)
-        total += (
+        total[samples] += (
             (
                 (input[samples][:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None]
                 * factor[columns, samples][:, :, None, :]
                 / R
             )
             .square()
-            .sum((0, 1))
+            .sum(0)
         )
     return total
 
 
 @widened
-def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """weight_sum_of_squares[k, d] = Σ_{n,v} (Σ_{r} [k = input[n, r]] factor[v, n, d] / R)²
+def weight_sample_squares(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """weight_sample_squares[n, k, d] = Σ_{v} (Σ_{r} [k = input[n, r]] factor[v, n, d] / R)²
 
-    factor [V, N, D], input [N, R], weight [K, D] → [K, D]. The cheapest program for the shapes.
+    factor [V, N, D], input [N, R], weight [K, D] → [N, K, D]. The cheapest program for the shapes.
     """
     V, N, D = factor.shape
     R = input.shape[1]
     K = weight.shape[0]
     return cheapest(
         Program(
-            weight_sum_of_squares_separated,
-            flops=K * N + 2 * D * K * N + 2 * D * N * V,
-            elements=D * K + N * R + D * N * V,
+            weight_sample_squares_separated,
+            flops=K * N + D * K * N + 2 * D * N * V,
+            elements=N * R + D * K * N + D * N * V,
             scratch=N - N * R + 2 * D * N + 2 * K * N + 2 * D * N * V,
             calls=4,
             valid=R == 1,
         ),
         Program(
-            weight_sum_of_squares_per_sample,
+            weight_sample_squares_per_sample,
             flops=2 * K * N * R + 3 * D * K * N * V,
-            elements=D * K + N * R + D * N * V,
+            elements=N * R + D * K * N + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
             peak=D * K * N * V,
             calls=5,
         ),
         Program(
-            weight_sum_of_squares_blockwise,
+            weight_sample_squares_blockwise,
             flops=2 * K * N * R + 3 * D * K * N * V,
-            elements=D * K + N * R + D * N * V,
+            elements=N * R + D * K * N + D * N * V,
             calls=5 * block_count(V, N, D * K),
         ),
     )(factor, input, weight)
+
+
+def weight_signed_sample_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """Of one summand, the square of a product is a product of squares."""
+    R = input.shape[1]
+    K = weight.shape[0]
+    classes = torch.arange(K, device=factor.device)
+    return (
+        (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()[:, :, None]
+        * torch.einsum("vnd,vn->nd", factor.square(), sign)[:, None, :]
+        / (R**2)
+    )
+
+
+def weight_signed_sample_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """By the individual products, stored whole."""
+    R = input.shape[1]
+    K = weight.shape[0]
+    classes = torch.arange(K, device=factor.device)
+    return (
+        ((input[:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None] * factor[:, :, None, :] / R).square()
+        * sign[:, :, None, None]
+    ).sum(0)
+
+
+def weight_signed_sample_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, D = factor.shape
+    R = input.shape[1]
+    K = weight.shape[0]
+    total = factor.new_zeros(N, K, D)
+    for columns, samples in blocks(V, N, D * K):
+        classes = torch.arange(K, device=factor.device)
+        total[samples] += (
+            (
+                (input[samples][:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None]
+                * factor[columns, samples][:, :, None, :]
+                / R
+            ).square()
+            * sign[columns, samples][:, :, None, None]
+        ).sum(0)
+    return total
+
+
+@widened
+def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """weight_signed_sample_squares[n, k, d] = Σ_{v} sign[v, n] (Σ_{r} [k = input[n, r]] factor[v, n, d] / R)²
+
+    factor [V, N, D], sign [V, N], input [N, R], weight [K, D] → [N, K, D]. The cheapest program for the shapes.
+    """
+    V, N, D = factor.shape
+    R = input.shape[1]
+    K = weight.shape[0]
+    return cheapest(
+        Program(
+            weight_signed_sample_squares_separated,
+            flops=K * N + D * K * N + 3 * D * N * V,
+            elements=N * R + N * V + D * K * N + D * N * V,
+            scratch=N - N * R + 2 * D * N + 2 * K * N + 2 * D * N * V,
+            calls=4,
+            valid=R == 1,
+        ),
+        Program(
+            weight_signed_sample_squares_per_sample,
+            flops=2 * K * N * R + 3 * D * K * N * V,
+            elements=N * R + N * V + D * K * N + D * N * V,
+            scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
+            peak=D * K * N * V,
+            calls=5,
+        ),
+        Program(
+            weight_signed_sample_squares_blockwise,
+            flops=2 * K * N * R + 3 * D * K * N * V,
+            elements=N * R + N * V + D * K * N + D * N * V,
+            calls=5 * block_count(V, N, D * K),
+        ),
+    )(factor, sign, input, weight)
+
+
+@widened
+def weight_sample_diagonal(curvature: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """weight_sample_diagonal[n, k, d] = curvature[n, d] (Σ_{r} [k = input[n, r]] / R)²
+
+    curvature [N, D], input [N, R], weight [K, D] → [N, K, D]
+    """
+    R = input.shape[1]
+    K = weight.shape[0]
+    classes = torch.arange(K, device=curvature.device)
+    return ((input[:, :, None] == classes).to(curvature.dtype).sum(1) / R).square() * curvature.permute(0)[:, None]
 
 
 def weight_squared_norm_separated(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
@@ -217,6 +292,83 @@ def weight_squared_norm(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor
     )(factor, input, weight)
 
 
+def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """Of one summand, the square of a product is a product of squares."""
+    R = input.shape[1]
+    K = weight.shape[0]
+    classes = torch.arange(K, device=factor.device)
+    values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
+    total = factor.square().sum(0)
+    return values.T @ total / (R**2)
+
+
+def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """By the individual products, stored whole."""
+    R = input.shape[1]
+    K = weight.shape[0]
+    classes = torch.arange(K, device=factor.device)
+    return (
+        ((input[:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None] * factor[:, :, None, :] / R)
+        .square()
+        .sum((0, 1))
+    )
+
+
+def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, D = factor.shape
+    R = input.shape[1]
+    K = weight.shape[0]
+    total = factor.new_zeros(K, D)
+    for columns, samples in blocks(V, N, D * K):
+        classes = torch.arange(K, device=factor.device)
+        total += (
+            (
+                (input[samples][:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None]
+                * factor[columns, samples][:, :, None, :]
+                / R
+            )
+            .square()
+            .sum((0, 1))
+        )
+    return total
+
+
+@widened
+def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """weight_sum_of_squares[k, d] = Σ_{n,v} (Σ_{r} [k = input[n, r]] factor[v, n, d] / R)²
+
+    factor [V, N, D], input [N, R], weight [K, D] → [K, D]. The cheapest program for the shapes.
+    """
+    V, N, D = factor.shape
+    R = input.shape[1]
+    K = weight.shape[0]
+    return cheapest(
+        Program(
+            weight_sum_of_squares_separated,
+            flops=K * N + 2 * D * K * N + 2 * D * N * V,
+            elements=D * K + N * R + D * N * V,
+            scratch=N - N * R + 2 * D * N + 2 * K * N + 2 * D * N * V,
+            calls=4,
+            valid=R == 1,
+        ),
+        Program(
+            weight_sum_of_squares_per_sample,
+            flops=2 * K * N * R + 3 * D * K * N * V,
+            elements=D * K + N * R + D * N * V,
+            scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
+            peak=D * K * N * V,
+            calls=5,
+        ),
+        Program(
+            weight_sum_of_squares_blockwise,
+            flops=2 * K * N * R + 3 * D * K * N * V,
+            elements=D * K + N * R + D * N * V,
+            calls=5 * block_count(V, N, D * K),
+        ),
+    )(factor, input, weight)
+
+
 def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
     R = input.shape[1]
@@ -306,6 +458,95 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor, weight: Tensor) -> Ten
     ).sum(0)
 
 
+def weight_squared_deviations_centred(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """Of one summand, by the deviations d = a − ā, e = b − b̄ of its operands: a b − ā b̄ = a e + b̄ d."""
+    N = factor.shape[1]
+    R = input.shape[1]
+    K = weight.shape[0]
+    a = factor.squeeze(0)
+    classes = torch.arange(K, device=factor.device)
+    b = (input.squeeze(1)[:, None] == classes).to(factor.dtype) / R
+    centre = b.sum(0) / N
+    d = a - (a.sum(0) / N)
+    e = b - centre
+    values = e.square()
+    values2 = a.square()
+    moment = values.T @ values2
+    values3 = a * d
+    cross = e.T @ values3
+    drift = e.T @ a
+    return centre[:, None].square() * d.square().sum(0) + 2 * centre[:, None] * cross + moment - drift.square() / N
+
+
+def weight_squared_deviations_per_sample(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """By the individual products, stored whole."""
+    N = factor.shape[1]
+    R = input.shape[1]
+    K = weight.shape[0]
+    classes = torch.arange(K, device=factor.device)
+    mean = torch.einsum("nk,vnd->vkd", (input[:, :, None] == classes).to(factor.dtype).sum(1), factor) / R / N
+    return torch.square(
+        ((input[:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None] * factor[:, :, None, :] / R)
+        - mean[:, None, :, :]
+    ).sum((0, 1))
+
+
+def weight_squared_deviations_blockwise(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, D = factor.shape
+    R = input.shape[1]
+    K = weight.shape[0]
+    classes = torch.arange(K, device=factor.device)
+    mean = torch.einsum("nk,vnd->vkd", (input[:, :, None] == classes).to(factor.dtype).sum(1), factor) / R / N
+    total = factor.new_zeros(K, D)
+    for columns, samples in blocks(V, N, D * K):
+        classes = torch.arange(K, device=factor.device)
+        total += torch.square(
+            (
+                (input[samples][:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None]
+                * factor[columns, samples][:, :, None, :]
+                / R
+            )
+            - mean[columns][:, None, :, :]
+        ).sum((0, 1))
+    return total
+
+
+@widened
+def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """weight_squared_deviations[k, d] = Σ_{n,v} (Σ_{r} [k = input[n, r]] factor[v, n, d] / R − mean_n)²
+
+    factor [V, N, D], input [N, R], weight [K, D] → [K, D]. The cheapest program for the shapes.
+    """
+    V, N, D = factor.shape
+    R = input.shape[1]
+    K = weight.shape[0]
+    return cheapest(
+        Program(
+            weight_squared_deviations_centred,
+            flops=D * K + 4 * K * N + 6 * D * N + 6 * D * K * N,
+            elements=D * K + N * R + D * N * V,
+            scratch=N + 3 * K + 4 * D - N * R + 6 * D * K + 9 * K * N + 14 * D * N - D * N * V,
+            calls=11 + 3,
+            valid=R == 1 and V == 1,
+        ),
+        Program(
+            weight_squared_deviations_per_sample,
+            flops=4 * K * N * R + 5 * D * K * N * V,
+            elements=D * K + N * R + D * N * V,
+            scratch=N * R + 4 * K * N + D * N * V + 2 * D * K * V + 4 * K * N * R + 4 * D * K * N * V,
+            peak=D * K * N * V,
+            calls=3 + 5,
+        ),
+        Program(
+            weight_squared_deviations_blockwise,
+            flops=4 * K * N * R + 5 * D * K * N * V,
+            elements=D * K + N * R + D * N * V,
+            calls=3 + 5 * block_count(V, N, D * K),
+        ),
+    )(factor, input, weight)
+
+
 @widened
 def weight_output_factor_expand(factor: Tensor) -> Tensor:
     """weight_output_factor_expand[d, d2] = Σ_{n,v} factor[v, n, d2] factor[v, n, d]
@@ -356,11 +597,14 @@ LAYER = Layer(
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input", "weight"), lead=2),
-            "gradient": Rule(weight_gradient, ("input", "weight"), lead=0),
-            "sum_of_squares": Rule(weight_sum_of_squares, ("input", "weight"), lead=0),
+            "sample_squares": Rule(weight_sample_squares, ("input", "weight"), lead=1),
+            "signed_sample_squares": Rule(weight_signed_sample_squares, ("input", "weight"), lead=1),
+            "sample_diagonal": Rule(weight_sample_diagonal, ("input", "weight"), lead=1),
             "squared_norm": Rule(weight_squared_norm, ("input", "weight")),
+            "sum_of_squares": Rule(weight_sum_of_squares, ("input", "weight"), lead=0),
             "signed_sum_of_squares": Rule(weight_signed_sum_of_squares, ("input", "weight"), lead=0),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "weight"), lead=0),
+            "squared_deviations": Rule(weight_squared_deviations, ("input", "weight"), lead=0),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_expand, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),

@@ -122,69 +122,129 @@ def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     return torch.einsum("ngcs,vngcs->vngc", normalised, factor)
 
 
-@widened
-def weight_gradient(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """weight_gradient[g, c] = Σ_{n,s,v} factor[v, n, g, c, s] normalised[n, g, c, s]
-
-    factor [V, N, G, C, S], input [N, G, C, S] → [G, C]
-    """
-    normalised = normalised_from(input, eps)
-    return (normalised * factor.sum(0)).sum((0, 3))
-
-
-def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+def weight_sample_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
     normalised = normalised_from(input, eps)
-    return (normalised.squeeze(3).square() * factor.squeeze(4).square().sum(0)).sum(0)
+    return normalised.squeeze(3).square() * factor.squeeze(4).square().sum(0)
 
 
-def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+def weight_sample_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, stored whole."""
     normalised = normalised_from(input, eps)
-    return torch.einsum("ngcs,vngcs->vngc", normalised, factor).square().sum((0, 1))
+    return torch.einsum("ngcs,vngcs->vngc", normalised, factor).square().sum(0)
 
 
-def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+def weight_sample_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
     V, N, G, C, _ = factor.shape
     normalised = normalised_from(input, eps)
-    total = factor.new_zeros(G, C)
+    total = factor.new_zeros(N, G, C)
     for columns, samples in blocks(V, N, C * G):
-        total += torch.einsum("ngcs,vngcs->vngc", normalised[samples], factor[columns, samples]).square().sum((0, 1))
+        total[samples] += (
+            torch.einsum("ngcs,vngcs->vngc", normalised[samples], factor[columns, samples]).square().sum(0)
+        )
     return total
 
 
 @widened
-def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """weight_sum_of_squares[g, c] = Σ_{n,v} (Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s])²
+def weight_sample_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_sample_squares[n, g, c] = Σ_{v} (Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s])²
 
-    factor [V, N, G, C, S], input [N, G, C, S] → [G, C]. The cheapest program for the shapes.
+    factor [V, N, G, C, S], input [N, G, C, S] → [N, G, C]. The cheapest program for the shapes.
     """
     V, N, G, C, S = factor.shape
     return cheapest(
         Program(
-            weight_sum_of_squares_separated,
-            flops=3 * C * G * N + 2 * C * G * N * V,
-            elements=C * G + C * G * N * S + C * G * N * S * V,
+            weight_sample_squares_separated,
+            flops=2 * C * G * N + 2 * C * G * N * V,
+            elements=C * G * N + C * G * N * S + C * G * N * S * V,
             scratch=5 * C * G * N - C * G * N * S + 3 * C * G * N * V - C * G * N * S * V,
             calls=4,
             valid=S == 1,
         ),
         Program(
-            weight_sum_of_squares_per_sample,
+            weight_sample_squares_per_sample,
             flops=2 * C * G * N * V + 2 * C * G * N * S * V,
-            elements=C * G + C * G * N * S + C * G * N * S * V,
+            elements=C * G * N + C * G * N * S + C * G * N * S * V,
             scratch=4 * C * G * N * V,
             peak=C * G * N * V,
             calls=3,
         ),
         Program(
-            weight_sum_of_squares_blockwise,
+            weight_sample_squares_blockwise,
             flops=2 * C * G * N * V + 2 * C * G * N * S * V,
-            elements=C * G + C * G * N * S + C * G * N * S * V,
+            elements=C * G * N + C * G * N * S + C * G * N * S * V,
             calls=3 * block_count(V, N, C * G),
         ),
     )(factor, input, eps)
+
+
+def weight_signed_sample_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
+    """Of one summand, the square of a product is a product of squares."""
+    normalised = normalised_from(input, eps)
+    return normalised.squeeze(3).square() * torch.einsum("vngc,vn->ngc", factor.squeeze(4).square(), sign)
+
+
+def weight_signed_sample_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
+    """By the individual products, stored whole."""
+    normalised = normalised_from(input, eps)
+    return (torch.einsum("ngcs,vngcs->vngc", normalised, factor).square() * sign[:, :, None, None]).sum(0)
+
+
+def weight_signed_sample_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, G, C, _ = factor.shape
+    normalised = normalised_from(input, eps)
+    total = factor.new_zeros(N, G, C)
+    for columns, samples in blocks(V, N, C * G):
+        total[samples] += (
+            torch.einsum("ngcs,vngcs->vngc", normalised[samples], factor[columns, samples]).square()
+            * sign[columns, samples][:, :, None, None]
+        ).sum(0)
+    return total
+
+
+@widened
+def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_signed_sample_squares[n, g, c] = Σ_{v} sign[v, n] (Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s])²
+
+    factor [V, N, G, C, S], sign [V, N], input [N, G, C, S] → [N, G, C]. The cheapest program for the shapes.
+    """
+    V, N, G, C, S = factor.shape
+    return cheapest(
+        Program(
+            weight_signed_sample_squares_separated,
+            flops=2 * C * G * N + 3 * C * G * N * V,
+            elements=N * V + C * G * N + C * G * N * S + C * G * N * S * V,
+            scratch=5 * C * G * N - C * G * N * S + 3 * C * G * N * V - C * G * N * S * V,
+            calls=4,
+            valid=S == 1,
+        ),
+        Program(
+            weight_signed_sample_squares_per_sample,
+            flops=2 * C * G * N * V + 2 * C * G * N * S * V,
+            elements=N * V + C * G * N + C * G * N * S + C * G * N * S * V,
+            scratch=4 * C * G * N * V,
+            peak=C * G * N * V,
+            calls=3,
+        ),
+        Program(
+            weight_signed_sample_squares_blockwise,
+            flops=2 * C * G * N * V + 2 * C * G * N * S * V,
+            elements=N * V + C * G * N + C * G * N * S + C * G * N * S * V,
+            calls=3 * block_count(V, N, C * G),
+        ),
+    )(factor, sign, input, eps)
+
+
+@widened
+def weight_sample_diagonal(curvature: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_sample_diagonal[n, g, c] = Σ_{s} curvature[n, g, c, s] normalised[n, g, c, s]²
+
+    curvature [N, G, C, S], input [N, G, C, S] → [N, G, C]
+    """
+    normalised = normalised_from(input, eps)
+    return (normalised.square() * curvature).sum(3)
 
 
 def weight_squared_norm_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
@@ -239,6 +299,61 @@ def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
             weight_squared_norm_blockwise,
             flops=2 * C * G * N * V + 2 * C * G * N * S * V,
             elements=N + C * G * N * S + C * G * N * S * V,
+            calls=3 * block_count(V, N, C * G),
+        ),
+    )(factor, input, eps)
+
+
+def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """Of one summand, the square of a product is a product of squares."""
+    normalised = normalised_from(input, eps)
+    return (normalised.squeeze(3).square() * factor.squeeze(4).square().sum(0)).sum(0)
+
+
+def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """By the individual products, stored whole."""
+    normalised = normalised_from(input, eps)
+    return torch.einsum("ngcs,vngcs->vngc", normalised, factor).square().sum((0, 1))
+
+
+def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, G, C, _ = factor.shape
+    normalised = normalised_from(input, eps)
+    total = factor.new_zeros(G, C)
+    for columns, samples in blocks(V, N, C * G):
+        total += torch.einsum("ngcs,vngcs->vngc", normalised[samples], factor[columns, samples]).square().sum((0, 1))
+    return total
+
+
+@widened
+def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_sum_of_squares[g, c] = Σ_{n,v} (Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s])²
+
+    factor [V, N, G, C, S], input [N, G, C, S] → [G, C]. The cheapest program for the shapes.
+    """
+    V, N, G, C, S = factor.shape
+    return cheapest(
+        Program(
+            weight_sum_of_squares_separated,
+            flops=3 * C * G * N + 2 * C * G * N * V,
+            elements=C * G + C * G * N * S + C * G * N * S * V,
+            scratch=5 * C * G * N - C * G * N * S + 3 * C * G * N * V - C * G * N * S * V,
+            calls=4,
+            valid=S == 1,
+        ),
+        Program(
+            weight_sum_of_squares_per_sample,
+            flops=2 * C * G * N * V + 2 * C * G * N * S * V,
+            elements=C * G + C * G * N * S + C * G * N * S * V,
+            scratch=4 * C * G * N * V,
+            peak=C * G * N * V,
+            calls=3,
+        ),
+        Program(
+            weight_sum_of_squares_blockwise,
+            flops=2 * C * G * N * V + 2 * C * G * N * S * V,
+            elements=C * G + C * G * N * S + C * G * N * S * V,
             calls=3 * block_count(V, N, C * G),
         ),
     )(factor, input, eps)
@@ -313,6 +428,51 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor, eps: float) -> Tensor:
 
 
 @widened
+def weight_squared_deviations(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_squared_deviations[g, c] = Σ_{n,v} (Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s] − mean_n)²
+
+    factor [V, N, G, C, S], input [N, G, C, S] → [G, C]
+    """
+    N = factor.shape[1]
+    normalised = normalised_from(input, eps)
+    mean = torch.einsum("ngcs,vngcs->vgc", normalised, factor) / N
+    return torch.square(torch.einsum("ngcs,vngcs->vngc", normalised, factor) - mean[:, None, :, :]).sum((0, 1))
+
+
+@widened
+def weight_block(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_block[g, c, g2, c2] = Σ_{n,s,s2,v} factor[v, n, g, c, s] factor[v, n, g2, c2, s2] normalised[n, g, c, s]
+        normalised[n, g2, c2, s2]
+
+    factor [V, N, G, C, S], input [N, G, C, S] → [G C, G C]
+    """
+    *_, G, C, _ = factor.shape
+    normalised = normalised_from(input, eps)
+    return (
+        torch.einsum(
+            "ngcv,nGCv->gcGC",
+            torch.einsum("ngcs,vngcs->ngcv", normalised, factor),
+            torch.einsum("nGCS,vnGCS->nGCv", normalised, factor),
+        )
+    ).reshape(C * G, C * G)
+
+
+@widened
+def weight_averaged_block(averaged: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_averaged_block[g, c, g2, c2] = Σ_{n,s,s2} averaged[g, c, s, g2, c2, s2] normalised[n, g, c, s]
+        normalised[n, g2, c2, s2] / N
+
+    averaged [G, C, S, G, C, S], input [N, G, C, S] → [G C, G C]
+    """
+    G, C, _, _, _, _ = averaged.shape
+    N = input.shape[0]
+    normalised = normalised_from(input, eps)
+    return (
+        torch.einsum("ngcs,GCngcs->gcGC", normalised, torch.einsum("nGCS,gcsGCS->GCngcs", normalised, averaged)) / N
+    ).reshape(C * G, C * G)
+
+
+@widened
 def bias_per_sample(factor: Tensor) -> Tensor:
     """bias_per_sample[v, n, g, c] = Σ_{s} factor[v, n, g, c, s]
 
@@ -322,21 +482,30 @@ def bias_per_sample(factor: Tensor) -> Tensor:
 
 
 @widened
-def bias_gradient(factor: Tensor) -> Tensor:
-    """bias_gradient[g, c] = Σ_{n,s,v} factor[v, n, g, c, s]
+def bias_sample_squares(factor: Tensor) -> Tensor:
+    """bias_sample_squares[n, g, c] = Σ_{v} (Σ_{s} factor[v, n, g, c, s])²
 
-    factor [V, N, G, C, S] → [G, C]
+    factor [V, N, G, C, S] → [N, G, C]
     """
-    return factor.sum((0, 1, 4))
+    return factor.sum(4).square().sum(0)
 
 
 @widened
-def bias_sum_of_squares(factor: Tensor) -> Tensor:
-    """bias_sum_of_squares[g, c] = Σ_{n,v} (Σ_{s} factor[v, n, g, c, s])²
+def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
+    """bias_signed_sample_squares[n, g, c] = Σ_{v} sign[v, n] (Σ_{s} factor[v, n, g, c, s])²
 
-    factor [V, N, G, C, S] → [G, C]
+    factor [V, N, G, C, S], sign [V, N] → [N, G, C]
     """
-    return factor.sum(4).square().sum((0, 1))
+    return (factor.sum(4).square() * sign[:, :, None, None]).sum(0)
+
+
+@widened
+def bias_sample_diagonal(curvature: Tensor) -> Tensor:
+    """bias_sample_diagonal[n, g, c] = Σ_{s} curvature[n, g, c, s]
+
+    curvature [N, G, C, S] → [N, G, C]
+    """
+    return curvature.sum(3)
 
 
 @widened
@@ -346,6 +515,15 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
     factor [V, N, G, C, S] → [N]
     """
     return factor.sum(4).square().sum((0, 2, 3))
+
+
+@widened
+def bias_sum_of_squares(factor: Tensor) -> Tensor:
+    """bias_sum_of_squares[g, c] = Σ_{n,v} (Σ_{s} factor[v, n, g, c, s])²
+
+    factor [V, N, G, C, S] → [G, C]
+    """
+    return factor.sum(4).square().sum((0, 1))
 
 
 @widened
@@ -367,30 +545,44 @@ def bias_diagonal_sum(curvature: Tensor) -> Tensor:
 
 
 @widened
+def bias_squared_deviations(factor: Tensor) -> Tensor:
+    """bias_squared_deviations[g, c] = Σ_{n,v} (Σ_{s} factor[v, n, g, c, s] − mean_n)²
+
+    factor [V, N, G, C, S] → [G, C]
+    """
+    N = factor.shape[1]
+    mean = factor.sum((1, 4)) / N
+    return torch.square(factor.sum(4) - mean[:, None, :, :]).sum((0, 1))
+
+
+@widened
 def bias_output_factor_expand(factor: Tensor) -> Tensor:
     """bias_output_factor_expand[g, c, g2, c2] = Σ_{n,s,v} factor[v, n, g, c, s] factor[v, n, g2, c2, s]
 
-    factor [V, N, G, C, S] → [G, C, G, C]
+    factor [V, N, G, C, S] → [G C, G C]
     """
-    return torch.einsum("vngcs,vnGCs->gcGC", factor, factor)
+    *_, G, C, _ = factor.shape
+    return (torch.einsum("vngcs,vnGCs->gcGC", factor, factor)).reshape(C * G, C * G)
 
 
 @widened
 def bias_output_factor_reduce(factor: Tensor) -> Tensor:
     """bias_output_factor_reduce[g, c, g2, c2] = Σ_{n,s,s2,v} factor[v, n, g, c, s] factor[v, n, g2, c2, s2]
 
-    factor [V, N, G, C, S] → [G, C, G, C]
+    factor [V, N, G, C, S] → [G C, G C]
     """
-    return torch.einsum("vngc,vnGC->gcGC", factor.sum(4), factor.sum(4))
+    *_, G, C, _ = factor.shape
+    return (torch.einsum("vngc,vnGC->gcGC", factor.sum(4), factor.sum(4))).reshape(C * G, C * G)
 
 
 @widened
 def bias_averaged_factor(averaged: Tensor) -> Tensor:
     """bias_averaged_factor[g, c, g2, c2] = Σ_{s,s2} averaged[g, c, s, g2, c2, s2]
 
-    averaged [G, C, S, G, C, S] → [G, C, G, C]
+    averaged [G, C, S, G, C, S] → [G C, G C]
     """
-    return averaged.sum((2, 5))
+    G, C, _, _, _, _ = averaged.shape
+    return (averaged.sum((2, 5))).reshape(C * G, C * G)
 
 
 LAYER = Layer(
@@ -404,7 +596,7 @@ LAYER = Layer(
         "normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]; "
         "output[n, g, c, s] = normalised[n, g, c, s] weight[g, c] + bias[g, c]"
     ),
-    kernels="group_norm",
+    kernels="",
     input_axes=("n", ("g", "c"), "s*"),
     output_axes=("n", ("g", "c"), "s*"),
     parameter_axes={"weight": (("g", "c"),), "bias": (("g", "c"),)},
@@ -419,19 +611,27 @@ LAYER = Layer(
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input", "eps"), lead=2),
-            "gradient": Rule(weight_gradient, ("input", "eps"), lead=0),
-            "sum_of_squares": Rule(weight_sum_of_squares, ("input", "eps"), lead=0),
+            "sample_squares": Rule(weight_sample_squares, ("input", "eps"), lead=1),
+            "signed_sample_squares": Rule(weight_signed_sample_squares, ("input", "eps"), lead=1),
+            "sample_diagonal": Rule(weight_sample_diagonal, ("input", "eps"), lead=1),
             "squared_norm": Rule(weight_squared_norm, ("input", "eps")),
+            "sum_of_squares": Rule(weight_sum_of_squares, ("input", "eps"), lead=0),
             "signed_sum_of_squares": Rule(weight_signed_sum_of_squares, ("input", "eps"), lead=0),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "eps"), lead=0),
+            "squared_deviations": Rule(weight_squared_deviations, ("input", "eps"), lead=0),
+            "block": Rule(weight_block, ("input", "eps")),
+            "averaged_block": Rule(weight_averaged_block, ("input", "eps")),
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
-            "gradient": Rule(bias_gradient, (), lead=0),
-            "sum_of_squares": Rule(bias_sum_of_squares, (), kernel="bias_sum_of_squares", lead=0),
-            "squared_norm": Rule(bias_squared_norm, (), kernel="bias_squared_norm"),
-            "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), kernel="bias_signed_sum_of_squares", lead=0),
+            "sample_squares": Rule(bias_sample_squares, (), lead=1),
+            "signed_sample_squares": Rule(bias_signed_sample_squares, (), lead=1),
+            "sample_diagonal": Rule(bias_sample_diagonal, (), lead=1),
+            "squared_norm": Rule(bias_squared_norm, ()),
+            "sum_of_squares": Rule(bias_sum_of_squares, (), lead=0),
+            "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
+            "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

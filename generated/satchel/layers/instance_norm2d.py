@@ -121,69 +121,127 @@ def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     return torch.einsum("ncs,vncs->vnc", normalised, factor)
 
 
-@widened
-def weight_gradient(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """weight_gradient[c] = Σ_{n,s,v} factor[v, n, c, s] normalised[n, c, s]
-
-    factor [V, N, C, S], input [N, C, S] → [C]
-    """
-    normalised = normalised_from(input, eps)
-    return (normalised * factor.sum(0)).sum((0, 2))
-
-
-def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+def weight_sample_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
     normalised = normalised_from(input, eps)
-    return (normalised.squeeze(2).square() * factor.squeeze(3).square().sum(0)).sum(0)
+    return normalised.squeeze(2).square() * factor.squeeze(3).square().sum(0)
 
 
-def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+def weight_sample_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, stored whole."""
     normalised = normalised_from(input, eps)
-    return torch.einsum("ncs,vncs->vnc", normalised, factor).square().sum((0, 1))
+    return torch.einsum("ncs,vncs->vnc", normalised, factor).square().sum(0)
 
 
-def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+def weight_sample_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
     V, N, C, _ = factor.shape
     normalised = normalised_from(input, eps)
-    total = factor.new_zeros(C)
+    total = factor.new_zeros(N, C)
     for columns, samples in blocks(V, N, C):
-        total += torch.einsum("ncs,vncs->vnc", normalised[samples], factor[columns, samples]).square().sum((0, 1))
+        total[samples] += torch.einsum("ncs,vncs->vnc", normalised[samples], factor[columns, samples]).square().sum(0)
     return total
 
 
 @widened
-def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """weight_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s] normalised[n, c, s])²
+def weight_sample_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_sample_squares[n, c] = Σ_{v} (Σ_{s} factor[v, n, c, s] normalised[n, c, s])²
 
-    factor [V, N, C, S], input [N, C, S] → [C]. The cheapest program for the shapes.
+    factor [V, N, C, S], input [N, C, S] → [N, C]. The cheapest program for the shapes.
     """
     V, N, C, S = factor.shape
     return cheapest(
         Program(
-            weight_sum_of_squares_separated,
-            flops=3 * C * N + 2 * C * N * V,
-            elements=C + C * N * S + C * N * S * V,
+            weight_sample_squares_separated,
+            flops=2 * C * N + 2 * C * N * V,
+            elements=C * N + C * N * S + C * N * S * V,
             scratch=5 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
             calls=4,
             valid=S == 1,
         ),
         Program(
-            weight_sum_of_squares_per_sample,
+            weight_sample_squares_per_sample,
             flops=2 * C * N * V + 2 * C * N * S * V,
-            elements=C + C * N * S + C * N * S * V,
+            elements=C * N + C * N * S + C * N * S * V,
             scratch=4 * C * N * V,
             peak=C * N * V,
             calls=3,
         ),
         Program(
-            weight_sum_of_squares_blockwise,
+            weight_sample_squares_blockwise,
             flops=2 * C * N * V + 2 * C * N * S * V,
-            elements=C + C * N * S + C * N * S * V,
+            elements=C * N + C * N * S + C * N * S * V,
             calls=3 * block_count(V, N, C),
         ),
     )(factor, input, eps)
+
+
+def weight_signed_sample_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
+    """Of one summand, the square of a product is a product of squares."""
+    normalised = normalised_from(input, eps)
+    return normalised.squeeze(2).square() * torch.einsum("vnc,vn->nc", factor.squeeze(3).square(), sign)
+
+
+def weight_signed_sample_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
+    """By the individual products, stored whole."""
+    normalised = normalised_from(input, eps)
+    return (torch.einsum("ncs,vncs->vnc", normalised, factor).square() * sign[:, :, None]).sum(0)
+
+
+def weight_signed_sample_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, C, _ = factor.shape
+    normalised = normalised_from(input, eps)
+    total = factor.new_zeros(N, C)
+    for columns, samples in blocks(V, N, C):
+        total[samples] += (
+            torch.einsum("ncs,vncs->vnc", normalised[samples], factor[columns, samples]).square()
+            * sign[columns, samples][:, :, None]
+        ).sum(0)
+    return total
+
+
+@widened
+def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_signed_sample_squares[n, c] = Σ_{v} sign[v, n] (Σ_{s} factor[v, n, c, s] normalised[n, c, s])²
+
+    factor [V, N, C, S], sign [V, N], input [N, C, S] → [N, C]. The cheapest program for the shapes.
+    """
+    V, N, C, S = factor.shape
+    return cheapest(
+        Program(
+            weight_signed_sample_squares_separated,
+            flops=2 * C * N + 3 * C * N * V,
+            elements=C * N + N * V + C * N * S + C * N * S * V,
+            scratch=5 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
+            calls=4,
+            valid=S == 1,
+        ),
+        Program(
+            weight_signed_sample_squares_per_sample,
+            flops=2 * C * N * V + 2 * C * N * S * V,
+            elements=C * N + N * V + C * N * S + C * N * S * V,
+            scratch=4 * C * N * V,
+            peak=C * N * V,
+            calls=3,
+        ),
+        Program(
+            weight_signed_sample_squares_blockwise,
+            flops=2 * C * N * V + 2 * C * N * S * V,
+            elements=C * N + N * V + C * N * S + C * N * S * V,
+            calls=3 * block_count(V, N, C),
+        ),
+    )(factor, sign, input, eps)
+
+
+@widened
+def weight_sample_diagonal(curvature: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_sample_diagonal[n, c] = Σ_{s} curvature[n, c, s] normalised[n, c, s]²
+
+    curvature [N, C, S], input [N, C, S] → [N, C]
+    """
+    normalised = normalised_from(input, eps)
+    return (normalised.square() * curvature).sum(2)
 
 
 def weight_squared_norm_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
@@ -238,6 +296,61 @@ def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
             weight_squared_norm_blockwise,
             flops=2 * C * N * V + 2 * C * N * S * V,
             elements=N + C * N * S + C * N * S * V,
+            calls=3 * block_count(V, N, C),
+        ),
+    )(factor, input, eps)
+
+
+def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """Of one summand, the square of a product is a product of squares."""
+    normalised = normalised_from(input, eps)
+    return (normalised.squeeze(2).square() * factor.squeeze(3).square().sum(0)).sum(0)
+
+
+def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """By the individual products, stored whole."""
+    normalised = normalised_from(input, eps)
+    return torch.einsum("ncs,vncs->vnc", normalised, factor).square().sum((0, 1))
+
+
+def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, C, _ = factor.shape
+    normalised = normalised_from(input, eps)
+    total = factor.new_zeros(C)
+    for columns, samples in blocks(V, N, C):
+        total += torch.einsum("ncs,vncs->vnc", normalised[samples], factor[columns, samples]).square().sum((0, 1))
+    return total
+
+
+@widened
+def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s] normalised[n, c, s])²
+
+    factor [V, N, C, S], input [N, C, S] → [C]. The cheapest program for the shapes.
+    """
+    V, N, C, S = factor.shape
+    return cheapest(
+        Program(
+            weight_sum_of_squares_separated,
+            flops=3 * C * N + 2 * C * N * V,
+            elements=C + C * N * S + C * N * S * V,
+            scratch=5 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
+            calls=4,
+            valid=S == 1,
+        ),
+        Program(
+            weight_sum_of_squares_per_sample,
+            flops=2 * C * N * V + 2 * C * N * S * V,
+            elements=C + C * N * S + C * N * S * V,
+            scratch=4 * C * N * V,
+            peak=C * N * V,
+            calls=3,
+        ),
+        Program(
+            weight_sum_of_squares_blockwise,
+            flops=2 * C * N * V + 2 * C * N * S * V,
+            elements=C + C * N * S + C * N * S * V,
             calls=3 * block_count(V, N, C),
         ),
     )(factor, input, eps)
@@ -312,6 +425,44 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor, eps: float) -> Tensor:
 
 
 @widened
+def weight_squared_deviations(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_squared_deviations[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s] normalised[n, c, s] − mean_n)²
+
+    factor [V, N, C, S], input [N, C, S] → [C]
+    """
+    N = factor.shape[1]
+    normalised = normalised_from(input, eps)
+    mean = torch.einsum("ncs,vncs->vc", normalised, factor) / N
+    return torch.square(torch.einsum("ncs,vncs->vnc", normalised, factor) - mean[:, None, :]).sum((0, 1))
+
+
+@widened
+def weight_block(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_block[c, c2] = Σ_{n,s,s2,v} factor[v, n, c, s] factor[v, n, c2, s2] normalised[n, c, s] normalised[n, c2,
+        s2]
+
+    factor [V, N, C, S], input [N, C, S] → [C, C]
+    """
+    normalised = normalised_from(input, eps)
+    return torch.einsum(
+        "ncv,nCv->cC",
+        torch.einsum("ncs,vncs->ncv", normalised, factor),
+        torch.einsum("nCS,vnCS->nCv", normalised, factor),
+    )
+
+
+@widened
+def weight_averaged_block(averaged: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_averaged_block[c, c2] = Σ_{n,s,s2} averaged[c, s, c2, s2] normalised[n, c, s] normalised[n, c2, s2] / N
+
+    averaged [C, S, C, S], input [N, C, S] → [C, C]
+    """
+    N = input.shape[0]
+    normalised = normalised_from(input, eps)
+    return torch.einsum("ncs,Cncs->cC", normalised, torch.einsum("nCS,csCS->Cncs", normalised, averaged)) / N
+
+
+@widened
 def bias_per_sample(factor: Tensor) -> Tensor:
     """bias_per_sample[v, n, c] = Σ_{s} factor[v, n, c, s]
 
@@ -321,21 +472,30 @@ def bias_per_sample(factor: Tensor) -> Tensor:
 
 
 @widened
-def bias_gradient(factor: Tensor) -> Tensor:
-    """bias_gradient[c] = Σ_{n,s,v} factor[v, n, c, s]
+def bias_sample_squares(factor: Tensor) -> Tensor:
+    """bias_sample_squares[n, c] = Σ_{v} (Σ_{s} factor[v, n, c, s])²
 
-    factor [V, N, C, S] → [C]
+    factor [V, N, C, S] → [N, C]
     """
-    return factor.sum((0, 1, 3))
+    return factor.sum(3).square().sum(0)
 
 
 @widened
-def bias_sum_of_squares(factor: Tensor) -> Tensor:
-    """bias_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s])²
+def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
+    """bias_signed_sample_squares[n, c] = Σ_{v} sign[v, n] (Σ_{s} factor[v, n, c, s])²
 
-    factor [V, N, C, S] → [C]
+    factor [V, N, C, S], sign [V, N] → [N, C]
     """
-    return factor.sum(3).square().sum((0, 1))
+    return (factor.sum(3).square() * sign[:, :, None]).sum(0)
+
+
+@widened
+def bias_sample_diagonal(curvature: Tensor) -> Tensor:
+    """bias_sample_diagonal[n, c] = Σ_{s} curvature[n, c, s]
+
+    curvature [N, C, S] → [N, C]
+    """
+    return curvature.sum(2)
 
 
 @widened
@@ -345,6 +505,15 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
     factor [V, N, C, S] → [N]
     """
     return factor.sum(3).square().sum((0, 2))
+
+
+@widened
+def bias_sum_of_squares(factor: Tensor) -> Tensor:
+    """bias_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s])²
+
+    factor [V, N, C, S] → [C]
+    """
+    return factor.sum(3).square().sum((0, 1))
 
 
 @widened
@@ -363,6 +532,17 @@ def bias_diagonal_sum(curvature: Tensor) -> Tensor:
     curvature [N, C, S] → [C]
     """
     return curvature.sum((0, 2))
+
+
+@widened
+def bias_squared_deviations(factor: Tensor) -> Tensor:
+    """bias_squared_deviations[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s] − mean_n)²
+
+    factor [V, N, C, S] → [C]
+    """
+    N = factor.shape[1]
+    mean = factor.sum((1, 3)) / N
+    return torch.square(factor.sum(3) - mean[:, None, :]).sum((0, 1))
 
 
 @widened
@@ -419,19 +599,27 @@ LAYER = Layer(
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input", "eps"), lead=2),
-            "gradient": Rule(weight_gradient, ("input", "eps"), lead=0),
-            "sum_of_squares": Rule(weight_sum_of_squares, ("input", "eps"), lead=0),
+            "sample_squares": Rule(weight_sample_squares, ("input", "eps"), lead=1),
+            "signed_sample_squares": Rule(weight_signed_sample_squares, ("input", "eps"), lead=1),
+            "sample_diagonal": Rule(weight_sample_diagonal, ("input", "eps"), lead=1),
             "squared_norm": Rule(weight_squared_norm, ("input", "eps")),
+            "sum_of_squares": Rule(weight_sum_of_squares, ("input", "eps"), lead=0),
             "signed_sum_of_squares": Rule(weight_signed_sum_of_squares, ("input", "eps"), lead=0),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "eps"), lead=0),
+            "squared_deviations": Rule(weight_squared_deviations, ("input", "eps"), lead=0),
+            "block": Rule(weight_block, ("input", "eps")),
+            "averaged_block": Rule(weight_averaged_block, ("input", "eps")),
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
-            "gradient": Rule(bias_gradient, (), lead=0),
-            "sum_of_squares": Rule(bias_sum_of_squares, (), kernel="bias_sum_of_squares", lead=0),
+            "sample_squares": Rule(bias_sample_squares, (), kernel="bias_sample_squares", lead=1),
+            "signed_sample_squares": Rule(bias_signed_sample_squares, (), kernel="bias_signed_sample_squares", lead=1),
+            "sample_diagonal": Rule(bias_sample_diagonal, (), lead=1),
             "squared_norm": Rule(bias_squared_norm, (), kernel="bias_squared_norm"),
+            "sum_of_squares": Rule(bias_sum_of_squares, (), kernel="bias_sum_of_squares", lead=0),
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), kernel="bias_signed_sum_of_squares", lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
+            "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

@@ -60,70 +60,126 @@ def weight_per_sample(factor: Tensor, input: Tensor) -> Tensor:
     return factor.transpose(-2, -1) @ input
 
 
-@widened
-def weight_gradient(factor: Tensor, input: Tensor) -> Tensor:
-    """weight_gradient[o, i] = Σ_{n,r,v} factor[v, n, r, o] input[n, r, i]
-
-    factor [V, N, R, O], input [N, R, I] → [O, I]
-    """
-    total = factor.sum(0)
-    return total.flatten(0, 1).T @ input.flatten(0, 1)
-
-
-def weight_sum_of_squares_separated(factor: Tensor, input: Tensor) -> Tensor:
+def weight_sample_squares_separated(factor: Tensor, input: Tensor) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    total = factor.squeeze(2).square().sum(0)
-    values = input.squeeze(1).square()
-    return total.T @ values
+    return input.squeeze(1).square()[:, None, :] * factor.squeeze(2).square().sum(0)[:, :, None]
 
 
-def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor) -> Tensor:
+def weight_sample_squares_per_sample(factor: Tensor, input: Tensor) -> Tensor:
     """By the individual products, stored whole."""
-    return (factor.transpose(-2, -1) @ input).square().sum((0, 1))
+    return (factor.transpose(-2, -1) @ input).square().sum(0)
 
 
-def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor) -> Tensor:
+def weight_sample_squares_blockwise(factor: Tensor, input: Tensor) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
     V, N, _, O = factor.shape
     I = input.shape[2]
-    total = factor.new_zeros(O, I)
+    total = factor.new_zeros(N, O, I)
     for columns, samples in blocks(V, N, I * O):
-        total += (factor[columns, samples].transpose(-2, -1) @ input[samples]).square().sum((0, 1))
+        total[samples] += (factor[columns, samples].transpose(-2, -1) @ input[samples]).square().sum(0)
     return total
 
 
 @widened
-def weight_sum_of_squares(factor: Tensor, input: Tensor) -> Tensor:
-    """weight_sum_of_squares[o, i] = Σ_{n,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
+def weight_sample_squares(factor: Tensor, input: Tensor) -> Tensor:
+    """weight_sample_squares[n, o, i] = Σ_{v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
-    factor [V, N, R, O], input [N, R, I] → [O, I]. The cheapest program for the shapes.
+    factor [V, N, R, O], input [N, R, I] → [N, O, I]. The cheapest program for the shapes.
     """
     V, N, R, O = factor.shape
     I = input.shape[2]
     return cheapest(
         Program(
-            weight_sum_of_squares_separated,
-            flops=I * N + 2 * I * N * O + 2 * N * O * V,
-            elements=I * O + I * N * R + N * O * R * V,
+            weight_sample_squares_separated,
+            flops=I * N + I * N * O + 2 * N * O * V,
+            elements=I * N * O + I * N * R + N * O * R * V,
             scratch=2 * N * O + 3 * I * N - I * N * R + 3 * N * O * V - N * O * R * V,
             calls=4,
             valid=R == 1,
         ),
         Program(
-            weight_sum_of_squares_per_sample,
+            weight_sample_squares_per_sample,
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
-            elements=I * O + I * N * R + N * O * R * V,
+            elements=I * N * O + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
             peak=I * N * O * V,
             calls=3,
         ),
         Program(
-            weight_sum_of_squares_blockwise,
+            weight_sample_squares_blockwise,
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
-            elements=I * O + I * N * R + N * O * R * V,
+            elements=I * N * O + I * N * R + N * O * R * V,
             calls=3 * block_count(V, N, I * O),
         ),
     )(factor, input)
+
+
+def weight_signed_sample_squares_separated(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
+    """Of one summand, the square of a product is a product of squares."""
+    return (
+        input.squeeze(1).square()[:, None, :] * torch.einsum("vno,vn->no", factor.squeeze(2).square(), sign)[:, :, None]
+    )
+
+
+def weight_signed_sample_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
+    """By the individual products, stored whole."""
+    return ((factor.transpose(-2, -1) @ input).square() * sign[:, :, None, None]).sum(0)
+
+
+def weight_signed_sample_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, _, O = factor.shape
+    I = input.shape[2]
+    total = factor.new_zeros(N, O, I)
+    for columns, samples in blocks(V, N, I * O):
+        total[samples] += (
+            (factor[columns, samples].transpose(-2, -1) @ input[samples]).square()
+            * sign[columns, samples][:, :, None, None]
+        ).sum(0)
+    return total
+
+
+@widened
+def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
+    """weight_signed_sample_squares[n, o, i] = Σ_{v} sign[v, n] (Σ_{r} factor[v, n, r, o] input[n, r, i])²
+
+    factor [V, N, R, O], sign [V, N], input [N, R, I] → [N, O, I]. The cheapest program for the shapes.
+    """
+    V, N, R, O = factor.shape
+    I = input.shape[2]
+    return cheapest(
+        Program(
+            weight_signed_sample_squares_separated,
+            flops=I * N + I * N * O + 3 * N * O * V,
+            elements=N * V + I * N * O + I * N * R + N * O * R * V,
+            scratch=2 * N * O + 3 * I * N - I * N * R + 3 * N * O * V - N * O * R * V,
+            calls=4,
+            valid=R == 1,
+        ),
+        Program(
+            weight_signed_sample_squares_per_sample,
+            flops=2 * I * N * O * V + 2 * I * N * O * R * V,
+            elements=N * V + I * N * O + I * N * R + N * O * R * V,
+            scratch=4 * I * N * O * V,
+            peak=I * N * O * V,
+            calls=3,
+        ),
+        Program(
+            weight_signed_sample_squares_blockwise,
+            flops=2 * I * N * O * V + 2 * I * N * O * R * V,
+            elements=N * V + I * N * O + I * N * R + N * O * R * V,
+            calls=3 * block_count(V, N, I * O),
+        ),
+    )(factor, sign, input)
+
+
+@widened
+def weight_sample_diagonal(curvature: Tensor, input: Tensor) -> Tensor:
+    """weight_sample_diagonal[n, o, i] = Σ_{r} curvature[n, r, o] input[n, r, i]²
+
+    curvature [N, R, O], input [N, R, I] → [N, O, I]
+    """
+    return curvature.transpose(-2, -1) @ input.square()
 
 
 def weight_squared_norm_separated(factor: Tensor, input: Tensor) -> Tensor:
@@ -188,6 +244,62 @@ def weight_squared_norm(factor: Tensor, input: Tensor) -> Tensor:
             elements=N + I * N * R + N * O * R * V,
             scratch=4 * N * R**2 + I * N * R + N * O * R * V,
             calls=3,
+        ),
+    )(factor, input)
+
+
+def weight_sum_of_squares_separated(factor: Tensor, input: Tensor) -> Tensor:
+    """Of one summand, the square of a product is a product of squares."""
+    total = factor.squeeze(2).square().sum(0)
+    values = input.squeeze(1).square()
+    return total.T @ values
+
+
+def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor) -> Tensor:
+    """By the individual products, stored whole."""
+    return (factor.transpose(-2, -1) @ input).square().sum((0, 1))
+
+
+def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, _, O = factor.shape
+    I = input.shape[2]
+    total = factor.new_zeros(O, I)
+    for columns, samples in blocks(V, N, I * O):
+        total += (factor[columns, samples].transpose(-2, -1) @ input[samples]).square().sum((0, 1))
+    return total
+
+
+@widened
+def weight_sum_of_squares(factor: Tensor, input: Tensor) -> Tensor:
+    """weight_sum_of_squares[o, i] = Σ_{n,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
+
+    factor [V, N, R, O], input [N, R, I] → [O, I]. The cheapest program for the shapes.
+    """
+    V, N, R, O = factor.shape
+    I = input.shape[2]
+    return cheapest(
+        Program(
+            weight_sum_of_squares_separated,
+            flops=I * N + 2 * I * N * O + 2 * N * O * V,
+            elements=I * O + I * N * R + N * O * R * V,
+            scratch=2 * N * O + 3 * I * N - I * N * R + 3 * N * O * V - N * O * R * V,
+            calls=4,
+            valid=R == 1,
+        ),
+        Program(
+            weight_sum_of_squares_per_sample,
+            flops=2 * I * N * O * V + 2 * I * N * O * R * V,
+            elements=I * O + I * N * R + N * O * R * V,
+            scratch=4 * I * N * O * V,
+            peak=I * N * O * V,
+            calls=3,
+        ),
+        Program(
+            weight_sum_of_squares_blockwise,
+            flops=2 * I * N * O * V + 2 * I * N * O * R * V,
+            elements=I * O + I * N * R + N * O * R * V,
+            calls=3 * block_count(V, N, I * O),
         ),
     )(factor, input)
 
@@ -261,6 +373,77 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor) -> Tensor:
     return curvature.flatten(0, 1).T @ values.flatten(0, 1)
 
 
+def weight_squared_deviations_centred(factor: Tensor, input: Tensor) -> Tensor:
+    """Of one summand, by the deviations d = a − ā, e = b − b̄ of its operands: a b − ā b̄ = a e + b̄ d."""
+    N = factor.shape[1]
+    a = factor.squeeze(2).squeeze(0)
+    b = input.squeeze(1)
+    centre = b.sum(0) / N
+    d = a - (a.sum(0) / N)
+    e = b - centre
+    values = a.square()
+    values2 = e.square()
+    moment = values.T @ values2
+    values3 = a * d
+    cross = values3.T @ e
+    drift = a.T @ e
+    return centre.square() * d.square().sum(0)[:, None] + 2 * centre * cross + moment - drift.square() / N
+
+
+def weight_squared_deviations_per_sample(factor: Tensor, input: Tensor) -> Tensor:
+    """By the individual products, stored whole."""
+    N = factor.shape[1]
+    mean = torch.einsum("nri,vnro->voi", input, factor) / N
+    return torch.square((factor.transpose(-2, -1) @ input) - mean[:, None, :, :]).sum((0, 1))
+
+
+def weight_squared_deviations_blockwise(factor: Tensor, input: Tensor) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, _, O = factor.shape
+    I = input.shape[2]
+    mean = torch.einsum("nri,vnro->voi", input, factor) / N
+    total = factor.new_zeros(O, I)
+    for columns, samples in blocks(V, N, I * O):
+        total += torch.square(
+            (factor[columns, samples].transpose(-2, -1) @ input[samples]) - mean[columns][:, None, :, :]
+        ).sum((0, 1))
+    return total
+
+
+@widened
+def weight_squared_deviations(factor: Tensor, input: Tensor) -> Tensor:
+    """weight_squared_deviations[o, i] = Σ_{n,v} (Σ_{r} factor[v, n, r, o] input[n, r, i] − mean_n)²
+
+    factor [V, N, R, O], input [N, R, I] → [O, I]. The cheapest program for the shapes.
+    """
+    V, N, R, O = factor.shape
+    I = input.shape[2]
+    return cheapest(
+        Program(
+            weight_squared_deviations_centred,
+            flops=I * O + 3 * I * N + 6 * N * O + 6 * I * N * O,
+            elements=I * O + I * N * R + N * O * R * V,
+            scratch=3 * I + 4 * O + 6 * I * O + 8 * I * N + 14 * N * O - I * N * R - N * O * R * V,
+            calls=10 + 3,
+            valid=R == 1 and V == 1,
+        ),
+        Program(
+            weight_squared_deviations_per_sample,
+            flops=2 * I * N * O * V + 4 * I * N * O * R * V,
+            elements=I * O + I * N * R + N * O * R * V,
+            scratch=I * N * R + 2 * I * O * V + N * O * R * V + 4 * I * N * O * V,
+            peak=I * N * O * V,
+            calls=1 + 3,
+        ),
+        Program(
+            weight_squared_deviations_blockwise,
+            flops=2 * I * N * O * V + 4 * I * N * O * R * V,
+            elements=I * O + I * N * R + N * O * R * V,
+            calls=1 + 3 * block_count(V, N, I * O),
+        ),
+    )(factor, input)
+
+
 @widened
 def weight_output_factor_expand(factor: Tensor) -> Tensor:
     """weight_output_factor_expand[o, o2] = Σ_{n,r,v} factor[v, n, r, o2] factor[v, n, r, o]
@@ -330,21 +513,30 @@ def bias_per_sample(factor: Tensor) -> Tensor:
 
 
 @widened
-def bias_gradient(factor: Tensor) -> Tensor:
-    """bias_gradient[o] = Σ_{n,r,v} factor[v, n, r, o]
+def bias_sample_squares(factor: Tensor) -> Tensor:
+    """bias_sample_squares[n, o] = Σ_{v} (Σ_{r} factor[v, n, r, o])²
 
-    factor [V, N, R, O] → [O]
+    factor [V, N, R, O] → [N, O]
     """
-    return factor.sum((0, 1, 2))
+    return factor.sum(2).square().sum(0)
 
 
 @widened
-def bias_sum_of_squares(factor: Tensor) -> Tensor:
-    """bias_sum_of_squares[o] = Σ_{n,v} (Σ_{r} factor[v, n, r, o])²
+def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
+    """bias_signed_sample_squares[n, o] = Σ_{v} sign[v, n] (Σ_{r} factor[v, n, r, o])²
 
-    factor [V, N, R, O] → [O]
+    factor [V, N, R, O], sign [V, N] → [N, O]
     """
-    return factor.sum(2).square().sum((0, 1))
+    return (factor.sum(2).square() * sign[:, :, None]).sum(0)
+
+
+@widened
+def bias_sample_diagonal(curvature: Tensor) -> Tensor:
+    """bias_sample_diagonal[n, o] = Σ_{r} curvature[n, r, o]
+
+    curvature [N, R, O] → [N, O]
+    """
+    return curvature.sum(1)
 
 
 @widened
@@ -354,6 +546,15 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
     factor [V, N, R, O] → [N]
     """
     return factor.sum(2).square().sum((0, 2))
+
+
+@widened
+def bias_sum_of_squares(factor: Tensor) -> Tensor:
+    """bias_sum_of_squares[o] = Σ_{n,v} (Σ_{r} factor[v, n, r, o])²
+
+    factor [V, N, R, O] → [O]
+    """
+    return factor.sum(2).square().sum((0, 1))
 
 
 @widened
@@ -372,6 +573,17 @@ def bias_diagonal_sum(curvature: Tensor) -> Tensor:
     curvature [N, R, O] → [O]
     """
     return curvature.sum((0, 1))
+
+
+@widened
+def bias_squared_deviations(factor: Tensor) -> Tensor:
+    """bias_squared_deviations[o] = Σ_{n,v} (Σ_{r} factor[v, n, r, o] − mean_n)²
+
+    factor [V, N, R, O] → [O]
+    """
+    N = factor.shape[1]
+    mean = factor.sum((1, 2)) / N
+    return torch.square(factor.sum(2) - mean[:, None, :]).sum((0, 1))
 
 
 LAYER = Layer(
@@ -393,13 +605,18 @@ LAYER = Layer(
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input",), lead=2),
-            "gradient": Rule(weight_gradient, ("input",), lead=0),
-            "sum_of_squares": Rule(weight_sum_of_squares, ("input",), kernel="weight_sum_of_squares", lead=0),
+            "sample_squares": Rule(weight_sample_squares, ("input",), kernel="weight_sample_squares", lead=1),
+            "signed_sample_squares": Rule(
+                weight_signed_sample_squares, ("input",), kernel="weight_signed_sample_squares", lead=1
+            ),
+            "sample_diagonal": Rule(weight_sample_diagonal, ("input",), kernel="weight_sample_diagonal", lead=1),
             "squared_norm": Rule(weight_squared_norm, ("input",), kernel="weight_squared_norm"),
+            "sum_of_squares": Rule(weight_sum_of_squares, ("input",), kernel="weight_sum_of_squares", lead=0),
             "signed_sum_of_squares": Rule(
                 weight_signed_sum_of_squares, ("input",), kernel="weight_signed_sum_of_squares", lead=0
             ),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input",), kernel="weight_diagonal_sum", lead=0),
+            "squared_deviations": Rule(weight_squared_deviations, ("input",), lead=0),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
@@ -409,11 +626,14 @@ LAYER = Layer(
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
-            "gradient": Rule(bias_gradient, (), lead=0),
-            "sum_of_squares": Rule(bias_sum_of_squares, (), kernel="bias_sum_of_squares", lead=0),
+            "sample_squares": Rule(bias_sample_squares, (), kernel="bias_sample_squares", lead=1),
+            "signed_sample_squares": Rule(bias_signed_sample_squares, (), kernel="bias_signed_sample_squares", lead=1),
+            "sample_diagonal": Rule(bias_sample_diagonal, (), lead=1),
             "squared_norm": Rule(bias_squared_norm, (), kernel="bias_squared_norm"),
+            "sum_of_squares": Rule(bias_sum_of_squares, (), kernel="bias_sum_of_squares", lead=0),
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), kernel="bias_signed_sum_of_squares", lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
+            "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),

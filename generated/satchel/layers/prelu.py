@@ -71,78 +71,140 @@ def weight_per_sample(factor: Tensor, input: Tensor) -> Tensor:
     return torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input))
 
 
-@widened
-def weight_gradient(factor: Tensor, input: Tensor) -> Tensor:
-    """weight_gradient[c] = Σ_{n,s,v} (0 if input[n, c, s] > 0, else input[n, c, s]) factor[v, n, c, s]
-
-    factor [V, N, C, S], input [N, C, S] → [C]
-    """
-    return (factor.sum(0) * torch.where(input > 0, input.new_tensor(0.0), input)).sum((0, 2))
-
-
-def weight_sum_of_squares_separated(factor: Tensor, input: Tensor) -> Tensor:
+def weight_sample_squares_separated(factor: Tensor, input: Tensor) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    return (
-        factor.squeeze(3).square().sum(0)
-        * torch.where(input.squeeze(2) > 0, input.squeeze(2).new_tensor(0.0), input.squeeze(2).square())
-    ).sum(0)
-
-
-def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor) -> Tensor:
-    """By the individual products, stored whole."""
-    return (
-        torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)).square().sum((0, 1))
+    return factor.squeeze(3).square().sum(0) * torch.where(
+        input.squeeze(2) > 0, input.squeeze(2).new_tensor(0.0), input.squeeze(2).square()
     )
 
 
-def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor) -> Tensor:
+def weight_sample_squares_per_sample(factor: Tensor, input: Tensor) -> Tensor:
+    """By the individual products, stored whole."""
+    return torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)).square().sum(0)
+
+
+def weight_sample_squares_blockwise(factor: Tensor, input: Tensor) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
     V, N, C, _ = factor.shape
-    total = factor.new_zeros(C)
+    total = factor.new_zeros(N, C)
     for columns, samples in blocks(V, N, C):
-        total += (
+        total[samples] += (
             torch.einsum(
                 "vncs,ncs->vnc",
                 factor[columns, samples],
                 torch.where(input[samples] > 0, input[samples].new_tensor(0.0), input[samples]),
             )
             .square()
-            .sum((0, 1))
+            .sum(0)
         )
     return total
 
 
 @widened
-def weight_sum_of_squares(factor: Tensor, input: Tensor) -> Tensor:
-    """weight_sum_of_squares[c] = Σ_{n,v} (Σ_{s} (0 if input[n, c, s] > 0, else input[n, c, s]) factor[v, n, c, s])²
+def weight_sample_squares(factor: Tensor, input: Tensor) -> Tensor:
+    """weight_sample_squares[n, c] = Σ_{v} (Σ_{s} (0 if input[n, c, s] > 0, else input[n, c, s]) factor[v, n, c, s])²
 
-    factor [V, N, C, S], input [N, C, S] → [C]. The cheapest program for the shapes.
+    factor [V, N, C, S], input [N, C, S] → [N, C]. The cheapest program for the shapes.
     """
     V, N, C, S = factor.shape
     return cheapest(
         Program(
-            weight_sum_of_squares_separated,
-            flops=3 * C * N + 2 * C * N * V,
-            elements=C + C * N * S + C * N * S * V,
+            weight_sample_squares_separated,
+            flops=2 * C * N + 2 * C * N * V,
+            elements=C * N + C * N * S + C * N * S * V,
             scratch=5 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
             calls=4,
             valid=S == 1,
         ),
         Program(
-            weight_sum_of_squares_per_sample,
+            weight_sample_squares_per_sample,
             flops=C * N * S + 2 * C * N * V + 2 * C * N * S * V,
-            elements=C + C * N * S + C * N * S * V,
+            elements=C * N + C * N * S + C * N * S * V,
             scratch=2 * C * N * S + 4 * C * N * V,
             peak=C * N * V,
             calls=4,
         ),
         Program(
-            weight_sum_of_squares_blockwise,
+            weight_sample_squares_blockwise,
             flops=C * N * S + 2 * C * N * V + 2 * C * N * S * V,
-            elements=C + C * N * S + C * N * S * V,
+            elements=C * N + C * N * S + C * N * S * V,
             calls=4 * block_count(V, N, C),
         ),
     )(factor, input)
+
+
+def weight_signed_sample_squares_separated(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
+    """Of one summand, the square of a product is a product of squares."""
+    return torch.where(
+        input.squeeze(2) > 0, input.squeeze(2).new_tensor(0.0), input.squeeze(2).square()
+    ) * torch.einsum("vnc,vn->nc", factor.squeeze(3).square(), sign)
+
+
+def weight_signed_sample_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
+    """By the individual products, stored whole."""
+    return (
+        torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)).square()
+        * sign[:, :, None]
+    ).sum(0)
+
+
+def weight_signed_sample_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, C, _ = factor.shape
+    total = factor.new_zeros(N, C)
+    for columns, samples in blocks(V, N, C):
+        total[samples] += (
+            torch.einsum(
+                "vncs,ncs->vnc",
+                factor[columns, samples],
+                torch.where(input[samples] > 0, input[samples].new_tensor(0.0), input[samples]),
+            ).square()
+            * sign[columns, samples][:, :, None]
+        ).sum(0)
+    return total
+
+
+@widened
+def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
+    """weight_signed_sample_squares[n, c] = Σ_{v} sign[v, n] (Σ_{s} (0 if input[n, c, s] > 0, else input[n, c, s])
+        factor[v, n, c, s])²
+
+    factor [V, N, C, S], sign [V, N], input [N, C, S] → [N, C]. The cheapest program for the shapes.
+    """
+    V, N, C, S = factor.shape
+    return cheapest(
+        Program(
+            weight_signed_sample_squares_separated,
+            flops=2 * C * N + 3 * C * N * V,
+            elements=C * N + N * V + C * N * S + C * N * S * V,
+            scratch=5 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
+            calls=4,
+            valid=S == 1,
+        ),
+        Program(
+            weight_signed_sample_squares_per_sample,
+            flops=C * N * S + 2 * C * N * V + 2 * C * N * S * V,
+            elements=C * N + N * V + C * N * S + C * N * S * V,
+            scratch=2 * C * N * S + 4 * C * N * V,
+            peak=C * N * V,
+            calls=4,
+        ),
+        Program(
+            weight_signed_sample_squares_blockwise,
+            flops=C * N * S + 2 * C * N * V + 2 * C * N * S * V,
+            elements=C * N + N * V + C * N * S + C * N * S * V,
+            calls=4 * block_count(V, N, C),
+        ),
+    )(factor, sign, input)
+
+
+@widened
+def weight_sample_diagonal(curvature: Tensor, input: Tensor) -> Tensor:
+    """weight_sample_diagonal[n, c] = Σ_{s} (0 if input[n, c, s] > 0, else input[n, c, s]²) curvature[n, c, s]
+
+    curvature [N, C, S], input [N, C, S] → [N, C]
+    """
+    return (curvature * torch.where(input > 0, curvature.new_tensor(0.0), input.square())).sum(2)
 
 
 def weight_squared_norm_separated(factor: Tensor, input: Tensor) -> Tensor:
@@ -205,6 +267,71 @@ def weight_squared_norm(factor: Tensor, input: Tensor) -> Tensor:
             weight_squared_norm_blockwise,
             flops=C * N * S + 2 * C * N * V + 2 * C * N * S * V,
             elements=N + C * N * S + C * N * S * V,
+            calls=4 * block_count(V, N, C),
+        ),
+    )(factor, input)
+
+
+def weight_sum_of_squares_separated(factor: Tensor, input: Tensor) -> Tensor:
+    """Of one summand, the square of a product is a product of squares."""
+    return (
+        factor.squeeze(3).square().sum(0)
+        * torch.where(input.squeeze(2) > 0, input.squeeze(2).new_tensor(0.0), input.squeeze(2).square())
+    ).sum(0)
+
+
+def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor) -> Tensor:
+    """By the individual products, stored whole."""
+    return (
+        torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)).square().sum((0, 1))
+    )
+
+
+def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, C, _ = factor.shape
+    total = factor.new_zeros(C)
+    for columns, samples in blocks(V, N, C):
+        total += (
+            torch.einsum(
+                "vncs,ncs->vnc",
+                factor[columns, samples],
+                torch.where(input[samples] > 0, input[samples].new_tensor(0.0), input[samples]),
+            )
+            .square()
+            .sum((0, 1))
+        )
+    return total
+
+
+@widened
+def weight_sum_of_squares(factor: Tensor, input: Tensor) -> Tensor:
+    """weight_sum_of_squares[c] = Σ_{n,v} (Σ_{s} (0 if input[n, c, s] > 0, else input[n, c, s]) factor[v, n, c, s])²
+
+    factor [V, N, C, S], input [N, C, S] → [C]. The cheapest program for the shapes.
+    """
+    V, N, C, S = factor.shape
+    return cheapest(
+        Program(
+            weight_sum_of_squares_separated,
+            flops=3 * C * N + 2 * C * N * V,
+            elements=C + C * N * S + C * N * S * V,
+            scratch=5 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
+            calls=4,
+            valid=S == 1,
+        ),
+        Program(
+            weight_sum_of_squares_per_sample,
+            flops=C * N * S + 2 * C * N * V + 2 * C * N * S * V,
+            elements=C + C * N * S + C * N * S * V,
+            scratch=2 * C * N * S + 4 * C * N * V,
+            peak=C * N * V,
+            calls=4,
+        ),
+        Program(
+            weight_sum_of_squares_blockwise,
+            flops=C * N * S + 2 * C * N * V + 2 * C * N * S * V,
+            elements=C + C * N * S + C * N * S * V,
             calls=4 * block_count(V, N, C),
         ),
     )(factor, input)
@@ -285,6 +412,52 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor) -> Tensor:
     return (curvature * torch.where(input > 0, curvature.new_tensor(0.0), input.square())).sum((0, 2))
 
 
+@widened
+def weight_squared_deviations(factor: Tensor, input: Tensor) -> Tensor:
+    """weight_squared_deviations[c] = Σ_{n,v} (Σ_{s} (0 if input[n, c, s] > 0, else input[n, c, s]) factor[v, n, c, s]
+        − mean_n)²
+
+    factor [V, N, C, S], input [N, C, S] → [C]
+    """
+    N = factor.shape[1]
+    mean = torch.einsum("vncs,ncs->vc", factor, torch.where(input > 0, input.new_tensor(0.0), input)) / N
+    return torch.square(
+        torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)) - mean[:, None, :]
+    ).sum((0, 1))
+
+
+@widened
+def weight_block(factor: Tensor, input: Tensor) -> Tensor:
+    """weight_block[c, c2] = Σ_{n,s,s2,v} (0 if input[n, c, s] > 0, else input[n, c, s]) (0 if input[n, c2, s2] > 0,
+        else input[n, c2, s2]) factor[v, n, c, s] factor[v, n, c2, s2]
+
+    factor [V, N, C, S], input [N, C, S] → [C, C]
+    """
+    return torch.einsum(
+        "ncv,nCv->cC",
+        torch.einsum("vncs,ncs->ncv", factor, torch.where(input > 0, input.new_tensor(0.0), input)),
+        torch.einsum("vnCS,nCS->nCv", factor, torch.where(input > 0, input.new_tensor(0.0), input)),
+    )
+
+
+@widened
+def weight_averaged_block(averaged: Tensor, input: Tensor) -> Tensor:
+    """weight_averaged_block[c, c2] = Σ_{n,s,s2} (0 if input[n, c, s] > 0, else input[n, c, s]) (0 if input[n, c2, s2]
+        > 0, else input[n, c2, s2]) averaged[c, s, c2, s2] / N
+
+    averaged [C, S, C, S], input [N, C, S] → [C, C]
+    """
+    N = input.shape[0]
+    return (
+        torch.einsum(
+            "ncs,Ccsn->cC",
+            torch.where(input > 0, input.new_tensor(0.0), input),
+            torch.einsum("csCS,nCS->Ccsn", averaged, torch.where(input > 0, input.new_tensor(0.0), input)),
+        )
+        / N
+    )
+
+
 LAYER = Layer(
     name="PReLU",
     module=torch.nn.PReLU,
@@ -304,11 +477,16 @@ LAYER = Layer(
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input",), lead=2),
-            "gradient": Rule(weight_gradient, ("input",), lead=0),
-            "sum_of_squares": Rule(weight_sum_of_squares, ("input",), lead=0),
+            "sample_squares": Rule(weight_sample_squares, ("input",), lead=1),
+            "signed_sample_squares": Rule(weight_signed_sample_squares, ("input",), lead=1),
+            "sample_diagonal": Rule(weight_sample_diagonal, ("input",), lead=1),
             "squared_norm": Rule(weight_squared_norm, ("input",)),
+            "sum_of_squares": Rule(weight_sum_of_squares, ("input",), lead=0),
             "signed_sum_of_squares": Rule(weight_signed_sum_of_squares, ("input",), lead=0),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input",), lead=0),
+            "squared_deviations": Rule(weight_squared_deviations, ("input",), lead=0),
+            "block": Rule(weight_block, ("input",)),
+            "averaged_block": Rule(weight_averaged_block, ("input",)),
         },
     },
     approximation="expand",

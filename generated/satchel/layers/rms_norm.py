@@ -95,69 +95,127 @@ def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     return torch.einsum("nrj,vnrj->vnj", normalised, factor)
 
 
-@widened
-def weight_gradient(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """weight_gradient[j] = Σ_{n,r,v} factor[v, n, r, j] normalised[n, r, j]
-
-    factor [V, N, R, J], input [N, R, J] → [J]
-    """
-    normalised = normalised_from(input, eps)
-    return (normalised * factor.sum(0)).sum((0, 1))
-
-
-def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+def weight_sample_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
     normalised = normalised_from(input, eps)
-    return (normalised.squeeze(1).square() * factor.squeeze(2).square().sum(0)).sum(0)
+    return normalised.squeeze(1).square() * factor.squeeze(2).square().sum(0)
 
 
-def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+def weight_sample_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, stored whole."""
     normalised = normalised_from(input, eps)
-    return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum((0, 1))
+    return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum(0)
 
 
-def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+def weight_sample_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """By the individual products, in blocks that stay in cache."""
     V, N, _, J = factor.shape
     normalised = normalised_from(input, eps)
-    total = factor.new_zeros(J)
+    total = factor.new_zeros(N, J)
     for columns, samples in blocks(V, N, J):
-        total += torch.einsum("nrj,vnrj->vnj", normalised[samples], factor[columns, samples]).square().sum((0, 1))
+        total[samples] += torch.einsum("nrj,vnrj->vnj", normalised[samples], factor[columns, samples]).square().sum(0)
     return total
 
 
 @widened
-def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """weight_sum_of_squares[j] = Σ_{n,v} (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
+def weight_sample_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_sample_squares[n, j] = Σ_{v} (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
 
-    factor [V, N, R, J], input [N, R, J] → [J]. The cheapest program for the shapes.
+    factor [V, N, R, J], input [N, R, J] → [N, J]. The cheapest program for the shapes.
     """
     V, N, R, J = factor.shape
     return cheapest(
         Program(
-            weight_sum_of_squares_separated,
-            flops=3 * J * N + 2 * J * N * V,
-            elements=J + J * N * R + J * N * R * V,
+            weight_sample_squares_separated,
+            flops=2 * J * N + 2 * J * N * V,
+            elements=J * N + J * N * R + J * N * R * V,
             scratch=5 * J * N - J * N * R + 3 * J * N * V - J * N * R * V,
             calls=4,
             valid=R == 1,
         ),
         Program(
-            weight_sum_of_squares_per_sample,
+            weight_sample_squares_per_sample,
             flops=2 * J * N * V + 2 * J * N * R * V,
-            elements=J + J * N * R + J * N * R * V,
+            elements=J * N + J * N * R + J * N * R * V,
             scratch=4 * J * N * V,
             peak=J * N * V,
             calls=3,
         ),
         Program(
-            weight_sum_of_squares_blockwise,
+            weight_sample_squares_blockwise,
             flops=2 * J * N * V + 2 * J * N * R * V,
-            elements=J + J * N * R + J * N * R * V,
+            elements=J * N + J * N * R + J * N * R * V,
             calls=3 * block_count(V, N, J),
         ),
     )(factor, input, eps)
+
+
+def weight_signed_sample_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
+    """Of one summand, the square of a product is a product of squares."""
+    normalised = normalised_from(input, eps)
+    return normalised.squeeze(1).square() * torch.einsum("vnj,vn->nj", factor.squeeze(2).square(), sign)
+
+
+def weight_signed_sample_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
+    """By the individual products, stored whole."""
+    normalised = normalised_from(input, eps)
+    return (torch.einsum("nrj,vnrj->vnj", normalised, factor).square() * sign[:, :, None]).sum(0)
+
+
+def weight_signed_sample_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, _, J = factor.shape
+    normalised = normalised_from(input, eps)
+    total = factor.new_zeros(N, J)
+    for columns, samples in blocks(V, N, J):
+        total[samples] += (
+            torch.einsum("nrj,vnrj->vnj", normalised[samples], factor[columns, samples]).square()
+            * sign[columns, samples][:, :, None]
+        ).sum(0)
+    return total
+
+
+@widened
+def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_signed_sample_squares[n, j] = Σ_{v} sign[v, n] (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
+
+    factor [V, N, R, J], sign [V, N], input [N, R, J] → [N, J]. The cheapest program for the shapes.
+    """
+    V, N, R, J = factor.shape
+    return cheapest(
+        Program(
+            weight_signed_sample_squares_separated,
+            flops=2 * J * N + 3 * J * N * V,
+            elements=J * N + N * V + J * N * R + J * N * R * V,
+            scratch=5 * J * N - J * N * R + 3 * J * N * V - J * N * R * V,
+            calls=4,
+            valid=R == 1,
+        ),
+        Program(
+            weight_signed_sample_squares_per_sample,
+            flops=2 * J * N * V + 2 * J * N * R * V,
+            elements=J * N + N * V + J * N * R + J * N * R * V,
+            scratch=4 * J * N * V,
+            peak=J * N * V,
+            calls=3,
+        ),
+        Program(
+            weight_signed_sample_squares_blockwise,
+            flops=2 * J * N * V + 2 * J * N * R * V,
+            elements=J * N + N * V + J * N * R + J * N * R * V,
+            calls=3 * block_count(V, N, J),
+        ),
+    )(factor, sign, input, eps)
+
+
+@widened
+def weight_sample_diagonal(curvature: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_sample_diagonal[n, j] = Σ_{r} curvature[n, r, j] normalised[n, r, j]²
+
+    curvature [N, R, J], input [N, R, J] → [N, J]
+    """
+    normalised = normalised_from(input, eps)
+    return (normalised.square() * curvature).sum(1)
 
 
 def weight_squared_norm_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
@@ -212,6 +270,61 @@ def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
             weight_squared_norm_blockwise,
             flops=2 * J * N * V + 2 * J * N * R * V,
             elements=N + J * N * R + J * N * R * V,
+            calls=3 * block_count(V, N, J),
+        ),
+    )(factor, input, eps)
+
+
+def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """Of one summand, the square of a product is a product of squares."""
+    normalised = normalised_from(input, eps)
+    return (normalised.squeeze(1).square() * factor.squeeze(2).square().sum(0)).sum(0)
+
+
+def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """By the individual products, stored whole."""
+    normalised = normalised_from(input, eps)
+    return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum((0, 1))
+
+
+def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """By the individual products, in blocks that stay in cache."""
+    V, N, _, J = factor.shape
+    normalised = normalised_from(input, eps)
+    total = factor.new_zeros(J)
+    for columns, samples in blocks(V, N, J):
+        total += torch.einsum("nrj,vnrj->vnj", normalised[samples], factor[columns, samples]).square().sum((0, 1))
+    return total
+
+
+@widened
+def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_sum_of_squares[j] = Σ_{n,v} (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
+
+    factor [V, N, R, J], input [N, R, J] → [J]. The cheapest program for the shapes.
+    """
+    V, N, R, J = factor.shape
+    return cheapest(
+        Program(
+            weight_sum_of_squares_separated,
+            flops=3 * J * N + 2 * J * N * V,
+            elements=J + J * N * R + J * N * R * V,
+            scratch=5 * J * N - J * N * R + 3 * J * N * V - J * N * R * V,
+            calls=4,
+            valid=R == 1,
+        ),
+        Program(
+            weight_sum_of_squares_per_sample,
+            flops=2 * J * N * V + 2 * J * N * R * V,
+            elements=J + J * N * R + J * N * R * V,
+            scratch=4 * J * N * V,
+            peak=J * N * V,
+            calls=3,
+        ),
+        Program(
+            weight_sum_of_squares_blockwise,
+            flops=2 * J * N * V + 2 * J * N * R * V,
+            elements=J + J * N * R + J * N * R * V,
             calls=3 * block_count(V, N, J),
         ),
     )(factor, input, eps)
@@ -285,6 +398,44 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor, eps: float) -> Tensor:
     return (normalised.square() * curvature).sum((0, 1))
 
 
+@widened
+def weight_squared_deviations(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_squared_deviations[j] = Σ_{n,v} (Σ_{r} factor[v, n, r, j] normalised[n, r, j] − mean_n)²
+
+    factor [V, N, R, J], input [N, R, J] → [J]
+    """
+    N = factor.shape[1]
+    normalised = normalised_from(input, eps)
+    mean = torch.einsum("nrj,vnrj->vj", normalised, factor) / N
+    return torch.square(torch.einsum("nrj,vnrj->vnj", normalised, factor) - mean[:, None, :]).sum((0, 1))
+
+
+@widened
+def weight_block(factor: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_block[j, j2] = Σ_{n,r,r2,v} factor[v, n, r, j] factor[v, n, r2, j2] normalised[n, r, j] normalised[n, r2,
+        j2]
+
+    factor [V, N, R, J], input [N, R, J] → [J, J]
+    """
+    normalised = normalised_from(input, eps)
+    return torch.einsum(
+        "njv,nJv->jJ",
+        torch.einsum("nrj,vnrj->njv", normalised, factor),
+        torch.einsum("nRJ,vnRJ->nJv", normalised, factor),
+    )
+
+
+@widened
+def weight_averaged_block(averaged: Tensor, input: Tensor, eps: float) -> Tensor:
+    """weight_averaged_block[j, j2] = Σ_{n,r,r2} averaged[r, j, r2, j2] normalised[n, r, j] normalised[n, r2, j2] / N
+
+    averaged [R, J, R, J], input [N, R, J] → [J, J]
+    """
+    N = input.shape[0]
+    normalised = normalised_from(input, eps)
+    return torch.einsum("nrj,Jnrj->jJ", normalised, torch.einsum("nRJ,rjRJ->Jnrj", normalised, averaged)) / N
+
+
 LAYER = Layer(
     name="RMSNorm",
     module=torch.nn.RMSNorm,
@@ -309,11 +460,16 @@ LAYER = Layer(
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input", "eps"), lead=2),
-            "gradient": Rule(weight_gradient, ("input", "eps"), lead=0),
-            "sum_of_squares": Rule(weight_sum_of_squares, ("input", "eps"), lead=0),
+            "sample_squares": Rule(weight_sample_squares, ("input", "eps"), lead=1),
+            "signed_sample_squares": Rule(weight_signed_sample_squares, ("input", "eps"), lead=1),
+            "sample_diagonal": Rule(weight_sample_diagonal, ("input", "eps"), lead=1),
             "squared_norm": Rule(weight_squared_norm, ("input", "eps")),
+            "sum_of_squares": Rule(weight_sum_of_squares, ("input", "eps"), lead=0),
             "signed_sum_of_squares": Rule(weight_signed_sum_of_squares, ("input", "eps"), lead=0),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "eps"), lead=0),
+            "squared_deviations": Rule(weight_squared_deviations, ("input", "eps"), lead=0),
+            "block": Rule(weight_block, ("input", "eps")),
+            "averaged_block": Rule(weight_averaged_block, ("input", "eps")),
         },
     },
     ranks={

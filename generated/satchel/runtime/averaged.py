@@ -22,6 +22,7 @@ from .passing import edge_shape, features, pull
 from .plan import Plan, Step
 from .record import Edge, Record
 from .residual import canonical_output
+from .rules import Need
 from .uses import Use, join, quantities
 
 #: A live edge, or the output of a layer whose parameter is used again further down: (node, -1 - output number).
@@ -227,10 +228,14 @@ def needed_bytes(plan: Plan, samples: int, itemsize: int) -> tuple[int, str]:
     return most * itemsize, where
 
 
-def averaged_quantities(using: Sequence[tuple[Step, str]], averaged: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+def averaged_quantities(
+    using: Sequence[tuple[Step, str]], averaged: Tensor, needs: Sequence[Need]
+) -> dict[Need, Tensor]:
     """The quantities of Ḡ for one parameter."""
     records = [(step.record, name) for step, name in using if step.record is not None]
-    return quantities([Use(record, name) for record, name in records], names, averaged)
+    asked = {need.quantity: need for need in needs}
+    found = quantities([Use(record, name) for record, name in records], asked, averaged)
+    return {asked[name]: value for name, value in found.items()}
 
 
 def start_of(factor: Tensor, samples: int) -> Tensor:

@@ -34,12 +34,14 @@ from .passing import is_linear
 from .plan import Plan, Step
 from .record import Edge, LossRecord
 from .residual import sweep_residual
+from .rules import Need
 from .settings import current
+from .subsampling import quantities_of
 from .sweep import at_edge, chunks, sweep
-from .uses import Use, joinable, quantities, summed
+from .uses import Use, joinable, summed
 
 #: Takes a quantity of a parameter, and the source that it comes from, and adds it to what is there.
-Accumulate: TypeAlias = Callable[[Tensor, Source, dict[str, Tensor]], None]
+Accumulate: TypeAlias = Callable[[Tensor, Source, dict[Need, Tensor]], None]
 
 RESIDUAL, DIAGONAL, AVERAGED = Source("residual"), Source("diagonal"), Source("averaged")
 
@@ -144,6 +146,8 @@ def check_plan(plan: Plan, demand: Demand, samples: int, flags: Sequence[Flag]) 
         using = uses_of(steps, parameter)
         if AVERAGED in sources and not joinable(using):
             raise SharedByKinds([use.record.where for use in using], using[0].name, "averaged_factor")
+    for extension in demand.extensions:
+        extension.check(samples)
     limit = current().memory_limit
     if AVERAGED in sources and limit is not None:
         needed, where = needed_bytes(plan, samples, torch.finfo(torch.get_default_dtype()).bits // 8)
@@ -195,8 +199,8 @@ def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> Non
         def visit(using: list[tuple[Step, str]], matrix: Tensor) -> None:
             step, name = using[0]
             assert step.record is not None
-            names = demand.quantities(step.record.definition, AVERAGED)
-            accumulate(step.parameters[name], AVERAGED, averaged_quantities(using, matrix, names))
+            needs = demand.needs([step.record.definition], AVERAGED)
+            accumulate(step.parameters[name], AVERAGED, averaged_quantities(using, matrix, needs))
 
         sweep_averaged(plan, start.edge, start_of(exact, start.samples), start.samples, visit)
 
@@ -221,8 +225,8 @@ def _residual(start: Start, plan: Plan, demand: Demand, shared: set[int], accumu
         assert step.record is not None
         for name, parameter in step.parameters.items():
             use = Use(step.record, name, diagonal)
-            names = [n for n in demand.quantities(use.layer, DIAGONAL) if use.offers(n)]
-            accumulate(parameter, DIAGONAL, {n: summed([use], n) for n in names})
+            needs = [need for need in demand.needs([use.layer], DIAGONAL) if use.offers(need.quantity)]
+            accumulate(parameter, DIAGONAL, {need: summed([use], need.quantity) for need in needs})
 
     sweep_residual(plan, {start.edge: start.gradient()}, start.samples, gathered.visit, visit_diagonal)
     gathered.finish()
@@ -249,5 +253,5 @@ class _Gathered:
             self._add(parameter, uses, signs)
 
     def _add(self, parameter: Tensor, uses: list[Use], signs: tuple[Tensor, ...]) -> None:
-        names = dict.fromkeys(name for use in uses for name in self.demand.quantities(use.layer, self.source))
-        self.accumulate(parameter, self.source, quantities(uses, names, *signs))
+        needs = self.demand.needs((use.layer for use in uses), self.source)
+        self.accumulate(parameter, self.source, quantities_of(uses, needs, *signs))

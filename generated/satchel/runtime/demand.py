@@ -32,20 +32,20 @@ class Demand:
 
     def __init__(self, extensions: Sequence[Extension]) -> None:
         self.extensions = tuple(extensions)
-        self._by_layer: dict[str, Mapping[Source, tuple[str, ...]]] = {}
+        self._by_layer: dict[str, Mapping[Source, tuple[Need, ...]]] = {}
 
-    def of(self, layer: Layer) -> Mapping[Source, tuple[str, ...]]:
-        """Quantities by source, each once."""
+    def of(self, layer: Layer) -> Mapping[Source, tuple[Need, ...]]:
+        """Needs by source, each once."""
         if layer.name not in self._by_layer:
-            found: dict[Source, dict[str, None]] = {}
+            found: dict[Source, dict[Need, None]] = {}
             for extension in self.extensions:
                 for need in extension.needs(layer):
-                    found.setdefault(source(extension, need), {})[need.quantity] = None
-            self._by_layer[layer.name] = {key: tuple(names) for key, names in found.items()}
+                    found.setdefault(source(extension, need), {})[need] = None
+            self._by_layer[layer.name] = {key: tuple(needs) for key, needs in found.items()}
         return self._by_layer[layer.name]
 
-    def quantities(self, layer: Layer, source: Source) -> tuple[str, ...]:
-        return self.of(layer).get(source, ())
+    def needs(self, layers: Iterable[Layer], source: Source) -> list[Need]:
+        return list(dict.fromkeys(need for layer in layers for need in self.of(layer).get(source, ())))
 
     def sources(self, layers: Iterable[Layer]) -> list[Source]:
         return list(dict.fromkeys(source for layer in layers for source in self.of(layer)))

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -13,8 +11,9 @@ from .demand import Demand, Source, source
 from .extension import Extension
 from .fields import Owner
 from .record import Record
-from .rules import Layer, Sizes
-from .uses import Use, quantities
+from .rules import Layer, Need, Sizes
+from .subsampling import quantities_of
+from .uses import PER_SAMPLE, Use
 
 GRADIENT, INPUT = Source("gradient"), Source("input")
 
@@ -26,7 +25,7 @@ class Harvest:
         self.demand = demand
         self._parameters: dict[int, Tensor] = {}
         self._uses: dict[int, list[Use]] = {}
-        self._curvature: dict[int, dict[tuple[Source, str], Tensor]] = {}
+        self._curvature: dict[int, dict[tuple[Source, Need], list[Tensor]]] = {}
         self._owner = Owner()
 
     def pending(self) -> list[int]:
@@ -40,18 +39,22 @@ class Harvest:
         self._uses.setdefault(id(parameter), []).append(Use(record, name, factor))
         return first
 
-    def accumulate(self, parameter: Tensor, source: Source, found: dict[str, Tensor]) -> None:
-        """Add what a sweep found: quantities of curvature add over columns, spaces and losses."""
+    def accumulate(self, parameter: Tensor, source: Source, found: dict[Need, Tensor]) -> None:
+        """Note what a sweep found. Quantities add over columns, spaces and losses; individual columns stand side by side."""
         results = self._curvature.setdefault(id(parameter), {})
-        for name, tensor in found.items():
-            before = results.get((source, name))
-            results[source, name] = tensor if before is None else before + tensor
+        for need, tensor in found.items():
+            parts = results.setdefault((source, need), [])
+            if parts and need.quantity != PER_SAMPLE:
+                parts[0] = parts[0] + tensor
+            else:
+                parts.append(tensor)
 
     def reap(self, key: int, unit: float | None) -> list[Use]:
         """Set the fields of a parameter; its uses."""
-        parameter, uses, results = self._parameters.pop(key), self._uses.pop(key), self._curvature.pop(key, {})
+        parameter, uses, swept = self._parameters.pop(key), self._uses.pop(key), self._curvature.pop(key, {})
         for extension in self.demand.extensions:
             extension.check(uses[0].record.samples)
+        results = {key: parts[0] if len(parts) == 1 else torch.cat(parts) for key, parts in swept.items()}
         graph = torch.is_grad_enabled()  # create_graph=True
         with torch.set_grad_enabled(graph and any(e.differentiable for e in self.demand.extensions)):
             results |= self._of_gradient(uses)
@@ -76,21 +79,20 @@ class Harvest:
         self._uses.clear()
         self._curvature.clear()
 
-    def _of_gradient(self, uses: list[Use]) -> dict[tuple[Source, str], Tensor]:
-        found = quantities(uses, self._names(uses, GRADIENT), differentiable=torch.is_grad_enabled())
-        return {(GRADIENT, name): tensor for name, tensor in found.items()}
+    def _of_gradient(self, uses: list[Use]) -> dict[tuple[Source, Need], Tensor]:
+        needs = self.demand.needs((use.layer for use in uses), GRADIENT)
+        found = quantities_of(uses, needs, differentiable=torch.is_grad_enabled())
+        return {(GRADIENT, need): tensor for need, tensor in found.items()}
 
-    def _of_input(self, uses: list[Use]) -> dict[tuple[Source, str], Tensor]:
-        found = quantities([Use(use.record, use.name) for use in uses], self._names(uses, INPUT))
-        return {(INPUT, name): tensor for name, tensor in found.items()}
-
-    def _names(self, uses: Iterable[Use], source: Source) -> list[str]:
-        return list(dict.fromkeys(name for use in uses for name in self.demand.quantities(use.layer, source)))
+    def _of_input(self, uses: list[Use]) -> dict[tuple[Source, Need], Tensor]:
+        needs = self.demand.needs((use.layer for use in uses), INPUT)
+        found = quantities_of([Use(use.record, use.name) for use in uses], needs)
+        return {(INPUT, need): tensor for need, tensor in found.items()}
 
     def _asked(
-        self, extension: Extension, layer: Layer, results: dict[tuple[Source, str], Tensor]
+        self, extension: Extension, layer: Layer, results: dict[tuple[Source, Need], Tensor]
     ) -> dict[str, Tensor]:
         """What a feature asked for, by name; residuals that never arose are absent. Only its graph is kept."""
-        keys = {need.quantity: (source(extension, need), need.quantity) for need in extension.needs(layer)}
+        keys = {need.quantity: (source(extension, need), need) for need in extension.needs(layer)}
         q = {name: results[key] for name, key in keys.items() if key in results}
         return q if torch.is_grad_enabled() else {name: tensor.detach() for name, tensor in q.items()}

@@ -121,7 +121,8 @@ class Record(_Kept):
             return self.tensor("output").reshape(self.canonical_output)
         if name.endswith("_shape"):
             tensor = name.removesuffix("_shape")
-            return self.canonical_input if tensor == "input" else self._canonical_parameter(tensor).shape
+            shapes = {"input": self.canonical_input, "output": self.canonical_output}
+            return shapes[tensor] if tensor in shapes else self._canonical_parameter(tensor).shape
         if name in self.definition.parameters:
             return self._canonical_parameter(name)
         return self.tensor(name) if name in self.definition.buffers else self.options[name]

@@ -115,13 +115,14 @@ class Loss:
 
 @dataclass(frozen=True)
 class Need:
-    """A quantity of a parameter, and the columns that it is computed from.
+    """A quantity of a parameter, the columns that it is computed from, and the samples (None: all).
 
     Sources: "gradient" (δ, one column), "exact", "mc", "residual" (signed columns), "diagonal", "averaged" (Ḡ), "input" (none).
     """
 
     source: str
     quantity: str
+    samples: tuple[int, ...] | None = None
 
     @property
     def curvature(self) -> bool:

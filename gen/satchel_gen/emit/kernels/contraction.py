@@ -127,5 +127,8 @@ def _epilogue(program: Contraction, starts: Mapping[Read, str]) -> list[str]:
             else []
         )
     program.require(bool(program.accumulate), "a weight needs axes to accumulate over")
-    program.require(set(program.weight.axes) <= set(program.accumulate), "a weight may carry accumulated axes only")
+    batch = {axis for axis in program.out if axis in program.a.axes and axis in program.b.axes}
+    program.require(
+        set(program.weight.axes) <= {*program.accumulate, *batch}, "a weight may carry accumulated and batch axes only"
+    )
     return [f"weight = tl.load({starts[program.weight]}).to(COMPUTE)", f"total += weight * {result}"]

@@ -51,8 +51,10 @@ def reduce(definition: str, program: Reduce) -> Context:
     body += [f"{pointer} = {where}"]
     part = "part * part" if program.square else "part"
     if weight is not None:
-        program.require(set(weight.axes) <= set(outer_axes) - {lane_axis}, "a weight may carry summed axes only")
+        program.require(bool(outer_axes) and lane_axis not in weight.axes, "a weight varies over what is summed")
+        program.require(not set(weight.axes) & set(inner_axes), "a weight may not carry inner axes")
         _, weight_index = step_index_of(grouped(weight.axes, groups), of["step"], index)
+        weight_index |= {batch: index[batch]} if batch else {}
         body += [f"weight = tl.load({weight.tensor}_ptr + {offset(grouped(weight.axes, groups), weight_index, size)}, "
                  "mask=step_inside, other=0).to(COMPUTE)"]  # fmt: skip
         part = f"weight[:, None] * {part}"

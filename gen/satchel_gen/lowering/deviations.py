@@ -1,0 +1,81 @@
+"""Squared deviations: Σ_{v,n} (T_n − mean_n T)², without the difference of two moments, which cancels where the samples agree.
+
+- *per sample*: the product T, stored whole, minus its mean, squared and summed.
+- *blockwise*: the same in blocks of samples that stay in cache.
+- *centred*: where T = a b is a product without a sum. With the means ā, b̄ over n, d = a − ā and e = b − b̄,
+  T − ā b̄ = a e + b̄ d, so that Σ_n (T − mean T)² = Σ a² e² + 2 b̄ Σ (a d) e + b̄² Σ d² − (Σ a e)² / N: three products, of small terms.
+"""
+
+from __future__ import annotations
+
+from sympy import IndexedBase
+
+from ..calculus.instantiate import Formula
+from ..calculus.terms import Term
+from ..notation import Access, Extent, Index, index_atoms, reads
+from .plan import Axes, Leaf, Map, Node, Reduce, Scaled, leaf, plan
+from .squares import Variant, inner_axes
+
+
+def deviation_variants(formula: Formula) -> tuple[Variant, ...]:
+    """The programs of Σ (inner − mean_n)²."""
+    (term,) = formula.terms
+    inner = term.square
+    assert inner is not None and inner.centred is not None and term.factor == 1
+    n, product = inner.centred, Term(inner.factor, inner.sums)
+    stored = plan(product, inner_axes(term, formula.axes))
+    mean = _mean_over(n, plan(product.summed([n]), tuple(i for i in stored.axes if i != n)))
+    tree = _sum_of_squares(stored, Leaf("mean", mean.axes, mean.axes), formula.axes)
+    named = (("mean", mean),)
+    if any(set(stored.axes) <= set(read.indices) for read in reads(inner.factor)):  # no larger than an operand
+        return (Variant("", tree, named=named),)
+    found = [Variant(name, tree, inner=stored, named=named) for name in ("per_sample", "blockwise")]
+    centred = _centred(product, n, formula.axes)
+    return (centred, *found) if centred is not None else tuple(found)
+
+
+def _mean_over(n: Index, total: Node) -> Node:
+    return Scaled(total, 1 / Extent(n))
+
+
+def _sum_of_squares(product: Node, mean: Node, axes: Axes) -> Node:
+    slots = (IndexedBase("product")[product.axes], IndexedBase("mean")[mean.axes])
+    squared = Map((slots[0] - slots[1]) ** 2, slots, (product, mean), product.axes)
+    return Reduce(squared, tuple(i for i in product.axes if i not in axes), axes)
+
+
+def _centred(product: Term, n: Index, axes: Axes) -> Variant | None:
+    """Where the columns and the inner sum have extent 1, and both operands differ by sample."""
+    a = next(read for read in reads(product.factor) if str(read.base) == "factor")
+    b = product.factor / a
+    unit = tuple(sorted((*product.sums, *(i for i in a.indices if i.name == "v")), key=str))
+    dropped = frozenset(i.name for i in unit)
+    first, second = ([i for i in axes if i in index_atoms(part)] for part in (a, b))
+    if n not in index_atoms(b) or not reads(b) or product.factor.has(Access):
+        return None
+    # The letters of the formula above: the two operands, the mean of b, and the deviations of both.
+    left, right = IndexedBase("a")[(n, *first)], IndexedBase("b")[(n, *second)]
+    centre = IndexedBase("centre")[tuple(second)]
+    d, e = IndexedBase("d")[(n, *first)], IndexedBase("e")[(n, *second)]
+    over = frozenset({n})
+    named = {
+        "a": plan(Term(a), (n, *first), dropped),
+        "b": plan(Term(b), (n, *second), dropped),
+        "centre": _mean_over(n, Reduce(leaf(right), (n,), tuple(second))),
+        "d": _minus(leaf(left), _mean_over(n, Reduce(leaf(left), (n,), tuple(first)))),
+        "e": _minus(leaf(right), leaf(centre)),
+        "moment": plan(Term(left**2 * e**2, over), axes),
+        "cross": plan(Term(left * d * e, over), axes),
+        "drift": plan(Term(left * e, over), axes),
+    }
+    moment, cross, drift = (IndexedBase(name)[axes] for name in ("moment", "cross", "drift"))
+    spread = IndexedBase("spread")[tuple(first)]
+    slots = (moment, cross, drift, centre, spread)
+    nodes = (*map(leaf, slots[:-1]), plan(Term(d**2, over), tuple(first)))
+    expr = moment + 2 * centre * cross + centre**2 * spread - drift**2 / Extent(n)
+    return Variant("centred", Map(expr, slots, nodes, axes), unit, named=tuple(named.items()))
+
+
+def _minus(node: Node, mean: Node) -> Node:
+    slots = (IndexedBase("value")[node.axes], IndexedBase("mean")[mean.axes])
+    return Map(slots[0] - slots[1], slots, (node, mean), node.axes)

@@ -1,0 +1,39 @@
+"""Quantities for some samples of a batch: their tensors are taken out first, so that nothing is computed for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from .rules import Need
+from .uses import Use, quantities
+
+
+def quantities_of(
+    uses: Sequence[Use], needs: Sequence[Need], *signs: Tensor, differentiable: bool = False
+) -> dict[Need, Tensor]:
+    """What is needed of one parameter, from columns [V, *output] and their signs [V, N]."""
+    found: dict[Need, Tensor] = {}
+    for samples in dict.fromkeys(need.samples for need in needs):
+        asked = {need.quantity: need for need in needs if need.samples == samples}
+        chosen = uses if samples is None else [restricted(use, samples) for use in uses]
+        weights = signs if samples is None else [sign[:, list(samples)] for sign in signs]
+        values = quantities(chosen, asked, *weights, differentiable=differentiable)
+        found |= {asked[name]: value for name, value in values.items()}
+    return found
+
+
+def restricted(use: Use, samples: Sequence[int]) -> Use:
+    """The same use on a batch of the listed samples."""
+    record, index = use.record, list(samples)
+    part = replace(
+        record,
+        tensors={},
+        versions=dict(record.versions),
+        input_shape=(len(index), *record.input_shape[1:]),
+        output_shape=(len(index), *record.output_shape[1:]),
+    )
+    part.keep(**{name: record.tensor(name)[index] for name in record.tensors})
+    return Use(part, use.name, None if use.factor is None else use.factor[:, index])
