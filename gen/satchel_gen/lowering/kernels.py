@@ -56,7 +56,7 @@ def _kernel(rule: LoweredRule) -> KernelRule | None:
     if isinstance(tree, Contract) and any(map(_is_square, (tree.left, tree.right))):
         program = _contraction(rule, rule.name, doc, tree)
         return KernelRule(rule, program) if program is not None else None
-    if term.square is not None:
+    if term.square is not None and len(reads(term.square.factor)) == 1:
         return KernelRule(rule, _squared_sum(rule, doc))
     return None
 
