@@ -53,11 +53,15 @@ def own_sample(dense: Tensor) -> Tensor:
 
 
 class Use(NamedTuple):
-    """One call of a Linear: its input [N, R, I] and a zero added to its output, whose gradient is the cotangent there."""
+    """One call of a module with parameters: its input and a zero added to its output, whose gradient is the cotangent there."""
 
     module: nn.Module
     input: Tensor
     probe: Tensor
+
+
+def has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
 
 
 def run_with_probes(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Outputs, list[Use]]:
@@ -68,7 +72,7 @@ def run_with_probes(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Outputs
         uses.append(Use(module, args[0].detach().clone(), probe))
         return output + probe
 
-    handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, nn.Linear)]
+    handles = [m.register_forward_hook(hook) for m in model.modules() if has_parameters(m)]
     outputs = model(*(x.clone() for x in inputs))
     for handle in handles:
         handle.remove()
@@ -140,11 +144,10 @@ class Reference:
 
     @cached_property
     def averaged(self) -> dict[tuple[int, int], Tensor]:
-        """KFRA's averaged curvature between the outputs of two uses: [R, O, R', O]."""
+        """KFRA's averaged curvature between the outputs of two uses: [F, F′]."""
         modules, blocks = KFRARecursion(self.model, self.inputs).run_backward(self.curvature.sum(0))
         assert modules == [use.module for use in self.uses]
-        O = [module.out_features for module in modules]
-        return {(k, l): G.reshape(len(G) // O[k], O[k], -1, O[l]) for (k, l), G in blocks.items()}
+        return blocks
 
     # --- first order ---------------------------------------------------------------------------------------------
 
@@ -162,6 +165,9 @@ class Reference:
         return (g - g.mean(0)).square().mean(0)
 
     # --- second order: contractions with a curvature of the loss, [N, F, F] ---------------------------------------
+
+    def is_kronecker(self, p: str) -> bool:
+        return all(isinstance(self.uses[k].module, nn.Linear) for k in self.uses_of(p))
 
     def DiagGGNExact(self, p: str, curvature: Tensor | None = None) -> Tensor:
         T = self.jacobians[p].flatten(2)
@@ -197,6 +203,8 @@ class Reference:
         return dense.reshape(tensor.numel(), -1).diagonal().reshape(tensor.shape)
 
     def KFLR(self, p: str, curvature: Tensor | None = None, approximation: str | None = None) -> list[Tensor]:
+        if not self.is_kronecker(p):
+            return [self.SqrtGGNExact(p, curvature).sum(0)]
         T = torch.cat([self.cotangents[k] for k in self.uses_of(p)], 2)
         T = T if (approximation or "expand") == "expand" else T.sum(2, keepdim=True)
         H = self.curvature if curvature is None else curvature
@@ -206,9 +214,22 @@ class Reference:
     KFAC = KFLR
 
     def KFRA(self, p: str) -> list[Tensor]:
-        uses = self.uses_of(p)
-        B = torch.stack([self.averaged[k, l].sum((0, 2)) for k in uses for l in uses if (k, l) in self.averaged]).sum(0)
+        pairs = [(k, l) for k in self.uses_of(p) for l in self.uses_of(p) if (k, l) in self.averaged]
+        if not self.is_kronecker(p):
+            J = {k: self.module_jacobian(k, p) for pair in pairs for k in pair}
+            found = [torch.einsum("nfp,fg,ngq->pq", J[k], self.averaged[k, l], J[l]) / self.N for k, l in pairs]
+            return [torch.stack(found).sum(0)]
+        O = self.uses[pairs[0][0]].module.out_features
+        blocks = [G.reshape(len(G) // O, O, -1, O) for G in (self.averaged[pair] for pair in pairs)]
+        B = torch.stack([block.sum((0, 2)) for block in blocks]).sum(0)
         return [B] if self.parameters[p].ndim == 1 else [B, self.input_factor(p, "backpack")]
+
+    def module_jacobian(self, k: int, p: str) -> Tensor:
+        """∂(output of a use)/∂p: [N, F, P]."""
+        use = self.uses[k]
+        output = use.module(use.input)
+        (dense,) = jacobian(output, [self.parameters[p]])
+        return dense.reshape(self.N, output[0].numel(), -1)
 
     def input_factor(self, p: str, approximation: str) -> Tensor:
         """A: [I, I]."""
@@ -273,13 +294,13 @@ class KFRARecursion(fx.Interpreter):
             a: torch.cat([next(dense).reshape(*value.shape, -1) for _ in tree_leaves(leaves[a])], 2) for a in arguments
         }
 
-    def run_backward(self, seed: Tensor) -> tuple[list[nn.Linear], dict[tuple[int, int], Tensor]]:
-        """seed: Σ_n H_n over the outputs [F, F] → the calls of Linear in forward order, and Ḡ between their outputs."""
+    def run_backward(self, seed: Tensor) -> tuple[list[nn.Module], dict[tuple[int, int], Tensor]]:
+        """seed: Σ_n H_n over the outputs [F, F] → the calls with parameters in forward order, and Ḡ between their outputs."""
         *body, output = self.graph.nodes
         (value,) = output.args
         ends = value if isinstance(value, tuple) else (value,)
         modules = {node: self.fetch_attr(node.target) for node in body if node.op == "call_module"}
-        calls = [node for node, module in modules.items() if isinstance(module, nn.Linear)]
+        calls = [node for node, module in modules.items() if has_parameters(module)]
         # Between live values: nodes, and numbers for the outputs of the calls, which are kept to the end.
         G: dict[tuple[Any, Any], Tensor] = {}
 

@@ -21,6 +21,11 @@ FIELDS = {
     "DiagGGNExact": ("diag_ggn_exact", []),
     "DiagGGNMC": ("diag_ggn_mc", ["mc_samples"]),
     "DiagHessian": ("diag_h", []),
+    "BatchDiagGGNExact": ("diag_ggn_exact_batch", []),
+    "BatchDiagGGNMC": ("diag_ggn_mc_batch", ["mc_samples"]),
+    "BatchDiagHessian": ("diag_h_batch", []),
+    "SqrtGGNExact": ("sqrt_ggn_exact", ["subsampling"]),
+    "SqrtGGNMC": ("sqrt_ggn_mc", ["mc_samples", "subsampling"]),
     "KFAC": ("kfac", ["mc_samples"]),
     "KFLR": ("kflr", []),
     "KFRA": ("kfra", []),
@@ -90,8 +95,9 @@ def test_shapes(name: str) -> None:
         if name in ("KFAC", "KFLR", "KFRA"):
             assert isinstance(value, list) and [tuple(f.shape) for f in value] == [(n, n) for n in p.shape]
         else:
-            shapes = {"BatchGrad": (5, *p.shape), "BatchL2Grad": (5,)}
-            assert tuple(value.shape) == shapes.get(name, tuple(p.shape))
+            columns = {"SqrtGGNExact": (3, 5), "SqrtGGNMC": (1, 5), "BatchL2Grad": (5,)}
+            leading = columns.get(name, (5,) if name.startswith("Batch") else ())
+            assert tuple(value.shape) == (*leading, *(() if name == "BatchL2Grad" else p.shape))
 
 
 def test_extend_returns_the_module_and_is_idempotent() -> None:

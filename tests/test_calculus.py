@@ -168,17 +168,20 @@ def test_the_square_of_a_product_without_sums_separates():
 
 
 @pytest.mark.parametrize(
-    "factor,deltas,structured",
-    [(x[n, k, i], True, True), (x[n, k, j], True, False), (sympy.Integer(1), True, True), (x[n, k, i], False, False)],
-    ids=["dense", "scale: the delta's index is read", "bias", "no delta"],
+    "factor,deltas,axes,groups",
+    [
+        (x[n, k, i], True, (m, i), ((k,), (), (m,), (i,))),
+        (x[n, k, j, i], True, (m, i), ((k,), (m,), (), (i,))),
+        (sympy.Integer(1), True, (m, i), ((k,), (), (m,), (i,))),
+        (x[n, k, j], True, (m,), None),
+        (x[n, k, i], False, (m, i), None),
+    ],
+    ids=["dense", "blocks: the delta's index is read", "bias", "scale: nothing but blocks", "no delta"],
 )
-def test_kronecker_structure_is_found(factor, deltas, structured):
-    """∂y[n, k, j] / ∂θ[m, i] with δ(j, m)."""
-    jacobian_terms = [Term(factor, frozenset(), ((j, m),) if deltas else ())]
-    found = kronecker(jacobian_terms, (k, j), (m, i), n)
-    assert (found is not None) is structured
-    if found is not None:
-        assert (found.shared, found.outer, found.inner) == ((k,), (m,), (i,))
+def test_kronecker_structure_is_found(factor, deltas, axes, groups):
+    """∂y[n, k, j] / ∂θ[axes] with δ(j, m): shared, block, outer and inner axes."""
+    found = kronecker([Term(factor, frozenset(), ((j, m),) if deltas else ())], (k, j), axes, n)
+    assert groups == (found and (found.shared, found.block, found.outer, found.inner))
 
 
 def test_a_sum_inside_a_function_must_be_named():

@@ -8,7 +8,7 @@ import torch
 from satchel import backpack, extend
 from satchel.extensions import DiagGGNExact
 from satchel_gen.definitions import DefinitionError, Feature, Layer, Statement, Sum, indices, load, tensors
-from satchel_gen.definitions.quantities import GRADIENT, SUM_OF_SQUARES
+from satchel_gen.definitions.quantities import PER_SAMPLE, SUM_OF_SQUARES
 
 n, i, o, k = indices("n i o k")
 x, y, W, u = tensors("input output weight u")
@@ -50,8 +50,8 @@ def test_a_feature_must_use_what_it_needs():
         Feature(
             "Wrong",
             "wrong",
-            {"gradient": (SUM_OF_SQUARES, GRADIENT)},
-            GRADIENT.symbol,
+            {"gradient": (SUM_OF_SQUARES, PER_SAMPLE)},
+            PER_SAMPLE.symbol,
             formula="",
             shape="",
             reference="",

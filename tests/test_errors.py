@@ -13,11 +13,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import satchel
-from conftest import DEFINITIONS, FEATURES, NEEDS_DEFINITIONS, NEEDS_MIXED_TERM, is_defined, is_sampled
+from conftest import DEFINITIONS, FEATURES, NEEDS_DEFINITIONS, NEEDS_MIXED_TERM, comparable, is_defined, is_sampled
 from networks import NETWORKS, Case, Network, Wired
 from reference import Reference, contributions
 from satchel import backpack, disable, extend
-from satchel.extensions import KFLR, KFRA, BatchGrad, BatchL2Grad, DiagGGNExact, DiagHessian, SumGradSquared, Variance
+from satchel.extensions import (
+    KFLR,
+    KFRA,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagHessian,
+    SqrtGGNExact,
+    SqrtGGNMC,
+    SumGradSquared,
+    Variance,
+)
 
 torch.manual_seed(0)
 x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
@@ -142,10 +153,11 @@ def test_table5_needs_the_reduction(feature: Any, how: str) -> None:
 
 
 @pytest.mark.parametrize("index", [5, -6])
-def test_subsampling_out_of_range(index: int) -> None:
+@pytest.mark.parametrize("feature", [BatchGrad, SqrtGGNExact, SqrtGGNMC])
+def test_subsampling_out_of_range(feature: Any, index: int) -> None:
     model, loss = extend(sequence()), extend(nn.CrossEntropyLoss())
     refused(
-        lambda: loss(model(x), y), model, BatchGrad(subsampling=[0, index]), (IndexError, ValueError), str(index), "5"
+        lambda: loss(model(x), y), model, feature(subsampling=[0, index]), (IndexError, ValueError), str(index), "5"
     )
 
 
@@ -296,7 +308,8 @@ def test_inplace_on_a_part(feature: Any) -> None:
         loss(model(x.double()), target).backward()
     if not is_sampled(feature):
         for name, p in model.named_parameters():
-            torch.testing.assert_close(getattr(p, feature.field), reference.field(feature.__name__, name))
+            value = comparable(feature, getattr(p, feature.field))
+            torch.testing.assert_close(value, reference.field(feature.__name__, name))
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import nn
 from conftest import DEFINITIONS, FEATURES, KERNELS, LOSSES, Agree, Pass, as_list, is_defined, is_sampled
 from networks import NETWORKS, Case, Network
 from satchel import backpack, extend, extensions
+from satchel.layers import linear
 from satchel.registry import REGISTRY
+from satchel.runtime import averaged, curvature, residual, sweep, uses
 from satchel.runtime.cost import forced
 
 EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
@@ -143,14 +146,76 @@ def test_approximation(network: Network, loss: Any, approximation: str, agree: A
     agree(sampled.fields(extensions.KFAC), wanted)
 
 
+SUBSAMPLED = [feature for feature in FEATURES if "subsampling" in inspect.signature(feature).parameters]
+WHOLE = [extensions.SumGradSquared(), extensions.BatchDiagGGNExact(), extensions.DiagGGNMC()]
+
+
 @by_name("relu", "sequence", "siamese", "tied_sequential")
-@pytest.mark.parametrize("subsampling", [[0], [3, 1], [2, 2], [], [4, 3, 2, 1, 0]])
+@pytest.mark.parametrize("subsampling", [[0], [3, -4], [2, 2], [], [4, 3, 2, 1, 0]])
 def test_subsampling(network: Network, subsampling: list[int], dtype: torch.dtype, backend: str, agree: Agree) -> None:
-    """Only the listed samples, in that order, still scaled by the whole batch."""
+    """Only the listed samples, in that order, still scaled by the whole batch; features of all samples are not affected."""
     case = Case(network, nn.CrossEntropyLoss, "mean")
-    done = Pass(case, dtype, backend, extensions.BatchGrad(subsampling=subsampling), extensions.SumGradSquared())
-    agree(done.fields(extensions.BatchGrad), expected(case, extensions.BatchGrad, subsampling=subsampling))
-    agree(done.fields(extensions.SumGradSquared), expected(case, extensions.SumGradSquared))
+    features = [*(feature(subsampling=subsampling) for feature in SUBSAMPLED), *WHOLE]
+    done = Pass(case, dtype, backend, *features, reveal=True)
+    drawn = done.model.curvature(done.model.probe.weight.diag_ggn_mc)
+    for feature in features:
+        options = {"curvature": drawn} if is_sampled(type(feature)) else {}
+        options |= {"subsampling": subsampling} if feature.subsampling is not None else {}
+        agree(done.fields(feature), expected(case, type(feature), **options))
+
+
+def test_subsampling_takes_the_samples_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is computed for the samples that are not asked for."""
+    seen = []
+    original = uses.evaluate
+
+    def spy(rule: Any, layer: Any, operand: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append([argument.shape[1] for argument in arguments])
+        return original(rule, layer, operand, *arguments, **options)
+
+    monkeypatch.setattr(uses, "evaluate", spy)
+    Pass(MEAN_SQUARE, torch.float64, "aten", *(feature(subsampling=[3, 1]) for feature in SUBSAMPLED))
+    assert len(seen) == 4 * len(SUBSAMPLED) and all(samples == [2] for samples in seen)
+
+
+def test_columns_of_a_square_root(loss: Any, reduction: str) -> None:
+    """BackPACK's: √(2c) per output of a squared error; √(c p_v) (δ_vk − p_k) per class of a classification."""
+    case = Case(next(n for n in NETWORKS if n.name == "linear"), loss, reduction)
+    done = Pass(case, torch.float64, "aten", extensions.SqrtGGNExact())
+    f = case.reference().outputs[0].detach()
+    terms = f.numel() if issubclass(loss, nn.MSELoss) else len(f)
+    scale = 1 / terms if reduction == "mean" else 1.0
+    p = f.softmax(1)
+    eye = torch.eye(3, dtype=torch.float64)
+    columns = (
+        2**0.5 * eye[:, None].expand(3, 5, 3)
+        if issubclass(loss, nn.MSELoss)
+        else p.T.sqrt()[..., None] * (eye[:, None] - p)
+    )
+    torch.testing.assert_close(done.network.bias.sqrt_ggn_exact, columns * scale**0.5)
+
+
+def test_nothing_is_computed_twice(monkeypatch: pytest.MonkeyPatch, loss: Any) -> None:
+    """All features in one pass: no rule of a layer or loss sees the same tensors twice."""
+    calls: list[tuple[Any, ...]] = []
+    for module in (uses, sweep, curvature, residual, averaged):
+        original = module.evaluate
+
+        def spy(rule: Any, layer: Any, operand: Any, *arguments: Any, original: Any = original, **options: Any) -> Any:
+            operands = [operand(name) for name in rule.operands]
+            calls.append((rule, *(a if isinstance(a, torch.Tensor) else None for a in (*arguments, *operands))))
+            return original(rule, layer, operand, *arguments, **options)
+
+        monkeypatch.setattr(module, "evaluate", spy)
+    case = Case(next(n for n in NETWORKS if n.name == "sigmoid_tanh"), loss, "mean")
+    Pass(case, torch.float64, "aten", *(feature() for feature in FEATURES))
+    assert len(calls) > 50
+    for one, other in itertools.combinations(calls, 2):
+        same = one[0] is other[0] and all(
+            a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b))
+            for a, b in zip(one[1:], other[1:], strict=True)
+        )
+        assert not same, one[0]
 
 
 @by_name("relu", "sequence", "long_sequence", "grid", "siamese", "flatten")
@@ -184,6 +249,38 @@ def test_moments_are_those_of_the_individual_gradients(network: Network) -> None
         torch.testing.assert_close(p.batch_l2, p.grad_batch.flatten(1).square().sum(1))
         torch.testing.assert_close(p.sum_grad_squared, p.grad_batch.square().sum(0))
         torch.testing.assert_close(p.variance, p.grad_batch.var(0, correction=0))
+
+
+@pytest.mark.parametrize("positions", [1, 7])
+@pytest.mark.parametrize("ratio", [1.0, 1e3])
+def test_variance_does_not_cancel(positions: int, ratio: float, agree: Agree) -> None:
+    """Gradients of mean `ratio` and deviation 1 in float32: each program, against float64 on the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    factor, x = (
+        (ratio + torch.randn(shape, generator=generator)) for shape in ((1, 64, positions, 6), (64, positions, 5))
+    )
+    individual = factor[0].double().transpose(-2, -1) @ x.double()
+    wanted = {"variance": individual.var(0, correction=0)}
+    for program in ["centred", "per_sample", "blockwise"][positions > 1 :]:
+        with forced(program):
+            found = linear.weight_squared_deviations(factor, x) / 64
+        # A product of ratio² is rounded to 6e-8 of itself before its mean is taken off; operands are centred before they meet.
+        rounding = 1e-5 if program == "centred" else 1e-6 * ratio
+        agree({"variance": found}, wanted, tolerance=max(rounding, 1e-5))
+
+
+def test_variance_of_equal_gradients_is_zero_and_never_negative() -> None:
+    model, loss = extend(nn.Linear(4, 3)), extend(nn.MSELoss(reduction="sum"))
+    x, y = torch.randn(1, 4).expand(6, 4), torch.randn(1, 3).expand(6, 3)
+    with backpack(extensions.Variance()):
+        loss(model(x), y).backward()
+    assert all(
+        (p.variance >= 0).all() and p.variance.max() <= 1e-12 * p.grad.square().max() for p in model.parameters()
+    )
+    x = torch.randn(40, 4).relu() * (torch.rand(40, 4) < 0.2)
+    with backpack(extensions.Variance()):
+        loss(model(x), torch.randn(40, 3)).backward()
+    assert all((p.variance >= 0).all() for p in model.parameters())
 
 
 def test_every_definition_is_emitted_and_tested() -> None:

@@ -11,11 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import satchel
-from conftest import FEATURES, NEEDS_DEFINITIONS, Agree, is_sampled
+from conftest import FEATURES, NEEDS_DEFINITIONS, Agree, comparable, is_sampled
 from networks import Wired
 from reference import Contributions, Reference, contributions
 from satchel import backpack, extend
-from satchel.extensions import KFLR, BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC, SumGradSquared, Variance
+from satchel.extensions import (
+    KFLR,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagGGNMC,
+    SqrtGGNExact,
+    SumGradSquared,
+    Variance,
+)
 
 EXACT: list[Any] = [feature for feature in FEATURES if not is_sampled(feature)]
 FIRST_ORDER: list[Any] = [BatchGrad, BatchL2Grad, SumGradSquared, Variance]
@@ -44,7 +53,7 @@ def check(
         total(model(inputs)).backward()
     for feature in features:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        fields = {name: getattr(p, feature.field) for name, p in named.items()}
+        fields = {name: comparable(feature, getattr(p, feature.field)) for name, p in named.items()}
         agree(fields, {name: reference.field(feature.__name__, name) for name in fields})
     return model
 
@@ -107,7 +116,7 @@ def test_two_backwards_overwrite(agree: Agree) -> None:
             loss.backward(retain_graph=True)
         wanted = Reference(built(one_head_twice), [x], [reference, lambda f: f.sum(1) * 0])
         for feature in features:
-            fields = {name: getattr(p, feature.field) for name, p in model.named_parameters()}
+            fields = {name: comparable(feature, getattr(p, feature.field)) for name, p in model.named_parameters()}
             agree(fields, {name: wanted.field(feature.__name__, name) for name in fields})
 
 
@@ -128,7 +137,7 @@ def test_gradient_passed_to_backward(feature: Any, agree: Agree) -> None:
         loss(model(x), values).backward(gradient=torch.tensor(3.0, dtype=torch.float64))
     weighted = contributions(nn.MSELoss(reduction="sum"), values, 3.0)
     reference = Reference(built(lambda: nn.Linear(4, 3)), [x], [weighted])
-    fields = {name: getattr(p, feature.field) for name, p in model.named_parameters()}
+    fields = {name: comparable(feature, getattr(p, feature.field)) for name, p in model.named_parameters()}
     agree(fields, {name: reference.field(feature.__name__, name) for name in fields})
 
 
@@ -181,7 +190,7 @@ def test_regularisation_of_parameters_is_no_sample(agree: Agree) -> None:
         (loss(model(x), values) + model.weight.square().sum()).backward()
     reference = Reference(built(lambda: nn.Linear(4, 3)), [x], [contributions(nn.MSELoss(), values)])
     for feature in (BatchGrad, DiagGGNExact):
-        fields = {name: getattr(p, feature.field) for name, p in model.named_parameters()}
+        fields = {name: comparable(feature, getattr(p, feature.field)) for name, p in model.named_parameters()}
         agree(fields, {name: reference.field(feature.__name__, name) for name in fields})
     torch.testing.assert_close(model.weight.grad, reference.gradients["weight"].sum(0) + 2 * model.weight.detach())
 
@@ -241,7 +250,7 @@ def test_only_part_is_extended(agree: Agree) -> None:
     build = lambda: nn.Sequential(nn.Linear(4, 6), nn.Flatten(), nn.Linear(6, 3))  # noqa: E731
     reference = Reference(built(build), [x], [contributions(nn.MSELoss(), values)])
     for feature in (DiagGGNExact, KFLR):
-        fields = {name: getattr(p, feature.field) for name, p in model.named_parameters()}
+        fields = {name: comparable(feature, getattr(p, feature.field)) for name, p in model.named_parameters()}
         agree(fields, {name: reference.field(feature.__name__, name) for name in fields})
 
 
@@ -363,6 +372,27 @@ def test_factors_in_ranges_of_columns(limit: int, feature: Any, agree: Agree) ->
         check(
             agree, build, lambda f: loss(f, target), [contributions(nn.CrossEntropyLoss(), target)], [feature], inputs
         )
+
+
+def test_columns_keep_their_order_in_ranges() -> None:
+    """A square root has the columns of one sweep, whatever the ranges that it was swept in."""
+    found = []
+    for limit in (None, 1, 2_000):
+        model, loss = extend(built(two_heads)), extend(nn.CrossEntropyLoss())
+        with satchel.settings(memory_limit=limit), backpack(SqrtGGNExact()):
+            loss(model(x)[0], labels).backward()
+        found.append(model.a.weight.sqrt_ggn_exact)
+    assert found[0].shape == (3, 5, 6, 4)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_columns_of_several_losses_stand_side_by_side() -> None:
+    model, ce, mse = extend(built(two_heads)), extend(nn.CrossEntropyLoss()), extend(nn.MSELoss())
+    with backpack(SqrtGGNExact()):
+        first, second = model(x)
+        (ce(first, labels) + mse(second, values)).backward()
+    assert model.a.weight.sqrt_ggn_exact.shape == (3 + 3, 5, 6, 4)
+    assert model.classes.bias.sqrt_ggn_exact.shape == (3, 5, 3)
 
 
 # --- wiring drawn at random ----------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from .lowering.kernels import KernelRule, layer_kernels
 from .lowering.losses import lower_loss
 from .lowering.rules import LoweredRule, lower_layer
 from .lowering.support import PASSES
+from .notation import Index, base_name
 
-_QUANTITIES = {q.name: q for q in (*Q.PASSES, *Q.PULLBACKS, *Q.OUTPUT_FACTORS, *Q.INPUT_FACTORS)}
+_QUANTITIES = {q.name: q for q in (*Q.PASSES, *Q.PULLBACKS, *Q.OUTPUT_FACTORS, *Q.INPUT_FACTORS, *Q.BLOCKS)}
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,13 @@ def _layer(layer: Layer, chosen: list[Feature]) -> Iterator[Part]:
         yield Part(f"  {_jacobian(layer, wrt)}")
         structure = Instance(layer, wrt).structure
         if structure is not None:
-            inner = ", ".join(i.name for i in structure.inner) or "none"
-            outer = ", ".join(i.name for i in structure.outer)
-            shared = ", ".join(i.name for i in structure.shared) or "none"
-            yield Part(f"    Kronecker: output factor over {outer}, input factor over {inner}, shared axes {shared}")
+            outer, inner, block, shared = map(
+                _names, (structure.outer, structure.inner, structure.block, structure.shared)
+            )
+            text = f"output factor over {outer}, input factor over {inner}, shared axes {shared}, blocks over {block}"
+            yield Part(f"    Kronecker: {text}")
+        elif wrt is not layer.input:
+            yield Part("    no Kronecker structure: the exact block")
     lowered = lower_layer(layer)
     kernels = {kernel.rule.name: kernel for kernel in layer_kernels(lowered)}
     for feature in chosen:
@@ -77,6 +81,10 @@ def _layer(layer: Layer, chosen: list[Feature]) -> Iterator[Part]:
                 for quantity in quantities:
                     if quantity.name in parameter:
                         yield from _rule(parameter[quantity.name], kernels)
+
+
+def _names(axes: tuple[Index, ...]) -> str:
+    return ", ".join(base_name(i) for i in axes) or "none"
 
 
 def _jacobian(layer: Layer, wrt: sympy.Indexed) -> str:

@@ -92,6 +92,13 @@ class AtenPrinter(StrPrinter):
             return f"{self.parenthesize(base, 70)} ** {exponent}"
         return f"torch.pow({text}, {self._print(exponent)})"
 
+    def _print_Max(self, expr: sympy.Max) -> str:
+        """A lower bound, as a number."""
+        bound, value = expr.args
+        if not bound.is_number:
+            raise CalculusError(f"the ATen printer knows a maximum with a number only, not {expr}")
+        return f"({self._print(value)}).clamp(min={bound})"
+
     def _print_Piecewise(self, expr: sympy.Piecewise) -> str:
         *cases, (otherwise, always) = expr.args
         if always != sympy.true:

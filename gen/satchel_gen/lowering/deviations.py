@@ -8,13 +8,13 @@
 
 from __future__ import annotations
 
-from sympy import IndexedBase
+from sympy import IndexedBase, Max
 
 from ..calculus.instantiate import Formula
 from ..calculus.terms import Term
 from ..notation import Access, Extent, Index, index_atoms, reads
 from .plan import Axes, Leaf, Map, Node, Reduce, Scaled, leaf, plan
-from .squares import Variant, inner_axes
+from .squares import Variant, inner_axes, no_larger_than_an_operand
 
 
 def deviation_variants(formula: Formula) -> tuple[Variant, ...]:
@@ -27,7 +27,7 @@ def deviation_variants(formula: Formula) -> tuple[Variant, ...]:
     mean = _mean_over(n, plan(product.summed([n]), tuple(i for i in stored.axes if i != n)))
     tree = _sum_of_squares(stored, Leaf("mean", mean.axes, mean.axes), formula.axes)
     named = (("mean", mean),)
-    if any(set(stored.axes) <= set(read.indices) for read in reads(inner.factor)):  # no larger than an operand
+    if no_larger_than_an_operand(stored, inner):
         return (Variant("", tree, named=named),)
     found = [Variant(name, tree, inner=stored, named=named) for name in ("per_sample", "blockwise")]
     centred = _centred(product, n, formula.axes)
@@ -72,7 +72,8 @@ def _centred(product: Term, n: Index, axes: Axes) -> Variant | None:
     spread = IndexedBase("spread")[tuple(first)]
     slots = (moment, cross, drift, centre, spread)
     nodes = (*map(leaf, slots[:-1]), plan(Term(d**2, over), tuple(first)))
-    expr = moment + 2 * centre * cross + centre**2 * spread - drift**2 / Extent(n)
+    # Where the deviations cancel to nothing, rounding leaves either sign.
+    expr = Max(0, moment + 2 * centre * cross + centre**2 * spread - drift**2 / Extent(n))
     return Variant("centred", Map(expr, slots, nodes, axes), unit, named=tuple(named.items()))
 
 

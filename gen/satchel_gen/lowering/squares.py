@@ -88,7 +88,7 @@ def variants(formula: Formula) -> tuple[Variant, ...]:
     inner = term.square
     stored = plan(inner, inner_axes(term, formula.axes))
     per_sample = _square_of(term, stored, formula.axes)
-    if len(reads(inner.factor)) < 2:
+    if no_larger_than_an_operand(stored, inner):
         return (Variant("", per_sample),)
     dropped = frozenset(i.name for i in inner.sums)
     apart = Term(term.factor * inner.factor**2, term.sums)
@@ -102,6 +102,11 @@ def variants(formula: Formula) -> tuple[Variant, ...]:
     if gram is not None:
         found.append(Variant("gram", plan(gram, formula.axes)))
     return tuple(found)
+
+
+def no_larger_than_an_operand(product: Node, inner: Term) -> bool:
+    """Whether storing a product costs nothing that its operands do not: there is no choice to make."""
+    return len(reads(inner.factor)) < 2 or any(set(product.axes) <= set(read.indices) for read in reads(inner.factor))
 
 
 def inner_axes(term: Term, axes: Axes) -> Axes:

@@ -47,7 +47,4 @@ def _missing(layer: LoweredLayer, feature: Feature) -> str | None:
     passes = [name for source in feature.needs for name in PASSES[source] if layer.passes.get(name) is None]
     if passes:
         return f"no rule for {', '.join(passes)}"
-    for parameter, rules in layer.parameters.items():
-        if feature.kronecker and not any(name.startswith("output_factor") for name in rules):
-            return f"{parameter} has no Kronecker structure"
     return None

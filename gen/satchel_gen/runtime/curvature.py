@@ -6,7 +6,7 @@ Nothing has been freed yet below the loss, and no parameter has got a field: wha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from typing import Any, TypeAlias
 
@@ -78,6 +78,10 @@ class Start:
 
     def gradient(self) -> Tensor:
         """δ [*edge] = c g ∇Σℓ."""
+        return self._gradient
+
+    @cached_property
+    def _gradient(self) -> Tensor:
         delta = evaluate(self.definition.gradient, self.definition, self.loss.operand)
         return at_edge(delta * self.scale.to(delta.dtype), self.edge, lead=0)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..runtime.cost import Program, block_count, blocks, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 
@@ -68,19 +67,15 @@ def weight_per_sample(factor: Tensor, input: Tensor, running_mean: Tensor, runni
     ).permute(2, 0, 1)
 
 
-def weight_sample_squares_separated(
+@widened
+def weight_sample_squares(
     factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
 ) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
-    return factor.squeeze(3).square().sum(0) * (
-        (1 / (running_var + eps))[:, None] * torch.square(input.squeeze(2) - running_mean).permute(1, 0)
-    ).permute(1, 0)
+    """weight_sample_squares[n, c] = Σ_{v} (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] /
+        √(running_var[c] + eps))²
 
-
-def weight_sample_squares_per_sample(
-    factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """By the individual products, stored whole."""
+    factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [N, C]
+    """
     return (
         (
             torch.pow(running_var + eps, -1 / 2)
@@ -91,103 +86,6 @@ def weight_sample_squares_per_sample(
     )
 
 
-def weight_sample_squares_blockwise(
-    factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, C, _ = factor.shape
-    total = factor.new_zeros(N, C)
-    for columns, samples in blocks(V, N, C):
-        total[samples] += (
-            (
-                torch.pow(running_var + eps, -1 / 2)
-                * torch.einsum(
-                    "ncs,vncs->ncv", input[samples] - running_mean[:, None], factor[columns, samples]
-                ).permute(2, 0, 1)
-            )
-            .square()
-            .sum(0)
-        )
-    return total
-
-
-@widened
-def weight_sample_squares(
-    factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """weight_sample_squares[n, c] = Σ_{v} (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] /
-        √(running_var[c] + eps))²
-
-    factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [N, C]. The cheapest program for the shapes.
-    """
-    V, N, C, S = factor.shape
-    return cheapest(
-        Program(
-            weight_sample_squares_separated,
-            flops=C + 3 * C * N + 2 * C * N * V,
-            elements=2 * C + C * N + C * N * S + C * N * S * V,
-            scratch=2 * C + 7 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
-            calls=6,
-            valid=S == 1,
-        ),
-        Program(
-            weight_sample_squares_per_sample,
-            flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
-            elements=2 * C + C * N + C * N * S + C * N * S * V,
-            scratch=2 * C + 2 * C * N * S + 6 * C * N * V,
-            peak=C * N * V,
-            calls=6,
-        ),
-        Program(
-            weight_sample_squares_blockwise,
-            flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
-            elements=2 * C + C * N + C * N * S + C * N * S * V,
-            calls=6 * block_count(V, N, C),
-        ),
-    )(factor, input, running_mean, running_var, eps)
-
-
-def weight_signed_sample_squares_separated(
-    factor: Tensor, sign: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
-    return torch.einsum("vnc,vn->nc", factor.squeeze(3).square(), sign) * (
-        (1 / (running_var + eps))[:, None] * torch.square(input.squeeze(2) - running_mean).permute(1, 0)
-    ).permute(1, 0)
-
-
-def weight_signed_sample_squares_per_sample(
-    factor: Tensor, sign: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """By the individual products, stored whole."""
-    return (
-        torch.square(
-            torch.pow(running_var + eps, -1 / 2)
-            * torch.einsum("ncs,vncs->ncv", input - running_mean[:, None], factor).permute(2, 0, 1)
-        )
-        * sign[:, :, None]
-    ).sum(0)
-
-
-def weight_signed_sample_squares_blockwise(
-    factor: Tensor, sign: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, C, _ = factor.shape
-    total = factor.new_zeros(N, C)
-    for columns, samples in blocks(V, N, C):
-        total[samples] += (
-            torch.square(
-                torch.pow(running_var + eps, -1 / 2)
-                * torch.einsum(
-                    "ncs,vncs->ncv", input[samples] - running_mean[:, None], factor[columns, samples]
-                ).permute(2, 0, 1)
-            )
-            * sign[columns, samples][:, :, None]
-        ).sum(0)
-    return total
-
-
 @widened
 def weight_signed_sample_squares(
     factor: Tensor, sign: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
@@ -195,33 +93,15 @@ def weight_signed_sample_squares(
     """weight_signed_sample_squares[n, c] = Σ_{v} sign[v, n] (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c,
         s] / √(running_var[c] + eps))²
 
-    factor [V, N, C, S], sign [V, N], input [N, C, S], running_mean [C], running_var [C] → [N, C]. The cheapest program for the shapes.
+    factor [V, N, C, S], sign [V, N], input [N, C, S], running_mean [C], running_var [C] → [N, C]
     """
-    V, N, C, S = factor.shape
-    return cheapest(
-        Program(
-            weight_signed_sample_squares_separated,
-            flops=C + 3 * C * N + 3 * C * N * V,
-            elements=2 * C + C * N + N * V + C * N * S + C * N * S * V,
-            scratch=2 * C + 7 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
-            calls=6,
-            valid=S == 1,
-        ),
-        Program(
-            weight_signed_sample_squares_per_sample,
-            flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
-            elements=2 * C + C * N + N * V + C * N * S + C * N * S * V,
-            scratch=2 * C + 2 * C * N * S + 6 * C * N * V,
-            peak=C * N * V,
-            calls=6,
-        ),
-        Program(
-            weight_signed_sample_squares_blockwise,
-            flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
-            elements=2 * C + C * N + N * V + C * N * S + C * N * S * V,
-            calls=6 * block_count(V, N, C),
-        ),
-    )(factor, sign, input, running_mean, running_var, eps)
+    return (
+        torch.square(
+            torch.pow(running_var + eps, -1 / 2)
+            * torch.einsum("ncs,vncs->ncv", input - running_mean[:, None], factor).permute(2, 0, 1)
+        )
+        * sign[:, :, None]
+    ).sum(0)
 
 
 @widened
@@ -236,21 +116,13 @@ def weight_sample_diagonal(
     return (1 / (running_var + eps)) * (torch.square(input - running_mean[:, None]) * curvature).sum(2)
 
 
-def weight_squared_norm_separated(
-    factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
-    return torch.einsum(
-        "nc,cn->n",
-        factor.squeeze(3).square().sum(0),
-        (1 / (running_var + eps))[:, None] * torch.square(input.squeeze(2) - running_mean).permute(1, 0),
-    )
+@widened
+def weight_squared_norm(factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> Tensor:
+    """weight_squared_norm[n] = Σ_{c,v} (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] / √(running_var[c]
+        + eps))²
 
-
-def weight_squared_norm_per_sample(
-    factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """By the individual products, stored whole."""
+    factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [N]
+    """
     return (
         (
             torch.pow(running_var + eps, -1 / 2)
@@ -261,73 +133,15 @@ def weight_squared_norm_per_sample(
     )
 
 
-def weight_squared_norm_blockwise(
-    factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, C, _ = factor.shape
-    total = factor.new_zeros(N)
-    for columns, samples in blocks(V, N, C):
-        total[samples] += (
-            (
-                torch.pow(running_var + eps, -1 / 2)
-                * torch.einsum(
-                    "ncs,vncs->ncv", input[samples] - running_mean[:, None], factor[columns, samples]
-                ).permute(2, 0, 1)
-            )
-            .square()
-            .sum((0, 2))
-        )
-    return total
-
-
 @widened
-def weight_squared_norm(factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> Tensor:
-    """weight_squared_norm[n] = Σ_{c,v} (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] / √(running_var[c]
-        + eps))²
+def weight_sum_of_squares(
+    factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> Tensor:
+    """weight_sum_of_squares[c] = Σ_{n,v} (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] /
+        √(running_var[c] + eps))²
 
-    factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [N]. The cheapest program for the shapes.
+    factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [C]
     """
-    V, N, C, S = factor.shape
-    return cheapest(
-        Program(
-            weight_squared_norm_separated,
-            flops=C + 4 * C * N + 2 * C * N * V,
-            elements=N + 2 * C + C * N * S + C * N * S * V,
-            scratch=2 * C + 7 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
-            calls=6,
-            valid=S == 1,
-        ),
-        Program(
-            weight_squared_norm_per_sample,
-            flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
-            elements=N + 2 * C + C * N * S + C * N * S * V,
-            scratch=2 * C + 2 * C * N * S + 6 * C * N * V,
-            peak=C * N * V,
-            calls=6,
-        ),
-        Program(
-            weight_squared_norm_blockwise,
-            flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
-            elements=N + 2 * C + C * N * S + C * N * S * V,
-            calls=6 * block_count(V, N, C),
-        ),
-    )(factor, input, running_mean, running_var, eps)
-
-
-def weight_sum_of_squares_separated(
-    factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
-    return (1 / (running_var + eps)) * (
-        torch.square(input.squeeze(2) - running_mean) * factor.squeeze(3).square().sum(0)
-    ).sum(0)
-
-
-def weight_sum_of_squares_per_sample(
-    factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """By the individual products, stored whole."""
     return (
         (
             torch.pow(running_var + eps, -1 / 2)
@@ -338,103 +152,6 @@ def weight_sum_of_squares_per_sample(
     )
 
 
-def weight_sum_of_squares_blockwise(
-    factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, C, _ = factor.shape
-    total = factor.new_zeros(C)
-    for columns, samples in blocks(V, N, C):
-        total += (
-            (
-                torch.pow(running_var + eps, -1 / 2)
-                * torch.einsum(
-                    "ncs,vncs->ncv", input[samples] - running_mean[:, None], factor[columns, samples]
-                ).permute(2, 0, 1)
-            )
-            .square()
-            .sum((0, 1))
-        )
-    return total
-
-
-@widened
-def weight_sum_of_squares(
-    factor: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """weight_sum_of_squares[c] = Σ_{n,v} (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c, s] /
-        √(running_var[c] + eps))²
-
-    factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [C]. The cheapest program for the shapes.
-    """
-    V, N, C, S = factor.shape
-    return cheapest(
-        Program(
-            weight_sum_of_squares_separated,
-            flops=2 * C + 3 * C * N + 2 * C * N * V,
-            elements=3 * C + C * N * S + C * N * S * V,
-            scratch=4 * C + 5 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
-            calls=6,
-            valid=S == 1,
-        ),
-        Program(
-            weight_sum_of_squares_per_sample,
-            flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
-            elements=3 * C + C * N * S + C * N * S * V,
-            scratch=2 * C + 2 * C * N * S + 6 * C * N * V,
-            peak=C * N * V,
-            calls=6,
-        ),
-        Program(
-            weight_sum_of_squares_blockwise,
-            flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
-            elements=3 * C + C * N * S + C * N * S * V,
-            calls=6 * block_count(V, N, C),
-        ),
-    )(factor, input, running_mean, running_var, eps)
-
-
-def weight_signed_sum_of_squares_separated(
-    factor: Tensor, sign: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
-    return (1 / (running_var + eps)) * (
-        torch.square(input.squeeze(2) - running_mean) * torch.einsum("vnc,vn->nc", factor.squeeze(3).square(), sign)
-    ).sum(0)
-
-
-def weight_signed_sum_of_squares_per_sample(
-    factor: Tensor, sign: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """By the individual products, stored whole."""
-    return (
-        torch.square(
-            torch.pow(running_var + eps, -1 / 2)
-            * torch.einsum("ncs,vncs->ncv", input - running_mean[:, None], factor).permute(2, 0, 1)
-        )
-        * sign[:, :, None]
-    ).sum((0, 1))
-
-
-def weight_signed_sum_of_squares_blockwise(
-    factor: Tensor, sign: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, C, _ = factor.shape
-    total = factor.new_zeros(C)
-    for columns, samples in blocks(V, N, C):
-        total += (
-            torch.square(
-                torch.pow(running_var + eps, -1 / 2)
-                * torch.einsum(
-                    "ncs,vncs->ncv", input[samples] - running_mean[:, None], factor[columns, samples]
-                ).permute(2, 0, 1)
-            )
-            * sign[columns, samples][:, :, None]
-        ).sum((0, 1))
-    return total
-
-
 @widened
 def weight_signed_sum_of_squares(
     factor: Tensor, sign: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
@@ -442,33 +159,15 @@ def weight_signed_sum_of_squares(
     """weight_signed_sum_of_squares[c] = Σ_{n,v} sign[v, n] (Σ_{s} (input[n, c, s] − running_mean[c]) factor[v, n, c,
         s] / √(running_var[c] + eps))²
 
-    factor [V, N, C, S], sign [V, N], input [N, C, S], running_mean [C], running_var [C] → [C]. The cheapest program for the shapes.
+    factor [V, N, C, S], sign [V, N], input [N, C, S], running_mean [C], running_var [C] → [C]
     """
-    V, N, C, S = factor.shape
-    return cheapest(
-        Program(
-            weight_signed_sum_of_squares_separated,
-            flops=2 * C + 3 * C * N + 3 * C * N * V,
-            elements=3 * C + N * V + C * N * S + C * N * S * V,
-            scratch=4 * C + 5 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
-            calls=6,
-            valid=S == 1,
-        ),
-        Program(
-            weight_signed_sum_of_squares_per_sample,
-            flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
-            elements=3 * C + N * V + C * N * S + C * N * S * V,
-            scratch=2 * C + 2 * C * N * S + 6 * C * N * V,
-            peak=C * N * V,
-            calls=6,
-        ),
-        Program(
-            weight_signed_sum_of_squares_blockwise,
-            flops=C + C * N * S + 3 * C * N * V + 2 * C * N * S * V,
-            elements=3 * C + N * V + C * N * S + C * N * S * V,
-            calls=6 * block_count(V, N, C),
-        ),
-    )(factor, sign, input, running_mean, running_var, eps)
+    return (
+        torch.square(
+            torch.pow(running_var + eps, -1 / 2)
+            * torch.einsum("ncs,vncs->ncv", input - running_mean[:, None], factor).permute(2, 0, 1)
+        )
+        * sign[:, :, None]
+    ).sum((0, 1))
 
 
 @widened

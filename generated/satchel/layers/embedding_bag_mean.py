@@ -475,7 +475,9 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor, weight: Ten
     values3 = a * d
     cross = e.T @ values3
     drift = e.T @ a
-    return centre[:, None].square() * d.square().sum(0) + 2 * centre[:, None] * cross + moment - drift.square() / N
+    return (
+        centre[:, None].square() * d.square().sum(0) + 2 * centre[:, None] * cross + moment - drift.square() / N
+    ).clamp(min=0)
 
 
 def weight_squared_deviations_per_sample(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..runtime.cost import Program, block_count, blocks, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 
@@ -122,119 +121,24 @@ def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     return torch.einsum("ngcs,vngcs->vngc", normalised, factor)
 
 
-def weight_sample_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
-    normalised = normalised_from(input, eps)
-    return normalised.squeeze(3).square() * factor.squeeze(4).square().sum(0)
-
-
-def weight_sample_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, stored whole."""
-    normalised = normalised_from(input, eps)
-    return torch.einsum("ngcs,vngcs->vngc", normalised, factor).square().sum(0)
-
-
-def weight_sample_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, C, _ = factor.shape
-    normalised = normalised_from(input, eps)
-    total = factor.new_zeros(N, G, C)
-    for columns, samples in blocks(V, N, C * G):
-        total[samples] += (
-            torch.einsum("ngcs,vngcs->vngc", normalised[samples], factor[columns, samples]).square().sum(0)
-        )
-    return total
-
-
 @widened
 def weight_sample_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """weight_sample_squares[n, g, c] = Σ_{v} (Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s])²
 
-    factor [V, N, G, C, S], input [N, G, C, S] → [N, G, C]. The cheapest program for the shapes.
+    factor [V, N, G, C, S], input [N, G, C, S] → [N, G, C]
     """
-    V, N, G, C, S = factor.shape
-    return cheapest(
-        Program(
-            weight_sample_squares_separated,
-            flops=2 * C * G * N + 2 * C * G * N * V,
-            elements=C * G * N + C * G * N * S + C * G * N * S * V,
-            scratch=5 * C * G * N - C * G * N * S + 3 * C * G * N * V - C * G * N * S * V,
-            calls=4,
-            valid=S == 1,
-        ),
-        Program(
-            weight_sample_squares_per_sample,
-            flops=2 * C * G * N * V + 2 * C * G * N * S * V,
-            elements=C * G * N + C * G * N * S + C * G * N * S * V,
-            scratch=4 * C * G * N * V,
-            peak=C * G * N * V,
-            calls=3,
-        ),
-        Program(
-            weight_sample_squares_blockwise,
-            flops=2 * C * G * N * V + 2 * C * G * N * S * V,
-            elements=C * G * N + C * G * N * S + C * G * N * S * V,
-            calls=3 * block_count(V, N, C * G),
-        ),
-    )(factor, input, eps)
-
-
-def weight_signed_sample_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
     normalised = normalised_from(input, eps)
-    return normalised.squeeze(3).square() * torch.einsum("vngc,vn->ngc", factor.squeeze(4).square(), sign)
-
-
-def weight_signed_sample_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, stored whole."""
-    normalised = normalised_from(input, eps)
-    return (torch.einsum("ngcs,vngcs->vngc", normalised, factor).square() * sign[:, :, None, None]).sum(0)
-
-
-def weight_signed_sample_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, C, _ = factor.shape
-    normalised = normalised_from(input, eps)
-    total = factor.new_zeros(N, G, C)
-    for columns, samples in blocks(V, N, C * G):
-        total[samples] += (
-            torch.einsum("ngcs,vngcs->vngc", normalised[samples], factor[columns, samples]).square()
-            * sign[columns, samples][:, :, None, None]
-        ).sum(0)
-    return total
+    return torch.einsum("ngcs,vngcs->vngc", normalised, factor).square().sum(0)
 
 
 @widened
 def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """weight_signed_sample_squares[n, g, c] = Σ_{v} sign[v, n] (Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s])²
 
-    factor [V, N, G, C, S], sign [V, N], input [N, G, C, S] → [N, G, C]. The cheapest program for the shapes.
+    factor [V, N, G, C, S], sign [V, N], input [N, G, C, S] → [N, G, C]
     """
-    V, N, G, C, S = factor.shape
-    return cheapest(
-        Program(
-            weight_signed_sample_squares_separated,
-            flops=2 * C * G * N + 3 * C * G * N * V,
-            elements=N * V + C * G * N + C * G * N * S + C * G * N * S * V,
-            scratch=5 * C * G * N - C * G * N * S + 3 * C * G * N * V - C * G * N * S * V,
-            calls=4,
-            valid=S == 1,
-        ),
-        Program(
-            weight_signed_sample_squares_per_sample,
-            flops=2 * C * G * N * V + 2 * C * G * N * S * V,
-            elements=N * V + C * G * N + C * G * N * S + C * G * N * S * V,
-            scratch=4 * C * G * N * V,
-            peak=C * G * N * V,
-            calls=3,
-        ),
-        Program(
-            weight_signed_sample_squares_blockwise,
-            flops=2 * C * G * N * V + 2 * C * G * N * S * V,
-            elements=N * V + C * G * N + C * G * N * S + C * G * N * S * V,
-            calls=3 * block_count(V, N, C * G),
-        ),
-    )(factor, sign, input, eps)
+    normalised = normalised_from(input, eps)
+    return (torch.einsum("ngcs,vngcs->vngc", normalised, factor).square() * sign[:, :, None, None]).sum(0)
 
 
 @widened
@@ -247,174 +151,34 @@ def weight_sample_diagonal(curvature: Tensor, input: Tensor, eps: float) -> Tens
     return (normalised.square() * curvature).sum(3)
 
 
-def weight_squared_norm_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
-    normalised = normalised_from(input, eps)
-    return (normalised.squeeze(3).square() * factor.squeeze(4).square().sum(0)).sum((1, 2))
-
-
-def weight_squared_norm_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, stored whole."""
-    normalised = normalised_from(input, eps)
-    return torch.einsum("ngcs,vngcs->vngc", normalised, factor).square().sum((0, 2, 3))
-
-
-def weight_squared_norm_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, C, _ = factor.shape
-    normalised = normalised_from(input, eps)
-    total = factor.new_zeros(N)
-    for columns, samples in blocks(V, N, C * G):
-        total[samples] += (
-            torch.einsum("ngcs,vngcs->vngc", normalised[samples], factor[columns, samples]).square().sum((0, 2, 3))
-        )
-    return total
-
-
 @widened
 def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """weight_squared_norm[n] = Σ_{c,g,v} (Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s])²
 
-    factor [V, N, G, C, S], input [N, G, C, S] → [N]. The cheapest program for the shapes.
+    factor [V, N, G, C, S], input [N, G, C, S] → [N]
     """
-    V, N, G, C, S = factor.shape
-    return cheapest(
-        Program(
-            weight_squared_norm_separated,
-            flops=3 * C * G * N + 2 * C * G * N * V,
-            elements=N + C * G * N * S + C * G * N * S * V,
-            scratch=5 * C * G * N - C * G * N * S + 3 * C * G * N * V - C * G * N * S * V,
-            calls=4,
-            valid=S == 1,
-        ),
-        Program(
-            weight_squared_norm_per_sample,
-            flops=2 * C * G * N * V + 2 * C * G * N * S * V,
-            elements=N + C * G * N * S + C * G * N * S * V,
-            scratch=4 * C * G * N * V,
-            peak=C * G * N * V,
-            calls=3,
-        ),
-        Program(
-            weight_squared_norm_blockwise,
-            flops=2 * C * G * N * V + 2 * C * G * N * S * V,
-            elements=N + C * G * N * S + C * G * N * S * V,
-            calls=3 * block_count(V, N, C * G),
-        ),
-    )(factor, input, eps)
-
-
-def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
     normalised = normalised_from(input, eps)
-    return (normalised.squeeze(3).square() * factor.squeeze(4).square().sum(0)).sum(0)
-
-
-def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, stored whole."""
-    normalised = normalised_from(input, eps)
-    return torch.einsum("ngcs,vngcs->vngc", normalised, factor).square().sum((0, 1))
-
-
-def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, C, _ = factor.shape
-    normalised = normalised_from(input, eps)
-    total = factor.new_zeros(G, C)
-    for columns, samples in blocks(V, N, C * G):
-        total += torch.einsum("ngcs,vngcs->vngc", normalised[samples], factor[columns, samples]).square().sum((0, 1))
-    return total
+    return torch.einsum("ngcs,vngcs->vngc", normalised, factor).square().sum((0, 2, 3))
 
 
 @widened
 def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """weight_sum_of_squares[g, c] = Σ_{n,v} (Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s])²
 
-    factor [V, N, G, C, S], input [N, G, C, S] → [G, C]. The cheapest program for the shapes.
+    factor [V, N, G, C, S], input [N, G, C, S] → [G, C]
     """
-    V, N, G, C, S = factor.shape
-    return cheapest(
-        Program(
-            weight_sum_of_squares_separated,
-            flops=3 * C * G * N + 2 * C * G * N * V,
-            elements=C * G + C * G * N * S + C * G * N * S * V,
-            scratch=5 * C * G * N - C * G * N * S + 3 * C * G * N * V - C * G * N * S * V,
-            calls=4,
-            valid=S == 1,
-        ),
-        Program(
-            weight_sum_of_squares_per_sample,
-            flops=2 * C * G * N * V + 2 * C * G * N * S * V,
-            elements=C * G + C * G * N * S + C * G * N * S * V,
-            scratch=4 * C * G * N * V,
-            peak=C * G * N * V,
-            calls=3,
-        ),
-        Program(
-            weight_sum_of_squares_blockwise,
-            flops=2 * C * G * N * V + 2 * C * G * N * S * V,
-            elements=C * G + C * G * N * S + C * G * N * S * V,
-            calls=3 * block_count(V, N, C * G),
-        ),
-    )(factor, input, eps)
-
-
-def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
     normalised = normalised_from(input, eps)
-    return (normalised.squeeze(3).square() * torch.einsum("vngc,vn->ngc", factor.squeeze(4).square(), sign)).sum(0)
-
-
-def weight_signed_sum_of_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, stored whole."""
-    normalised = normalised_from(input, eps)
-    return (torch.einsum("ngcs,vngcs->vngc", normalised, factor).square() * sign[:, :, None, None]).sum((0, 1))
-
-
-def weight_signed_sum_of_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, C, _ = factor.shape
-    normalised = normalised_from(input, eps)
-    total = factor.new_zeros(G, C)
-    for columns, samples in blocks(V, N, C * G):
-        total += (
-            torch.einsum("ngcs,vngcs->vngc", normalised[samples], factor[columns, samples]).square()
-            * sign[columns, samples][:, :, None, None]
-        ).sum((0, 1))
-    return total
+    return torch.einsum("ngcs,vngcs->vngc", normalised, factor).square().sum((0, 1))
 
 
 @widened
 def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """weight_signed_sum_of_squares[g, c] = Σ_{n,v} sign[v, n] (Σ_{s} factor[v, n, g, c, s] normalised[n, g, c, s])²
 
-    factor [V, N, G, C, S], sign [V, N], input [N, G, C, S] → [G, C]. The cheapest program for the shapes.
+    factor [V, N, G, C, S], sign [V, N], input [N, G, C, S] → [G, C]
     """
-    V, N, G, C, S = factor.shape
-    return cheapest(
-        Program(
-            weight_signed_sum_of_squares_separated,
-            flops=3 * C * G * N + 3 * C * G * N * V,
-            elements=C * G + N * V + C * G * N * S + C * G * N * S * V,
-            scratch=5 * C * G * N - C * G * N * S + 3 * C * G * N * V - C * G * N * S * V,
-            calls=4,
-            valid=S == 1,
-        ),
-        Program(
-            weight_signed_sum_of_squares_per_sample,
-            flops=2 * C * G * N * V + 2 * C * G * N * S * V,
-            elements=C * G + N * V + C * G * N * S + C * G * N * S * V,
-            scratch=4 * C * G * N * V,
-            peak=C * G * N * V,
-            calls=3,
-        ),
-        Program(
-            weight_signed_sum_of_squares_blockwise,
-            flops=2 * C * G * N * V + 2 * C * G * N * S * V,
-            elements=C * G + N * V + C * G * N * S + C * G * N * S * V,
-            calls=3 * block_count(V, N, C * G),
-        ),
-    )(factor, sign, input, eps)
+    normalised = normalised_from(input, eps)
+    return (torch.einsum("ngcs,vngcs->vngc", normalised, factor).square() * sign[:, :, None, None]).sum((0, 1))
 
 
 @widened

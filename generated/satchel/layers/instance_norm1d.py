@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..runtime.cost import Program, block_count, blocks, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 
@@ -121,117 +120,24 @@ def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     return torch.einsum("ncs,vncs->vnc", normalised, factor)
 
 
-def weight_sample_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
-    normalised = normalised_from(input, eps)
-    return normalised.squeeze(2).square() * factor.squeeze(3).square().sum(0)
-
-
-def weight_sample_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, stored whole."""
-    normalised = normalised_from(input, eps)
-    return torch.einsum("ncs,vncs->vnc", normalised, factor).square().sum(0)
-
-
-def weight_sample_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, C, _ = factor.shape
-    normalised = normalised_from(input, eps)
-    total = factor.new_zeros(N, C)
-    for columns, samples in blocks(V, N, C):
-        total[samples] += torch.einsum("ncs,vncs->vnc", normalised[samples], factor[columns, samples]).square().sum(0)
-    return total
-
-
 @widened
 def weight_sample_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """weight_sample_squares[n, c] = Σ_{v} (Σ_{s} factor[v, n, c, s] normalised[n, c, s])²
 
-    factor [V, N, C, S], input [N, C, S] → [N, C]. The cheapest program for the shapes.
+    factor [V, N, C, S], input [N, C, S] → [N, C]
     """
-    V, N, C, S = factor.shape
-    return cheapest(
-        Program(
-            weight_sample_squares_separated,
-            flops=2 * C * N + 2 * C * N * V,
-            elements=C * N + C * N * S + C * N * S * V,
-            scratch=5 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
-            calls=4,
-            valid=S == 1,
-        ),
-        Program(
-            weight_sample_squares_per_sample,
-            flops=2 * C * N * V + 2 * C * N * S * V,
-            elements=C * N + C * N * S + C * N * S * V,
-            scratch=4 * C * N * V,
-            peak=C * N * V,
-            calls=3,
-        ),
-        Program(
-            weight_sample_squares_blockwise,
-            flops=2 * C * N * V + 2 * C * N * S * V,
-            elements=C * N + C * N * S + C * N * S * V,
-            calls=3 * block_count(V, N, C),
-        ),
-    )(factor, input, eps)
-
-
-def weight_signed_sample_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
     normalised = normalised_from(input, eps)
-    return normalised.squeeze(2).square() * torch.einsum("vnc,vn->nc", factor.squeeze(3).square(), sign)
-
-
-def weight_signed_sample_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, stored whole."""
-    normalised = normalised_from(input, eps)
-    return (torch.einsum("ncs,vncs->vnc", normalised, factor).square() * sign[:, :, None]).sum(0)
-
-
-def weight_signed_sample_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, C, _ = factor.shape
-    normalised = normalised_from(input, eps)
-    total = factor.new_zeros(N, C)
-    for columns, samples in blocks(V, N, C):
-        total[samples] += (
-            torch.einsum("ncs,vncs->vnc", normalised[samples], factor[columns, samples]).square()
-            * sign[columns, samples][:, :, None]
-        ).sum(0)
-    return total
+    return torch.einsum("ncs,vncs->vnc", normalised, factor).square().sum(0)
 
 
 @widened
 def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """weight_signed_sample_squares[n, c] = Σ_{v} sign[v, n] (Σ_{s} factor[v, n, c, s] normalised[n, c, s])²
 
-    factor [V, N, C, S], sign [V, N], input [N, C, S] → [N, C]. The cheapest program for the shapes.
+    factor [V, N, C, S], sign [V, N], input [N, C, S] → [N, C]
     """
-    V, N, C, S = factor.shape
-    return cheapest(
-        Program(
-            weight_signed_sample_squares_separated,
-            flops=2 * C * N + 3 * C * N * V,
-            elements=C * N + N * V + C * N * S + C * N * S * V,
-            scratch=5 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
-            calls=4,
-            valid=S == 1,
-        ),
-        Program(
-            weight_signed_sample_squares_per_sample,
-            flops=2 * C * N * V + 2 * C * N * S * V,
-            elements=C * N + N * V + C * N * S + C * N * S * V,
-            scratch=4 * C * N * V,
-            peak=C * N * V,
-            calls=3,
-        ),
-        Program(
-            weight_signed_sample_squares_blockwise,
-            flops=2 * C * N * V + 2 * C * N * S * V,
-            elements=C * N + N * V + C * N * S + C * N * S * V,
-            calls=3 * block_count(V, N, C),
-        ),
-    )(factor, sign, input, eps)
+    normalised = normalised_from(input, eps)
+    return (torch.einsum("ncs,vncs->vnc", normalised, factor).square() * sign[:, :, None]).sum(0)
 
 
 @widened
@@ -244,174 +150,34 @@ def weight_sample_diagonal(curvature: Tensor, input: Tensor, eps: float) -> Tens
     return (normalised.square() * curvature).sum(2)
 
 
-def weight_squared_norm_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
-    normalised = normalised_from(input, eps)
-    return (normalised.squeeze(2).square() * factor.squeeze(3).square().sum(0)).sum(1)
-
-
-def weight_squared_norm_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, stored whole."""
-    normalised = normalised_from(input, eps)
-    return torch.einsum("ncs,vncs->vnc", normalised, factor).square().sum((0, 2))
-
-
-def weight_squared_norm_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, C, _ = factor.shape
-    normalised = normalised_from(input, eps)
-    total = factor.new_zeros(N)
-    for columns, samples in blocks(V, N, C):
-        total[samples] += (
-            torch.einsum("ncs,vncs->vnc", normalised[samples], factor[columns, samples]).square().sum((0, 2))
-        )
-    return total
-
-
 @widened
 def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """weight_squared_norm[n] = Σ_{c,v} (Σ_{s} factor[v, n, c, s] normalised[n, c, s])²
 
-    factor [V, N, C, S], input [N, C, S] → [N]. The cheapest program for the shapes.
+    factor [V, N, C, S], input [N, C, S] → [N]
     """
-    V, N, C, S = factor.shape
-    return cheapest(
-        Program(
-            weight_squared_norm_separated,
-            flops=3 * C * N + 2 * C * N * V,
-            elements=N + C * N * S + C * N * S * V,
-            scratch=5 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
-            calls=4,
-            valid=S == 1,
-        ),
-        Program(
-            weight_squared_norm_per_sample,
-            flops=2 * C * N * V + 2 * C * N * S * V,
-            elements=N + C * N * S + C * N * S * V,
-            scratch=4 * C * N * V,
-            peak=C * N * V,
-            calls=3,
-        ),
-        Program(
-            weight_squared_norm_blockwise,
-            flops=2 * C * N * V + 2 * C * N * S * V,
-            elements=N + C * N * S + C * N * S * V,
-            calls=3 * block_count(V, N, C),
-        ),
-    )(factor, input, eps)
-
-
-def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
     normalised = normalised_from(input, eps)
-    return (normalised.squeeze(2).square() * factor.squeeze(3).square().sum(0)).sum(0)
-
-
-def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, stored whole."""
-    normalised = normalised_from(input, eps)
-    return torch.einsum("ncs,vncs->vnc", normalised, factor).square().sum((0, 1))
-
-
-def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, C, _ = factor.shape
-    normalised = normalised_from(input, eps)
-    total = factor.new_zeros(C)
-    for columns, samples in blocks(V, N, C):
-        total += torch.einsum("ncs,vncs->vnc", normalised[samples], factor[columns, samples]).square().sum((0, 1))
-    return total
+    return torch.einsum("ncs,vncs->vnc", normalised, factor).square().sum((0, 2))
 
 
 @widened
 def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """weight_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s] normalised[n, c, s])²
 
-    factor [V, N, C, S], input [N, C, S] → [C]. The cheapest program for the shapes.
+    factor [V, N, C, S], input [N, C, S] → [C]
     """
-    V, N, C, S = factor.shape
-    return cheapest(
-        Program(
-            weight_sum_of_squares_separated,
-            flops=3 * C * N + 2 * C * N * V,
-            elements=C + C * N * S + C * N * S * V,
-            scratch=5 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
-            calls=4,
-            valid=S == 1,
-        ),
-        Program(
-            weight_sum_of_squares_per_sample,
-            flops=2 * C * N * V + 2 * C * N * S * V,
-            elements=C + C * N * S + C * N * S * V,
-            scratch=4 * C * N * V,
-            peak=C * N * V,
-            calls=3,
-        ),
-        Program(
-            weight_sum_of_squares_blockwise,
-            flops=2 * C * N * V + 2 * C * N * S * V,
-            elements=C + C * N * S + C * N * S * V,
-            calls=3 * block_count(V, N, C),
-        ),
-    )(factor, input, eps)
-
-
-def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
     normalised = normalised_from(input, eps)
-    return (normalised.squeeze(2).square() * torch.einsum("vnc,vn->nc", factor.squeeze(3).square(), sign)).sum(0)
-
-
-def weight_signed_sum_of_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, stored whole."""
-    normalised = normalised_from(input, eps)
-    return (torch.einsum("ncs,vncs->vnc", normalised, factor).square() * sign[:, :, None]).sum((0, 1))
-
-
-def weight_signed_sum_of_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, C, _ = factor.shape
-    normalised = normalised_from(input, eps)
-    total = factor.new_zeros(C)
-    for columns, samples in blocks(V, N, C):
-        total += (
-            torch.einsum("ncs,vncs->vnc", normalised[samples], factor[columns, samples]).square()
-            * sign[columns, samples][:, :, None]
-        ).sum((0, 1))
-    return total
+    return torch.einsum("ncs,vncs->vnc", normalised, factor).square().sum((0, 1))
 
 
 @widened
 def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """weight_signed_sum_of_squares[c] = Σ_{n,v} sign[v, n] (Σ_{s} factor[v, n, c, s] normalised[n, c, s])²
 
-    factor [V, N, C, S], sign [V, N], input [N, C, S] → [C]. The cheapest program for the shapes.
+    factor [V, N, C, S], sign [V, N], input [N, C, S] → [C]
     """
-    V, N, C, S = factor.shape
-    return cheapest(
-        Program(
-            weight_signed_sum_of_squares_separated,
-            flops=3 * C * N + 3 * C * N * V,
-            elements=C + N * V + C * N * S + C * N * S * V,
-            scratch=5 * C * N - C * N * S + 3 * C * N * V - C * N * S * V,
-            calls=4,
-            valid=S == 1,
-        ),
-        Program(
-            weight_signed_sum_of_squares_per_sample,
-            flops=2 * C * N * V + 2 * C * N * S * V,
-            elements=C + N * V + C * N * S + C * N * S * V,
-            scratch=4 * C * N * V,
-            peak=C * N * V,
-            calls=3,
-        ),
-        Program(
-            weight_signed_sum_of_squares_blockwise,
-            flops=2 * C * N * V + 2 * C * N * S * V,
-            elements=C + N * V + C * N * S + C * N * S * V,
-            calls=3 * block_count(V, N, C),
-        ),
-    )(factor, sign, input, eps)
+    normalised = normalised_from(input, eps)
+    return (torch.einsum("ncs,vncs->vnc", normalised, factor).square() * sign[:, :, None]).sum((0, 1))
 
 
 @widened

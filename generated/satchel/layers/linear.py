@@ -387,7 +387,9 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor) -> Tensor:
     values3 = a * d
     cross = values3.T @ e
     drift = a.T @ e
-    return centre.square() * d.square().sum(0)[:, None] + 2 * centre * cross + moment - drift.square() / N
+    return (centre.square() * d.square().sum(0)[:, None] + 2 * centre * cross + moment - drift.square() / N).clamp(
+        min=0
+    )
 
 
 def weight_squared_deviations_per_sample(factor: Tensor, input: Tensor) -> Tensor:

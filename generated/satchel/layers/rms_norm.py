@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..runtime.cost import Program, block_count, blocks, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 
@@ -95,117 +94,24 @@ def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     return torch.einsum("nrj,vnrj->vnj", normalised, factor)
 
 
-def weight_sample_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
-    normalised = normalised_from(input, eps)
-    return normalised.squeeze(1).square() * factor.squeeze(2).square().sum(0)
-
-
-def weight_sample_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, stored whole."""
-    normalised = normalised_from(input, eps)
-    return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum(0)
-
-
-def weight_sample_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, J = factor.shape
-    normalised = normalised_from(input, eps)
-    total = factor.new_zeros(N, J)
-    for columns, samples in blocks(V, N, J):
-        total[samples] += torch.einsum("nrj,vnrj->vnj", normalised[samples], factor[columns, samples]).square().sum(0)
-    return total
-
-
 @widened
 def weight_sample_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """weight_sample_squares[n, j] = Σ_{v} (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
 
-    factor [V, N, R, J], input [N, R, J] → [N, J]. The cheapest program for the shapes.
+    factor [V, N, R, J], input [N, R, J] → [N, J]
     """
-    V, N, R, J = factor.shape
-    return cheapest(
-        Program(
-            weight_sample_squares_separated,
-            flops=2 * J * N + 2 * J * N * V,
-            elements=J * N + J * N * R + J * N * R * V,
-            scratch=5 * J * N - J * N * R + 3 * J * N * V - J * N * R * V,
-            calls=4,
-            valid=R == 1,
-        ),
-        Program(
-            weight_sample_squares_per_sample,
-            flops=2 * J * N * V + 2 * J * N * R * V,
-            elements=J * N + J * N * R + J * N * R * V,
-            scratch=4 * J * N * V,
-            peak=J * N * V,
-            calls=3,
-        ),
-        Program(
-            weight_sample_squares_blockwise,
-            flops=2 * J * N * V + 2 * J * N * R * V,
-            elements=J * N + J * N * R + J * N * R * V,
-            calls=3 * block_count(V, N, J),
-        ),
-    )(factor, input, eps)
-
-
-def weight_signed_sample_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
     normalised = normalised_from(input, eps)
-    return normalised.squeeze(1).square() * torch.einsum("vnj,vn->nj", factor.squeeze(2).square(), sign)
-
-
-def weight_signed_sample_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, stored whole."""
-    normalised = normalised_from(input, eps)
-    return (torch.einsum("nrj,vnrj->vnj", normalised, factor).square() * sign[:, :, None]).sum(0)
-
-
-def weight_signed_sample_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, J = factor.shape
-    normalised = normalised_from(input, eps)
-    total = factor.new_zeros(N, J)
-    for columns, samples in blocks(V, N, J):
-        total[samples] += (
-            torch.einsum("nrj,vnrj->vnj", normalised[samples], factor[columns, samples]).square()
-            * sign[columns, samples][:, :, None]
-        ).sum(0)
-    return total
+    return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum(0)
 
 
 @widened
 def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """weight_signed_sample_squares[n, j] = Σ_{v} sign[v, n] (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
 
-    factor [V, N, R, J], sign [V, N], input [N, R, J] → [N, J]. The cheapest program for the shapes.
+    factor [V, N, R, J], sign [V, N], input [N, R, J] → [N, J]
     """
-    V, N, R, J = factor.shape
-    return cheapest(
-        Program(
-            weight_signed_sample_squares_separated,
-            flops=2 * J * N + 3 * J * N * V,
-            elements=J * N + N * V + J * N * R + J * N * R * V,
-            scratch=5 * J * N - J * N * R + 3 * J * N * V - J * N * R * V,
-            calls=4,
-            valid=R == 1,
-        ),
-        Program(
-            weight_signed_sample_squares_per_sample,
-            flops=2 * J * N * V + 2 * J * N * R * V,
-            elements=J * N + N * V + J * N * R + J * N * R * V,
-            scratch=4 * J * N * V,
-            peak=J * N * V,
-            calls=3,
-        ),
-        Program(
-            weight_signed_sample_squares_blockwise,
-            flops=2 * J * N * V + 2 * J * N * R * V,
-            elements=J * N + N * V + J * N * R + J * N * R * V,
-            calls=3 * block_count(V, N, J),
-        ),
-    )(factor, sign, input, eps)
+    normalised = normalised_from(input, eps)
+    return (torch.einsum("nrj,vnrj->vnj", normalised, factor).square() * sign[:, :, None]).sum(0)
 
 
 @widened
@@ -218,174 +124,34 @@ def weight_sample_diagonal(curvature: Tensor, input: Tensor, eps: float) -> Tens
     return (normalised.square() * curvature).sum(1)
 
 
-def weight_squared_norm_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
-    normalised = normalised_from(input, eps)
-    return (normalised.squeeze(1).square() * factor.squeeze(2).square().sum(0)).sum(1)
-
-
-def weight_squared_norm_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, stored whole."""
-    normalised = normalised_from(input, eps)
-    return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum((0, 2))
-
-
-def weight_squared_norm_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, J = factor.shape
-    normalised = normalised_from(input, eps)
-    total = factor.new_zeros(N)
-    for columns, samples in blocks(V, N, J):
-        total[samples] += (
-            torch.einsum("nrj,vnrj->vnj", normalised[samples], factor[columns, samples]).square().sum((0, 2))
-        )
-    return total
-
-
 @widened
 def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """weight_squared_norm[n] = Σ_{j,v} (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
 
-    factor [V, N, R, J], input [N, R, J] → [N]. The cheapest program for the shapes.
+    factor [V, N, R, J], input [N, R, J] → [N]
     """
-    V, N, R, J = factor.shape
-    return cheapest(
-        Program(
-            weight_squared_norm_separated,
-            flops=3 * J * N + 2 * J * N * V,
-            elements=N + J * N * R + J * N * R * V,
-            scratch=5 * J * N - J * N * R + 3 * J * N * V - J * N * R * V,
-            calls=4,
-            valid=R == 1,
-        ),
-        Program(
-            weight_squared_norm_per_sample,
-            flops=2 * J * N * V + 2 * J * N * R * V,
-            elements=N + J * N * R + J * N * R * V,
-            scratch=4 * J * N * V,
-            peak=J * N * V,
-            calls=3,
-        ),
-        Program(
-            weight_squared_norm_blockwise,
-            flops=2 * J * N * V + 2 * J * N * R * V,
-            elements=N + J * N * R + J * N * R * V,
-            calls=3 * block_count(V, N, J),
-        ),
-    )(factor, input, eps)
-
-
-def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
     normalised = normalised_from(input, eps)
-    return (normalised.squeeze(1).square() * factor.squeeze(2).square().sum(0)).sum(0)
-
-
-def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, stored whole."""
-    normalised = normalised_from(input, eps)
-    return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum((0, 1))
-
-
-def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, J = factor.shape
-    normalised = normalised_from(input, eps)
-    total = factor.new_zeros(J)
-    for columns, samples in blocks(V, N, J):
-        total += torch.einsum("nrj,vnrj->vnj", normalised[samples], factor[columns, samples]).square().sum((0, 1))
-    return total
+    return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum((0, 2))
 
 
 @widened
 def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """weight_sum_of_squares[j] = Σ_{n,v} (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
 
-    factor [V, N, R, J], input [N, R, J] → [J]. The cheapest program for the shapes.
+    factor [V, N, R, J], input [N, R, J] → [J]
     """
-    V, N, R, J = factor.shape
-    return cheapest(
-        Program(
-            weight_sum_of_squares_separated,
-            flops=3 * J * N + 2 * J * N * V,
-            elements=J + J * N * R + J * N * R * V,
-            scratch=5 * J * N - J * N * R + 3 * J * N * V - J * N * R * V,
-            calls=4,
-            valid=R == 1,
-        ),
-        Program(
-            weight_sum_of_squares_per_sample,
-            flops=2 * J * N * V + 2 * J * N * R * V,
-            elements=J + J * N * R + J * N * R * V,
-            scratch=4 * J * N * V,
-            peak=J * N * V,
-            calls=3,
-        ),
-        Program(
-            weight_sum_of_squares_blockwise,
-            flops=2 * J * N * V + 2 * J * N * R * V,
-            elements=J + J * N * R + J * N * R * V,
-            calls=3 * block_count(V, N, J),
-        ),
-    )(factor, input, eps)
-
-
-def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """Of one summand, the square of a product is a product of squares."""
     normalised = normalised_from(input, eps)
-    return (normalised.squeeze(1).square() * torch.einsum("vnj,vn->nj", factor.squeeze(2).square(), sign)).sum(0)
-
-
-def weight_signed_sum_of_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, stored whole."""
-    normalised = normalised_from(input, eps)
-    return (torch.einsum("nrj,vnrj->vnj", normalised, factor).square() * sign[:, :, None]).sum((0, 1))
-
-
-def weight_signed_sum_of_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, J = factor.shape
-    normalised = normalised_from(input, eps)
-    total = factor.new_zeros(J)
-    for columns, samples in blocks(V, N, J):
-        total += (
-            torch.einsum("nrj,vnrj->vnj", normalised[samples], factor[columns, samples]).square()
-            * sign[columns, samples][:, :, None]
-        ).sum((0, 1))
-    return total
+    return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum((0, 1))
 
 
 @widened
 def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, eps: float) -> Tensor:
     """weight_signed_sum_of_squares[j] = Σ_{n,v} sign[v, n] (Σ_{r} factor[v, n, r, j] normalised[n, r, j])²
 
-    factor [V, N, R, J], sign [V, N], input [N, R, J] → [J]. The cheapest program for the shapes.
+    factor [V, N, R, J], sign [V, N], input [N, R, J] → [J]
     """
-    V, N, R, J = factor.shape
-    return cheapest(
-        Program(
-            weight_signed_sum_of_squares_separated,
-            flops=3 * J * N + 3 * J * N * V,
-            elements=J + N * V + J * N * R + J * N * R * V,
-            scratch=5 * J * N - J * N * R + 3 * J * N * V - J * N * R * V,
-            calls=4,
-            valid=R == 1,
-        ),
-        Program(
-            weight_signed_sum_of_squares_per_sample,
-            flops=2 * J * N * V + 2 * J * N * R * V,
-            elements=J + N * V + J * N * R + J * N * R * V,
-            scratch=4 * J * N * V,
-            peak=J * N * V,
-            calls=3,
-        ),
-        Program(
-            weight_signed_sum_of_squares_blockwise,
-            flops=2 * J * N * V + 2 * J * N * R * V,
-            elements=J + N * V + J * N * R + J * N * R * V,
-            calls=3 * block_count(V, N, J),
-        ),
-    )(factor, sign, input, eps)
+    normalised = normalised_from(input, eps)
+    return (torch.einsum("nrj,vnrj->vnj", normalised, factor).square() * sign[:, :, None]).sum((0, 1))
 
 
 @widened
