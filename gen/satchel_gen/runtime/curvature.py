@@ -28,7 +28,7 @@ from .errors import (
 )
 from .evaluate import evaluate
 from .flags import Flag, first_raised
-from .passing import is_linear
+from .second import is_linear
 from .plan import Plan, Step
 from .record import Edge, LossRecord
 from .residual import sweep_residual
