@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from .axes import canonical
+from .axes import canonical, canonical_shape
 from .errors import GraphFreed, Overwritten
 from .rules import Layer, Loss
 from .torch_private import metadata, version
@@ -102,6 +102,13 @@ class Record(_Kept):
         """The parameters that autograd computes a gradient for."""
         alive = {name: reference() for name, reference in self.parameters.items()}
         return {name: p for name, p in alive.items() if p is not None and p.requires_grad}
+
+
+def canonical_output(record: Record) -> tuple[int, ...]:
+    """Canonical shape of a layer's output."""
+    shape = canonical_shape(record.definition.output_axes, record.output_shape)
+    assert shape is not None
+    return shape
 
 
 @dataclass(eq=False, kw_only=True)

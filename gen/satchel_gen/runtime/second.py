@@ -22,7 +22,7 @@ from .sweep import add, take
 from .torch_private import is_accumulator, leaf_of, node_outputs
 
 
-class NotTwiceDifferentiable(Exception):
+class Refused(Exception):
     """A node whose backward autograd cannot differentiate."""
 
 
@@ -46,7 +46,7 @@ class SecondDerivative:
 def second_derivative(step: Step, deltas: Mapping[int, Tensor]) -> SecondDerivative | None:
     """Of Σ δ y, δ [*output] by output number; None where it is zero because the node's backward depends on δ alone.
 
-    Raises NotTwiceDifferentiable.
+    Raises Refused.
     """
     # δ requires grad: a backward that refuses to be differentiated says so only then.
     leaves = {number: delta.detach().requires_grad_() for number, delta in deltas.items()}
@@ -67,11 +67,11 @@ def second_derivative(step: Step, deltas: Mapping[int, Tensor]) -> SecondDerivat
     for node in _postorder([head for _, head in heads], ends):
         if is_accumulator(node):
             if id(leaf_of(node)) not in ours:  # what stands for an error that is delayed until it is differentiated
-                raise NotTwiceDifferentiable
+                raise Refused
             continue
         following = [(k, (below, number)) for k, (below, number) in enumerate(node.next_functions) if below is not None]
         if not following:
-            raise NotTwiceDifferentiable
+            raise Refused
         inputs = tuple((k, edge) for k, edge in following if edge in wanted or edge[0] in steps)
         if inputs:
             steps[node] = Step(node, None, inputs, {})
@@ -102,7 +102,7 @@ def is_linear(step: Step) -> bool:
     """Whether the backward of a node depends on nothing that was differentiated: found by asking autograd, not by a list."""
     try:
         return second_derivative(step, _ones(step)) is None
-    except NotTwiceDifferentiable:
+    except Refused:
         return False
 
 
@@ -112,7 +112,7 @@ def is_twice_differentiable(step: Step) -> bool:
         derivative = second_derivative(step, _ones(step))
         if derivative is not None:
             derivative({edge: _one(edge)[None] for edge in derivative.edges})
-    except (NotTwiceDifferentiable, NodeFailed):
+    except (Refused, NodeFailed):
         return False
     return True
 

@@ -74,6 +74,17 @@ class Plan:
                 found.setdefault(id(parameter), []).append(step)
         return found
 
+    def below(self, node: Node) -> set[Node]:
+        """The nodes that the output of `node` is computed from."""
+        by_node = {step.node: step for step in self.steps}
+        found: set[Node] = set()
+        stack = [node]
+        while stack:
+            following = {edge[0] for _, edge in by_node[stack.pop()].inputs} - found
+            found |= following
+            stack += following
+        return found
+
     def column_bytes(self, itemsize: int) -> int:
         """The most that one column of a factor holds at any time while it is swept."""
         live = {edge: _numel(edge) for edge in self.start}

@@ -66,9 +66,7 @@ def _touch(plan: Plan, demand: Demand) -> None:
         names = {name for quantities in needed.values() for name in quantities}
         rules = [rule for p in step.parameters for name, rule in layer.parameters[p].items() if name in names]
         if step.inputs and kinds & set(CURVATURE):
-            rules.append(layer.vjp)
-            if kinds & set(SECOND_ORDER):
-                rules += [layer.diagonal, layer.mean_vjp, layer.sandwich, *([layer.residual] if layer.residual else [])]
+            rules += layer.passes if kinds & set(SECOND_ORDER) else [layer.vjp]
         for operand in {operand for rule in rules for operand in rule.operands}:
             step.record.operand(operand)
 
