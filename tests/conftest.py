@@ -72,7 +72,7 @@ def is_defined(network: Network, feature: type) -> bool:
     """Whether the feature is defined on the network; otherwise it must be refused."""
     if network.in_sequence and feature.__name__ in NEEDS_MIXED_TERM:
         return False
-    return network.nonlinear is None or feature.__name__ not in NEEDS_DEFINITIONS
+    return True
 
 
 def is_sampled(feature: type) -> bool:

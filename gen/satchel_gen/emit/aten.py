@@ -341,7 +341,9 @@ class Body:
             order = (index, value) if axes.index(index) < axes.index(value) else (value, index)
             return self._aligned(self.local("eye", eye) if axes != order else eye, order, axes)
         counter = self.local("classes", f"torch.arange({symbol}, device={like}.device)")
-        named = names[value] if value in names else self.scalar(value)
+        if value not in names:  # a number
+            return f"({self._aligned(counter, (index,), axes)} == {self.scalar(value)}).to({like}.dtype)"
+        named = names[value]
         return f"({named} == {self._aligned(counter, (index,), axes)}).to({like}.dtype)"
 
     def _aligned(self, text: str, own: Axes, axes: Axes) -> str:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .averaged import averaged_quantities, needed_bytes, start_of, sweep_averaged
 from .axes import canonical_shape, extents
-from .demand import SECOND_ORDER, Demand, Source
+from .demand import Demand, Source
 from .errors import (
     BatchAxisLost,
     MemoryLimit,
     NegativeScale,
-    NonlinearNode,
+    NotTwiceDifferentiable,
     SequentialReuse,
     SharedByKinds,
     TargetRefused,
@@ -28,11 +28,11 @@ from .errors import (
 )
 from .evaluate import evaluate
 from .flags import Flag, first_raised
-from .passing import is_linear
+from .hessian import HessianSweep, residuals_of
 from .plan import Plan, Step
 from .record import Edge, LossRecord
-from .residual import sweep_residual
 from .rules import Need
+from .second import is_twice_differentiable
 from .settings import current
 from .subsampling import quantities_of
 from .sweep import at_edge, chunks, sweep
@@ -42,6 +42,8 @@ from .uses import Use, joinable, summed
 Accumulate: TypeAlias = Callable[[Tensor, Source, dict[Need, Tensor]], None]
 
 RESIDUAL, DIAGONAL, AVERAGED = Source("residual"), Source("diagonal"), Source("averaged")
+#: Kinds whose columns can be swept in ranges.
+STREAMED = ("exact", "mc", "residual")
 
 
 class Start:
@@ -134,12 +136,12 @@ def refuse_option(
 def check_plan(plan: Plan, demand: Demand, samples: int, flags: Sequence[Flag]) -> None:
     """Refuse what second-order features cannot do on this graph."""
     layers = [record.definition for record in plan.records]
-    features = demand.features(layers, *SECOND_ORDER)
     sources = demand.sources(layers)
-    if RESIDUAL in sources or AVERAGED in sources:
+    if RESIDUAL in sources:
         for step in plan.unknown:
-            if not is_linear(step):
-                raise first_raised(flags) or NonlinearNode(step.where, features)  # mixed samples are the deeper reason
+            if not is_twice_differentiable(step):
+                # Mixed samples are the deeper reason.
+                raise first_raised(flags) or NotTwiceDifferentiable(step.where, demand.features(layers, "residual"))
     uses = plan.uses
     shared = {parameter: steps for parameter, steps in uses.items() if len(steps) > 1}
     for parameter, steps in shared.items():
@@ -151,30 +153,27 @@ def check_plan(plan: Plan, demand: Demand, samples: int, flags: Sequence[Flag]) 
     for extension in demand.extensions:
         extension.check(samples)
     limit = current().memory_limit
-    if AVERAGED in sources and limit is not None:
-        needed, where = needed_bytes(plan, samples, torch.finfo(torch.get_default_dtype()).bits // 8)
+    if limit is None:
+        return
+    itemsize = torch.finfo(torch.get_default_dtype()).bits // 8
+    column = plan.column_bytes(itemsize)
+    if column > limit and (streamed := [source for source in sources if source.kind in STREAMED]):
+        raise MemoryLimit(demand.features(layers, *(source.kind for source in streamed)), "one column", column, limit)
+    if AVERAGED in sources:
+        needed, where = needed_bytes(plan, samples, itemsize)
         if needed > limit:
             raise MemoryLimit(demand.features(layers, "averaged"), where, needed, limit)
 
 
 def _in_sequence(plan: Plan, steps: list[Step], parameter: int) -> tuple[str, str] | None:
     """A use, of a layer with ∂²y/∂θ∂x ≠ 0, below which the same parameter is used again."""
-    by_node = {step.node: step for step in plan.steps}
-    others = {step.node for step in steps}
+    others = {step.node: step for step in steps}
     for first in steps:
         if first.record is None or not first.record.definition.mixed:
             continue
-        stack = [edge[0] for _, edge in first.inputs]
-        seen = set(stack)
-        while stack:
-            node = stack.pop()
-            if node in others:
-                again = by_node[node]
-                name = next(name for name, p in again.parameters.items() if id(p) == parameter)
-                return first.record.where, name
-            following = {edge[0] for _, edge in by_node[node].inputs} - seen
-            seen |= following
-            stack += following
+        for again in plan.below(first.node) & others.keys():
+            name = next(name for name, p in others[again].parameters.items() if id(p) == parameter)
+            return first.record.where, name
     return None
 
 
@@ -216,12 +215,12 @@ def _columns(
     size = factor.shape[0] if limit is None else limit // max(per_column, 1)
     for columns in chunks(factor, size):
         gathered = _Gathered(source, demand, shared, accumulate)
-        sweep(plan, {edge: columns}, partial(gathered.visit, space=None))
+        sweep(plan, {edge: columns}, gathered.visit)
         gathered.finish()
 
 
 def _residual(start: Start, plan: Plan, demand: Demand, shared: set[int], accumulate: Accumulate) -> None:
-    gathered = _Gathered(RESIDUAL, demand, shared, accumulate)
+    """Sweep what the steps themselves add to the curvature."""
 
     def visit_diagonal(step: Step, diagonal: Tensor) -> None:
         assert step.record is not None
@@ -230,23 +229,26 @@ def _residual(start: Start, plan: Plan, demand: Demand, shared: set[int], accumu
             needs = [need for need in demand.needs([use.layer], DIAGONAL) if use.offers(need.quantity)]
             accumulate(parameter, DIAGONAL, {need: summed([use], need.quantity) for need in needs})
 
-    sweep_residual(plan, {start.edge: start.gradient()}, start.samples, gathered.visit, visit_diagonal)
-    gathered.finish()
+    delta = start.gradient()
+    residuals = residuals_of(plan, {start.edge: delta}, start.samples)
+    gather = partial(_Gathered, RESIDUAL, demand, shared, accumulate)
+    limit, itemsize = current().memory_limit, delta.element_size()
+    HessianSweep(plan, residuals, start.samples, gather, visit_diagonal, limit, itemsize).run()
 
 
 class _Gathered:
-    """Turns columns at layers into quantities of parameters; those of a shared parameter once all its uses are in."""
+    """Turns columns of one space into quantities of parameters; those of a shared parameter once all its uses are in."""
 
     def __init__(self, source: Source, demand: Demand, shared: set[int], accumulate: Accumulate) -> None:
         self.source, self.demand, self.shared, self.accumulate = source, demand, shared, accumulate
-        self.waiting: dict[tuple[int, Edge | None], tuple[Tensor, list[Use], tuple[Tensor, ...]]] = {}
+        self.waiting: dict[int, tuple[Tensor, list[Use], tuple[Tensor, ...]]] = {}
 
-    def visit(self, step: Step, factor: Tensor, *signs: Tensor, space: Edge | None) -> None:
+    def visit(self, step: Step, factor: Tensor, *signs: Tensor) -> None:
         assert step.record is not None
         for name, parameter in step.parameters.items():
             use = Use(step.record, name, factor)
             if id(parameter) in self.shared:
-                self.waiting.setdefault((id(parameter), space), (parameter, [], signs))[1].append(use)
+                self.waiting.setdefault(id(parameter), (parameter, [], signs))[1].append(use)
             else:
                 self._add(parameter, [use], signs)
 

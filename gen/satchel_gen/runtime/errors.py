@@ -128,13 +128,13 @@ class UnsupportedOption(SatchelError, NotImplementedError):
         )
 
 
-class NonlinearNode(SatchelError, NotImplementedError):
+class NotTwiceDifferentiable(SatchelError, NotImplementedError):
     def __init__(self, node: str, features: Iterable[str]) -> None:
         super().__init__(
             f"{node}, {_listed(features)}",
-            "this operation is not linear and has no definition, so its second derivative is unknown",
-            "Use a module that has a definition instead of the functional form (and inplace=False on a part of a tensor), or a"
-            " GGN feature such as DiagGGNExact",
+            "autograd cannot differentiate the backward of this operation, so its second derivative is unknown",
+            "Use an operation or backend that it can (for attention, sdpa_kernel(SDPBackend.MATH)), a module that has a definition,"
+            " or a GGN feature such as DiagGGNExact",
         )
 
 
@@ -235,7 +235,7 @@ class MemoryLimit(SatchelError, MemoryError):
         super().__init__(
             f"{where}, {_listed(features)}",
             f"needs about {needed:,} bytes, above the memory limit of {limit:,}",
-            "Raise settings(memory_limit=…), or use KFLR or KFAC",
+            "Raise settings(memory_limit=…), use a smaller batch, or a feature with fewer columns such as KFAC or DiagGGNMC",
         )
 
 

@@ -11,12 +11,11 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from .errors import NodeFailed
 from .plan import Step
-from .record import Edge, Mark, entries
-from .torch_private import COLUMNWISE, is_python_function, leaf_of, node_outputs
+from .record import Edge
+from .torch_private import COLUMNWISE, is_python_function, node_outputs
 
 
 def pull(step: Step, columns: Mapping[int, Tensor]) -> dict[Edge, Tensor]:
@@ -36,7 +35,7 @@ def _all_at_once(step: Step, columns: Mapping[int, Tensor], count: int) -> Seque
     """By vmap; one by one where an operation has no batching rule."""
 
     def one(*column: Tensor) -> tuple[Tensor, ...]:
-        return _call(step, dict(zip(columns, column, strict=True)))
+        return call(step, dict(zip(columns, column, strict=True)))
 
     try:
         return torch.vmap(one)(*columns.values())
@@ -50,7 +49,7 @@ def _one_by_one(step: Step, columns: Mapping[int, Tensor], count: int) -> Sequen
     if count == 0:
         like = next(iter(columns.values()))
         return [like.new_zeros(0, *edge_shape(edge)) for _, edge in step.inputs]
-    results = [_call(step, {number: factor[v] for number, factor in columns.items()}) for v in range(count)]
+    results = [call(step, {number: factor[v] for number, factor in columns.items()}) for v in range(count)]
     return [torch.stack(parts) for parts in zip(*results, strict=True)]
 
 
@@ -62,7 +61,7 @@ def _by_edge(step: Step, passed: Sequence[Tensor]) -> dict[Edge, Tensor]:
     return found
 
 
-def _call(step: Step, column: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
+def call(step: Step, column: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
     """One column through the node's backward. Calling a node runs no hooks."""
     node, outputs = step.node, node_outputs(step.node)
     python = is_python_function(node)
@@ -88,41 +87,6 @@ def edge_shape(edge: Edge) -> tuple[int, ...]:
     """Shape of the gradient that an edge carries."""
     node, output_nr = edge
     return node_outputs(node)[output_nr][0]
-
-
-def is_linear(step: Step) -> bool:
-    """Whether the backward of a node depends on nothing that was differentiated: found by asking autograd, not by a list.
-
-    With a gradient v that requires grad, the graph of the result must lead to v alone.
-    """
-    if any(isinstance(entry, Mark) and entry.linear for entry in entries(step.node)):
-        return True
-    with torch.enable_grad():
-        outputs = node_outputs(step.node)
-        probes = {
-            number: torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
-            for number, (shape, dtype, device) in enumerate(outputs)
-        }
-        try:
-            results = _call(step, probes)
-        except (RuntimeError, ValueError) as error:
-            raise NodeFailed(step.node.name()) from error
-    ours = set(map(id, probes.values()))
-    stack: list[Node] = [result.grad_fn for result in results if result.grad_fn is not None]
-    seen: set[Node] = set()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        leaf = leaf_of(node)
-        if leaf is not None and id(leaf) not in ours:
-            return False
-        following = [below for below, _ in node.next_functions if below is not None]
-        if leaf is None and not following:  # a node that refuses to be differentiated
-            return False
-        stack += following
-    return True
 
 
 def features(shape: Sequence[int], samples: int) -> int:

@@ -30,6 +30,11 @@ class Step:
         return self.node.name()
 
     @property
+    def linear(self) -> bool:
+        """Whether a module that is known to be piecewise linear made the node."""
+        return any(isinstance(entry, Mark) and entry.linear for entry in entries(self.node))
+
+    @property
     def where(self) -> str:
         """The node and the modules that it belongs to, for errors."""
         marks = [entry.where for entry in entries(self.node) if type(entry) is Mark]
@@ -70,6 +75,17 @@ class Plan:
         for step in self.steps:
             for parameter in step.parameters.values():
                 found.setdefault(id(parameter), []).append(step)
+        return found
+
+    def below(self, node: Node) -> set[Node]:
+        """The nodes that the output of `node` is computed from."""
+        by_node = {step.node: step for step in self.steps}
+        found: set[Node] = set()
+        stack = [node]
+        while stack:
+            following = {edge[0] for _, edge in by_node[stack.pop()].inputs} - found
+            found |= following
+            stack += following
         return found
 
     def column_bytes(self, itemsize: int) -> int:

@@ -43,7 +43,10 @@ class Layer:
     diagonal:  d [*output] → Σ_y (∂y/∂x)² d [*input]
     mean_vjp:  M [E, *output[1:]] → 1/N Σ_n J_nᵀ M [E, *input[1:]]
     sandwich:  G [*output[1:], *output[1:]] → 1/N Σ_n J_nᵀ G J_n [*input[1:], *input[1:]]
-    residual:  δ [*output] → Σ_y δ_y ∂²y/∂x² [*input], its diagonal; None: identically zero
+    residual:  δ [*output] → Σ_y δ_y ∂²y/∂x² [*input], of layers where it is diagonal
+    hessian:   δ [*output], v [V, *input] → Σ_y δ_y ∂²y/∂x∂x′ v [V, *input], of layers where it is not; both None: zero
+
+    `diagonal`, `mean_vjp` and `sandwich` may be None: then the engine composes them from `vjp`.
     """
 
     name: str
@@ -74,11 +77,15 @@ class Layer:
     reasons: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
     approximation: str = "expand"
 
+    @property
+    def passes(self) -> tuple[Rule, ...]:
+        """The rules by which curvature passes the layer."""
+        rules = (self.vjp, self.diagonal, self.mean_vjp, self.sandwich, self.residual, self.hessian)
+        return tuple(rule for rule in rules if rule is not None)
+
     def reads(self, parameters: Iterable[str]) -> frozenset[str]:
         """Operands of the rules by which factors pass, and of the quantities of `parameters`: what a record must keep."""
-        passes = (self.vjp, self.diagonal, self.mean_vjp, self.sandwich, self.residual, self.hessian)
-        rules = [rule for rule in passes if rule is not None]
-        rules += [*(rule for parameter in parameters for rule in self.parameters[parameter].values())]
+        rules = [*self.passes, *(rule for parameter in parameters for rule in self.parameters[parameter].values())]
         return frozenset(operand for rule in rules for operand in rule.operands)
 
 

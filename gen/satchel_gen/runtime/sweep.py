@@ -25,14 +25,21 @@ def sweep(plan: Plan, start: Mapping[Edge, Tensor], visit: Callable[[Step, Tenso
         columns = take(live, step)
         if not columns:
             continue
-        if step.record is None:
-            passed = pull(step, columns)
-        else:
-            factor = at_output(step.record, columns[step.record.output_nr], lead=1)
-            if step.parameters:
-                visit(step, factor)
-            passed = {edge: through(step.record, factor, edge) for _, edge in step.inputs}
-        add(live, passed)
+        if step.record is not None and step.parameters:
+            visit(step, at_output(step.record, columns[step.record.output_nr], lead=1))
+        add(live, pass_step(step, columns))
+
+
+def pass_step(step: Step, columns: Mapping[int, Tensor]) -> dict[Edge, Tensor]:
+    """Columns [V, *output] by output number → Jᵀ of them [V, *input] by edge."""
+    record = step.record
+    if record is None:
+        return pull(step, columns)
+    factor = at_output(record, columns[record.output_nr], lead=1)
+    layer = record.definition
+    if layer.vjp is None:  # the input is not differentiable
+        return {}
+    return {edge: at_edge(evaluate(layer.vjp, layer, record.operand, factor), edge, lead=1) for _, edge in step.inputs}
 
 
 def chunks(factor: Tensor, size: int) -> Iterator[Tensor]:
@@ -59,10 +66,3 @@ def at_output(record: Record, tensor: Tensor, lead: int) -> Tensor:
 def at_edge(tensor: Tensor, edge: Edge, lead: int) -> Tensor:
     """A layer's canonical input as the edge's gradient."""
     return tensor.reshape(*tensor.shape[:lead], *edge_shape(edge))
-
-
-def through(record: Record, factor: Tensor, edge: Edge) -> Tensor:
-    """Canonical columns at a layer's output → columns at its input's edge, Jᵀv."""
-    layer = record.definition
-    assert layer.vjp is not None, "an input that is not differentiable has no edge"
-    return at_edge(evaluate(layer.vjp, layer, record.operand, factor), edge, lead=1)

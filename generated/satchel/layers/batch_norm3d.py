@@ -414,5 +414,5 @@ LAYER = Layer(
         "training": "with statistics of the batch, samples mix and individual gradients do not exist. Call eval() on the layer, which freezes its statistics, or use GroupNorm, LayerNorm or InstanceNorm",
         "track_running_stats": "with statistics of the batch, samples mix and individual gradients do not exist. Call eval() on the layer, which freezes its statistics, or use GroupNorm, LayerNorm or InstanceNorm",
     },
-    approximation="expand",
+    approximation="backpack",
 )

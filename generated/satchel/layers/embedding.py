@@ -23,7 +23,7 @@ def weight_per_sample(factor: Tensor, input: Tensor, weight: Tensor, padding_idx
     """
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
-    return (1 - (padding_idx == classes).to(factor.dtype))[:, None] * torch.einsum(
+    return (1 - (classes == padding_idx).to(factor.dtype))[:, None] * torch.einsum(
         "nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor
     ).permute(2, 0, 1, 3)
 
@@ -35,7 +35,7 @@ def weight_sample_squares_separated(factor: Tensor, input: Tensor, weight: Tenso
     return (
         factor.squeeze(2).square().sum(0)[:, None, :]
         * (
-            torch.square(1 - (padding_idx == classes).to(factor.dtype))[:, None]
+            torch.square(1 - (classes == padding_idx).to(factor.dtype))[:, None]
             * (input.squeeze(1)[:, None] == classes).to(factor.dtype).square().permute(1, 0)
         ).permute(1, 0)[:, :, None]
     )
@@ -47,7 +47,7 @@ def weight_sample_squares_per_sample(factor: Tensor, input: Tensor, weight: Tens
     classes = torch.arange(K, device=factor.device)
     return (
         (
-            (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+            (1 - (classes == padding_idx).to(factor.dtype))[:, None]
             * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
                 2, 0, 1, 3
             )
@@ -66,7 +66,7 @@ def weight_sample_squares_blockwise(factor: Tensor, input: Tensor, weight: Tenso
         classes = torch.arange(K, device=factor.device)
         total[samples] += (
             (
-                (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+                (1 - (classes == padding_idx).to(factor.dtype))[:, None]
                 * torch.einsum(
                     "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
                 ).permute(2, 0, 1, 3)
@@ -120,7 +120,7 @@ def weight_signed_sample_squares_separated(
     return (
         torch.einsum("vnd,vn->nd", factor.squeeze(2).square(), sign)[:, None, :]
         * (
-            torch.square(1 - (padding_idx == classes).to(factor.dtype))[:, None]
+            torch.square(1 - (classes == padding_idx).to(factor.dtype))[:, None]
             * (input.squeeze(1)[:, None] == classes).to(factor.dtype).square().permute(1, 0)
         ).permute(1, 0)[:, :, None]
     )
@@ -134,7 +134,7 @@ def weight_signed_sample_squares_per_sample(
     classes = torch.arange(K, device=factor.device)
     return (
         torch.square(
-            (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+            (1 - (classes == padding_idx).to(factor.dtype))[:, None]
             * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
                 2, 0, 1, 3
             )
@@ -154,7 +154,7 @@ def weight_signed_sample_squares_blockwise(
         classes = torch.arange(K, device=factor.device)
         total[samples] += (
             torch.square(
-                (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+                (1 - (classes == padding_idx).to(factor.dtype))[:, None]
                 * torch.einsum(
                     "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
                 ).permute(2, 0, 1, 3)
@@ -209,7 +209,7 @@ def weight_sample_diagonal(curvature: Tensor, input: Tensor, weight: Tensor, pad
     """
     K = weight.shape[0]
     classes = torch.arange(K, device=curvature.device)
-    return torch.square(1 - (padding_idx == classes).to(curvature.dtype))[:, None] * (
+    return torch.square(1 - (classes == padding_idx).to(curvature.dtype))[:, None] * (
         (input[:, :, None] == classes).to(curvature.dtype).square().transpose(-2, -1) @ curvature
     )
 
@@ -219,7 +219,7 @@ def weight_squared_norm_separated(factor: Tensor, input: Tensor, weight: Tensor,
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
     return factor.squeeze(2).square().sum((0, 2)) * (
-        torch.square(1 - (padding_idx == classes).to(factor.dtype))
+        torch.square(1 - (classes == padding_idx).to(factor.dtype))
         @ (input.squeeze(1)[:, None] == classes).to(factor.dtype).square().T
     )
 
@@ -230,7 +230,7 @@ def weight_squared_norm_per_sample(factor: Tensor, input: Tensor, weight: Tensor
     classes = torch.arange(K, device=factor.device)
     return (
         (
-            (1 - (padding_idx == classes).to(factor.dtype))
+            (1 - (classes == padding_idx).to(factor.dtype))
             * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
                 2, 0, 3, 1
             )
@@ -249,7 +249,7 @@ def weight_squared_norm_blockwise(factor: Tensor, input: Tensor, weight: Tensor,
         classes = torch.arange(K, device=factor.device)
         total[samples] += (
             (
-                (1 - (padding_idx == classes).to(factor.dtype))
+                (1 - (classes == padding_idx).to(factor.dtype))
                 * torch.einsum(
                     "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
                 ).permute(2, 0, 3, 1)
@@ -300,7 +300,7 @@ def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tenso
     classes = torch.arange(K, device=factor.device)
     values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
     total = factor.squeeze(2).square().sum(0)
-    return torch.square(1 - (padding_idx == classes).to(factor.dtype))[:, None] * (values.T @ total)
+    return torch.square(1 - (classes == padding_idx).to(factor.dtype))[:, None] * (values.T @ total)
 
 
 def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
@@ -309,7 +309,7 @@ def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, weight: Tens
     classes = torch.arange(K, device=factor.device)
     return (
         (
-            (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+            (1 - (classes == padding_idx).to(factor.dtype))[:, None]
             * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
                 2, 0, 1, 3
             )
@@ -328,7 +328,7 @@ def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, weight: Tenso
         classes = torch.arange(K, device=factor.device)
         total += (
             (
-                (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+                (1 - (classes == padding_idx).to(factor.dtype))[:, None]
                 * torch.einsum(
                     "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
                 ).permute(2, 0, 1, 3)
@@ -381,7 +381,7 @@ def weight_signed_sum_of_squares_separated(
     classes = torch.arange(K, device=factor.device)
     values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
     product = torch.einsum("vnd,vn->nd", factor.squeeze(2).square(), sign)
-    return torch.square(1 - (padding_idx == classes).to(factor.dtype))[:, None] * (values.T @ product)
+    return torch.square(1 - (classes == padding_idx).to(factor.dtype))[:, None] * (values.T @ product)
 
 
 def weight_signed_sum_of_squares_per_sample(
@@ -392,7 +392,7 @@ def weight_signed_sum_of_squares_per_sample(
     classes = torch.arange(K, device=factor.device)
     return (
         torch.square(
-            (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+            (1 - (classes == padding_idx).to(factor.dtype))[:, None]
             * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
                 2, 0, 1, 3
             )
@@ -412,7 +412,7 @@ def weight_signed_sum_of_squares_blockwise(
         classes = torch.arange(K, device=factor.device)
         total += (
             torch.square(
-                (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+                (1 - (classes == padding_idx).to(factor.dtype))[:, None]
                 * torch.einsum(
                     "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
                 ).permute(2, 0, 1, 3)
@@ -468,7 +468,7 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor, weight: Tensor, paddin
     K = weight.shape[0]
     classes = torch.arange(K, device=curvature.device)
     values = (input[:, :, None] == classes).to(curvature.dtype).square()
-    return torch.square(1 - (padding_idx == classes).to(curvature.dtype))[:, None] * (
+    return torch.square(1 - (classes == padding_idx).to(curvature.dtype))[:, None] * (
         values.flatten(0, 1).T @ curvature.flatten(0, 1)
     )
 
@@ -479,7 +479,7 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor, weight: Ten
     K = weight.shape[0]
     a = factor.squeeze(2).squeeze(0)
     classes = torch.arange(K, device=factor.device)
-    b = (1 - (padding_idx == classes).to(factor.dtype)) * (input.squeeze(1)[:, None] == classes).to(factor.dtype)
+    b = (1 - (classes == padding_idx).to(factor.dtype)) * (input.squeeze(1)[:, None] == classes).to(factor.dtype)
     centre = b.sum(0) / N
     d = a - (a.sum(0) / N)
     e = b - centre
@@ -500,13 +500,13 @@ def weight_squared_deviations_per_sample(factor: Tensor, input: Tensor, weight: 
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
     mean = (
-        (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+        (1 - (classes == padding_idx).to(factor.dtype))[:, None]
         * torch.einsum("nrk,vnrd->kvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(1, 0, 2)
         / N
     )
     return torch.square(
         (
-            (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+            (1 - (classes == padding_idx).to(factor.dtype))[:, None]
             * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
                 2, 0, 1, 3
             )
@@ -521,7 +521,7 @@ def weight_squared_deviations_blockwise(factor: Tensor, input: Tensor, weight: T
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
     mean = (
-        (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+        (1 - (classes == padding_idx).to(factor.dtype))[:, None]
         * torch.einsum("nrk,vnrd->kvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(1, 0, 2)
         / N
     )
@@ -530,7 +530,7 @@ def weight_squared_deviations_blockwise(factor: Tensor, input: Tensor, weight: T
         classes = torch.arange(K, device=factor.device)
         total += torch.square(
             (
-                (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+                (1 - (classes == padding_idx).to(factor.dtype))[:, None]
                 * torch.einsum(
                     "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
                 ).permute(2, 0, 1, 3)
@@ -617,8 +617,8 @@ def weight_input_factor_expand(input: Tensor, weight: Tensor, padding_idx: float
     classes2 = torch.arange(K, device=input.device)
     return (
         (values.flatten(0, 1).T @ values.flatten(0, 1))
-        * (1 - (padding_idx == classes2).to(input.dtype))[:, None]
-        * (1 - (padding_idx == classes2).to(input.dtype))
+        * (1 - (classes2 == padding_idx).to(input.dtype))[:, None]
+        * (1 - (classes2 == padding_idx).to(input.dtype))
         / (N * R)
     )
 
@@ -637,8 +637,8 @@ def weight_input_factor_reduce(input: Tensor, weight: Tensor, padding_idx: float
     classes2 = torch.arange(K, device=input.device)
     return (
         (total.T @ total)
-        * (1 - (padding_idx == classes2).to(input.dtype))[:, None]
-        * (1 - (padding_idx == classes2).to(input.dtype))
+        * (1 - (classes2 == padding_idx).to(input.dtype))[:, None]
+        * (1 - (classes2 == padding_idx).to(input.dtype))
         / (N * R**2)
     )
 
@@ -657,8 +657,8 @@ def weight_input_factor_backpack(input: Tensor, weight: Tensor, padding_idx: flo
     classes2 = torch.arange(K, device=input.device)
     return (
         (values.flatten(0, 1).T @ values.flatten(0, 1))
-        * (1 - (padding_idx == classes2).to(input.dtype))[:, None]
-        * (1 - (padding_idx == classes2).to(input.dtype))
+        * (1 - (classes2 == padding_idx).to(input.dtype))[:, None]
+        * (1 - (classes2 == padding_idx).to(input.dtype))
         / N
     )
 

@@ -403,5 +403,5 @@ LAYER = Layer(
     },
     extents={"g": "num_groups"},
     numbers=("eps", "num_groups"),
-    approximation="expand",
+    approximation="backpack",
 )

@@ -393,5 +393,5 @@ LAYER = Layer(
     },
     numbers=("eps",),
     options={"track_running_stats": (False,)},
-    approximation="expand",
+    approximation="backpack",
 )

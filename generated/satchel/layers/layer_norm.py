@@ -395,5 +395,5 @@ LAYER = Layer(
         "j": lambda options, ndim: len(options["normalized_shape"]),
     },
     numbers=("eps", "normalized_shape"),
-    approximation="expand",
+    approximation="backpack",
 )

@@ -243,5 +243,5 @@ LAYER = Layer(
     },
     numbers=("eps", "normalized_shape"),
     absent={"eps": "precision"},
-    approximation="expand",
+    approximation="backpack",
 )

@@ -59,11 +59,17 @@ def forced(program: str) -> Iterator[None]:
         _forced.pop()
 
 
+def forced_program() -> str | None:
+    """The name of the program that is forced, if one is."""
+    return _forced[-1] if _forced else None
+
+
 def cheapest(*programs: Program) -> Callable[..., Tensor]:
     """The valid program of least predicted time."""
     valid = [program for program in programs if program.valid]
-    if _forced:
-        valid = [p for p in valid if p.function.__name__.endswith(f"_{_forced[-1]}")] or valid
+    name = forced_program()
+    if name is not None:
+        valid = [p for p in valid if p.function.__name__.endswith(f"_{name}")] or valid
     return min(valid, key=lambda program: program.seconds(machine)).function
 
 

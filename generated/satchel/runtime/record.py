@@ -143,6 +143,12 @@ class Record(_Kept):
         return {name: p for name, p in alive.items() if p is not None and p.requires_grad}
 
 
+def canonical_output(record: Record) -> tuple[int, ...]:
+    """Canonical shape of a layer's output."""
+    assert record.canonical_output is not None
+    return record.canonical_output
+
+
 @dataclass(eq=False, kw_only=True)
 class LossRecord(_Kept):
     """One call of a loss."""

@@ -69,10 +69,8 @@ def _touch(plan: Plan, demand: Demand) -> None:
         names = {need.quantity for needs in needed.values() for need in needs}
         rules = [rule for p in step.parameters for name, rule in layer.parameters[p].items() if name in names]
         if step.inputs and kinds & set(CURVATURE):
-            rules += [layer.vjp] if layer.vjp is not None else []
-            if kinds & set(SECOND_ORDER):
-                second = (layer.diagonal, layer.mean_vjp, layer.sandwich, layer.residual, layer.hessian)
-                rules += [rule for rule in second if rule is not None]
+            vjp = [layer.vjp] if layer.vjp is not None else []
+            rules += layer.passes if kinds & set(SECOND_ORDER) else vjp
         for operand in {operand for rule in rules for operand in rule.operands}:
             step.record.operand(operand)
 

@@ -24,6 +24,7 @@ def batch_norm(rank: int) -> Layer:
             "with statistics of the batch, samples mix and individual gradients do not exist. Call eval() on the layer, which"
             " freezes its statistics, or use GroupNorm, LayerNorm or InstanceNorm",
         ),
+        approximation="backpack",
         examples=(
             Example(shape, {"num_features": 3}, training=False),
             Example(shape, {"num_features": 3, "affine": False}, training=False),

@@ -23,6 +23,7 @@ GROUP_NORM = Layer(
     ),
     joined=((g, c),),
     extents={g: Option("num_groups", integer=True)},
+    approximation="backpack",
     examples=(
         Example((4, 3), {"num_groups": 2, "num_channels": 4}),
         Example((4,), {"num_groups": 2, "num_channels": 4}),

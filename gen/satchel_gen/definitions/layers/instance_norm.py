@@ -26,6 +26,7 @@ def instance_norm(rank: int) -> Layer:
             Statement(y[n, c, s], w[c] * normalised[n, c, s] + b[c]),
         ),
         options={"track_running_stats": (False,)},
+        approximation="backpack",
         examples=(Example(shape, {"num_features": 3}), Example(shape, {"num_features": 3, "affine": True})),
         refused=(
             Refused(shape, "track_running_stats", {"num_features": 3, "affine": True, "track_running_stats": True}),

@@ -22,6 +22,7 @@ LAYER_NORM = Layer(
         Statement(y[n, r, j], w[j] * normalised[n, r, j] + b[j]),
     ),
     ranks={j: Length(Option("normalized_shape"))},
+    approximation="backpack",
     examples=(
         Example((3,), {"normalized_shape": 3}),
         Example((2, 3), {"normalized_shape": 3, "elementwise_affine": False}),

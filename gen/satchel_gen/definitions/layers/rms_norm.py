@@ -19,6 +19,7 @@ RMS_NORM = Layer(
     ),
     absent={"eps": "precision"},
     ranks={j: Length(Option("normalized_shape"))},
+    approximation="backpack",
     examples=(
         Example((3,), {"normalized_shape": 3}),
         Example((2, 3), {"normalized_shape": 3, "elementwise_affine": False, "eps": 0.5}),
