@@ -118,7 +118,7 @@ def contract(term: Term) -> Term:
         else:
             kept.append((a, b))
     unique = dict.fromkeys(tuple(sorted(delta, key=str)) for delta in kept)
-    return replace(term, deltas=tuple(unique))  # type: ignore[arg-type]
+    return replace(term, deltas=tuple(unique))
 
 
 def solve(term: Term, cotangent: str) -> Term:

@@ -73,15 +73,12 @@ class AtenPrinter(StrPrinter):
     def _print_Pow(self, expr: Expr) -> str:
         base, exponent = expr.args
         text = self._print(base)
-        scalar = (
-            base.is_number
-            or isinstance(base, Extent | Option)
-            or (bool(base.free_symbols) and base.free_symbols <= self.scalars)
-        )
+        numbers = base.free_symbols and all(isinstance(s, Option) or s in self.scalars for s in base.free_symbols)
+        scalar = bool(base.is_number or isinstance(base, Extent) or numbers)
         if scalar and exponent == sympy.Rational(1, 2):
             return f"math.sqrt({text})"
         if scalar and exponent.is_Integer and exponent > 0:
-            return f"{text}**{exponent}"
+            return f"{self.parenthesize(base, 70)}**{exponent}"
         if exponent == 2:
             return f"{text}.square()" if _is_postfix(text) else f"torch.square({text})"
         if exponent == sympy.Rational(1, 2):

@@ -116,16 +116,22 @@ class Record(_Kept):
     def operand(self, name: str) -> Any:
         """An operand of a rule, canonical."""
         if name == "input":
-            return self.tensor("input").reshape(self.canonical_input)
+            return self.tensor("input").reshape(self._shape("input"))
         if name == "output":
-            return self.tensor("output").reshape(self.canonical_output)
+            return self.tensor("output").reshape(self._shape("output"))
         if name.endswith("_shape"):
-            tensor = name.removesuffix("_shape")
-            shapes = {"input": self.canonical_input, "output": self.canonical_output}
-            return shapes[tensor] if tensor in shapes else self._canonical_parameter(tensor).shape
+            return self._shape(name.removesuffix("_shape"))
         if name in self.definition.parameters:
             return self._canonical_parameter(name)
         return self.tensor(name) if name in self.definition.buffers else self.options[name]
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Canonical shape of the input, the output or a parameter."""
+        if name in self.definition.parameters:
+            return tuple(self._canonical_parameter(name).shape)
+        shape = self.canonical_input if name == "input" else self.canonical_output
+        assert shape is not None, "the survey refuses what does not fit"
+        return shape
 
     def _canonical_parameter(self, name: str) -> Tensor:
         axes = self.definition.parameter_axes[name]

@@ -7,13 +7,14 @@ The last axes of a tensor, one per stride, are read so. Windows are a strided vi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def windows(
@@ -55,7 +56,8 @@ def transposed_windows(
     rank = len(places)
     spread = [(size - 1) * s + 1 for size, s in zip(tensor.shape[-rank:], stride, strict=True)]
     stuffed = tensor.new_zeros(*tensor.shape[:-rank], *spread)
-    stuffed[(..., *(slice(None, None, s) for s in stride))] = tensor
+    every: tuple[Any, ...] = (..., *(slice(None, None, s) for s in stride))
+    stuffed[every] = tensor
     # u + p − d·a = u + d·(A − 1 − a) − (d·(A − 1) − p): taps in reverse order
     before = [d * (count - 1) - p for d, count, p in zip(dilation, taps, padding, strict=True)]
     found = windows(stuffed, places, taps, [1] * rank, dilation, before)
@@ -70,7 +72,7 @@ def correlate(
     groups = kernel.shape[0]
     lead = tensor.shape[: -rank - 2]
     images = tensor.reshape(lead.numel(), groups * tensor.shape[-rank - 1], *tensor.shape[-rank:])
-    found = _CONVOLVE[rank](images, kernel.flatten(0, 1), None, stride, padding, dilation, groups)  # type: ignore[operator]
+    found = _CONVOLVE[rank](images, kernel.flatten(0, 1), None, stride, padding, dilation, groups)
     return found.reshape(*lead, groups, kernel.shape[1], *found.shape[-rank:])
 
 
@@ -92,7 +94,7 @@ def correlate_transposed(
         for s, size, d, count in zip(stride, images.shape[-rank:], dilation, kernel.shape[-rank:], strict=True)
     ]
     # Not torch's output_padding: it must be below the stride. What lies beyond is zero, or cut off.
-    full = _TRANSPOSED[rank](images, kernel.flatten(0, 1), None, stride, 0, 0, groups, dilation)  # type: ignore[operator]
+    full = _TRANSPOSED[rank](images, kernel.flatten(0, 1), None, stride, 0, 0, groups, dilation)
     pads: list[int] = []
     for k in reversed(range(rank)):
         pads += [-padding[k], places[k] + padding[k] - reached[k]]
