@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,16 +58,18 @@ class Harvest:
         sizes = Sizes(uses[0].record.samples, unit)
         self._owner.lend([parameter, *(use.factor for use in uses if use.factor is not None)])
         self._owner.lend([tensor for use in uses for tensor in use.record.tensors.values()])
-        for extension in self.extensions(uses[0].layer, uses[0].name):
+        for extension in self.extensions(uses):
             with torch.set_grad_enabled(graph and extension.differentiable):
                 q = self._asked(extension, uses[0].layer, results)
                 self._owner.set(parameter, extension.field, extension.value(q, sizes))
         return uses
 
-    def extensions(self, layer: Layer, name: str) -> list[Extension]:
+    def extensions(self, uses: Sequence[Use]) -> list[Extension]:
         """The features that have a value for a parameter."""
-        offered = layer.parameters[name]
-        return [e for e in self.demand.extensions if any(need.quantity in offered for need in e.needs(layer))]
+        needs = {extension: extension.needs(uses[0].layer) for extension in self.demand.extensions}
+        return [
+            e for e, those in needs.items() if any(all(use.offers(need.quantity) for use in uses) for need in those)
+        ]
 
     def clear(self) -> None:
         self._parameters.clear()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from .axes import canonical
-from .errors import GraphFreed, Overwritten
+from .axes import Batch, canonical
+from .errors import BatchAxisLost, GraphFreed, Overwritten
 from .rules import Layer, Loss
 from .torch_private import metadata, version
 
@@ -70,17 +70,48 @@ class _Kept(Mark):
 
 @dataclass(eq=False, kw_only=True)
 class Record(_Kept):
-    """One call of a layer. Its node receives the gradient of the output, reshaped to `node_shape`; `edge` leads to the input."""
+    """One call of a layer. Its node receives the gradient of the output, reshaped to `node_shape`; `edge` leads to the input.
+
+    Which axis is the batch is known once a walk has come from the loss: until then it is taken to be the first.
+    """
 
     definition: Layer
     parameters: dict[str, weakref.ref[Tensor]] = field(default_factory=dict)
     input_shape: tuple[int, ...] = ()
     output_shape: tuple[int, ...] = ()
     checkpointed: bool = False
+    batch: Batch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.batch = Batch(self.output_shape[0] if self.output_shape else 0)
 
     @property
     def samples(self) -> int:
-        return self.output_shape[0]
+        return self.batch.samples
+
+    def place(self, batch: Batch) -> None:
+        """Say where the batch is; refuse where the layer's input or output cannot have it there."""
+        self.batch = batch
+        layer = self.definition
+        for axes, shape in ((layer.input_axes, self.input_shape), (layer.output_axes, self.output_shape)):
+            if batch.canonical_shape(axes, shape) is None or not shape:
+                raise BatchAxisLost(self.where, shape, batch.samples)
+
+    @property
+    def canonical_output(self) -> tuple[int, ...]:
+        shape = self.batch.canonical_shape(self.definition.output_axes, self.output_shape)
+        assert shape is not None
+        return shape
+
+    def at_output(self, tensor: Tensor, lead: int) -> Tensor:
+        """A factor [*lead, *node] as the layer's canonical output."""
+        return self.batch.to_front(
+            tensor.reshape(*tensor.shape[:lead], *self.output_shape), self.definition.output_axes, lead
+        )
+
+    def at_input(self, tensor: Tensor, lead: int) -> Tensor:
+        """The layer's canonical input [*lead, *canonical] as it is [*lead, *input]."""
+        return self.batch.to_place(tensor, self.definition.input_axes, self.input_shape, lead)
 
     def parameter(self, name: str) -> Tensor:
         parameter = self.parameters[name]()
@@ -93,9 +124,9 @@ class Record(_Kept):
     def operand(self, name: str) -> Any:
         """An operand of a rule, canonical."""
         if name == "input":
-            return canonical(self.tensor("input"), self.definition.input_axes)
+            return self.batch.to_front(self.tensor("input"), self.definition.input_axes)
         if name == "output":
-            return canonical(self.tensor("output"), self.definition.output_axes)
+            return self.batch.to_front(self.tensor("output"), self.definition.output_axes)
         return self.parameter(name) if name in self.parameters else self.options[name]
 
     def trainable(self) -> dict[str, Tensor]:

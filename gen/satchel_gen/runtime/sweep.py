@@ -1,4 +1,4 @@
-"""A sweep passes the columns of a factor from edge to edge over a plan, and shows them to each layer that has parameters.
+"""A sweep passes the columns of a factor from edge to edge over a plan, and shows them to whatever uses wanted parameters.
 
 Autograd runs a node after all its consumers, and so does a plan: what the consumers passed back is summed at their edge.
 """
@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
-from .axes import canonical
 from .evaluate import evaluate
 from .passing import edge_shape, pull
-from .plan import Plan, Step
+from .plan import Call, Plan, Step
 from .record import Edge, Record
 
 
-def sweep(plan: Plan, start: Mapping[Edge, Tensor], visit: Callable[[Step, Tensor], None]) -> None:
-    """Pass columns [V, *edge] from the edges of `start`; `visit` gets each layer with wanted parameters and its columns.
+def sweep(plan: Plan, start: Mapping[Edge, Tensor], visit: Callable[[Step | Call, Tensor], None]) -> None:
+    """Pass columns [V, *edge] from the edges of `start`; `visit` gets whatever uses wanted parameters, and its factor.
 
-    The columns that `visit` gets are canonical, [V, *output]; those of one space, so what arrives at an edge twice is summed.
+    The columns are those of one space, so what arrives at an edge twice is summed.
     """
     live = dict(start)
     for step in plan.steps:
@@ -27,7 +26,9 @@ def sweep(plan: Plan, start: Mapping[Edge, Tensor], visit: Callable[[Step, Tenso
         if not columns:
             continue
         if step.record is None:
-            passed = pull(step, columns)
+            for call in step.calls:
+                visit(call, call.factor(columns))
+            passed = pull(step, columns) if step.inputs else {}
         else:
             factor = at_output(step.record, columns[step.record.output_nr], lead=1)
             if step.parameters:
@@ -53,7 +54,7 @@ def add(live: dict[Edge, Tensor], passed: Mapping[Edge, Tensor]) -> None:
 
 def at_output(record: Record, tensor: Tensor, lead: int) -> Tensor:
     """A factor [*lead, *node] as the layer's canonical output."""
-    return canonical(tensor.reshape(*tensor.shape[:lead], *record.output_shape), record.definition.output_axes, lead)
+    return record.at_output(tensor, lead)
 
 
 def at_edge(tensor: Tensor, edge: Edge, lead: int) -> Tensor:
@@ -64,4 +65,4 @@ def at_edge(tensor: Tensor, edge: Edge, lead: int) -> Tensor:
 def through(record: Record, factor: Tensor, edge: Edge) -> Tensor:
     """Canonical columns at a layer's output → columns at its input's edge, Jᵀv."""
     layer = record.definition
-    return at_edge(evaluate(layer.vjp, layer, record.operand, factor), edge, lead=1)
+    return at_edge(record.at_input(evaluate(layer.vjp, layer, record.operand, factor), lead=1), edge, lead=1)

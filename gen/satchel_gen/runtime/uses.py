@@ -48,9 +48,11 @@ def quantities(
     Uses that cannot be joined give reductions of their summed individual pullbacks.
     """
     names = [name for name in names if all(use.offers(name) for use in uses)]
+    if not names:
+        return {}
     found: dict[str, Tensor] = {}
     if len(uses) > 1 and not joinable(uses):
-        if names and any(use.factor is None for use in uses):
+        if any(use.factor is None for use in uses):
             raise SharedByKinds([use.record.where for use in uses], uses[0].name, names[0])
         found[PER_SAMPLE] = reduce(add, (_one(use, PER_SAMPLE, use.factor, differentiable) for use in uses))
     elif PER_SAMPLE in names:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 
@@ -39,3 +40,62 @@ def canonical(tensor: Tensor, axes: tuple[str, ...], lead: int = 0) -> Tensor:
 def extents(axes: tuple[str, ...], shape: Sequence[int]) -> Mapping[str, int]:
     """Extent by axis name, without the star, of a canonical shape."""
     return {axis.rstrip("*"): extent for axis, extent in zip(axes, shape, strict=True)}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which sample an element of a tensor belongs to: flattened, the tensor is [outer, samples, inner].
+
+    outer = 1 where the batch is the first axis, alone or joined with positions; a sequence-first tensor [T, N, …] has outer = T.
+    """
+
+    samples: int
+    outer: int = 1
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        return self in possible_batches(shape, self.samples)
+
+    def canonical_shape(self, axes: tuple[str, ...], shape: Sequence[int]) -> tuple[int, ...] | None:
+        """`shape` with the batch in front and the starred axis flattened; None if it cannot fit `axes`."""
+        if self._is_first(shape):
+            return canonical_shape(axes, shape)
+        those = rows(axes, shape)
+        if starred(axes) != 1 or not self.samples or not self.fits(those):
+            return None
+        return (self.samples, prod(those) // self.samples, *shape[len(those) :])
+
+    def to_front(self, tensor: Tensor, axes: tuple[str, ...], lead: int = 0) -> Tensor:
+        """`tensor` [*lead, *shape] as [*lead, *canonical]."""
+        if self._is_first(tensor.shape[lead:]):
+            return canonical(tensor, axes, lead)
+        before, shape = tensor.shape[:lead], self.canonical_shape(axes, tensor.shape[lead:])
+        assert shape is not None, f"a tensor of shape {tuple(tensor.shape)} has no batch {self}"
+        split = tensor.reshape(*before, self.outer, self.samples, shape[1] // self.outer, *shape[2:])
+        return split.movedim(lead, lead + 1).reshape(*before, *shape)
+
+    def to_place(self, tensor: Tensor, axes: tuple[str, ...], shape: Sequence[int], lead: int = 0) -> Tensor:
+        """Inverse of `to_front`."""
+        before = tensor.shape[:lead]
+        if self._is_first(shape):
+            return tensor.reshape(*before, *shape)
+        split = tensor.reshape(*before, self.samples, self.outer, -1, *tensor.shape[lead + 2 :])
+        return split.movedim(lead, lead + 1).reshape(*before, *shape)
+
+    def _is_first(self, shape: Sequence[int]) -> bool:
+        return self.outer == 1 and len(shape) > 0 and shape[0] == self.samples
+
+
+def rows(axes: tuple[str, ...], shape: Sequence[int]) -> Sequence[int]:
+    """The axes among which the batch can be: the first, and the starred ones if they are next to it."""
+    return shape[: max(1, len(shape) - len(axes) + 2)] if starred(axes) == 1 else shape[:1]
+
+
+def possible_batches(shape: Sequence[int], samples: int) -> list[Batch]:
+    """Where a batch of `samples` can lie in `shape`: in one axis, alone or joined with positions on either side."""
+    found: dict[Batch, None] = {}
+    for position, extent in enumerate(shape):
+        if samples and extent and extent % samples == 0:
+            before = prod(shape[:position])
+            found[Batch(samples, before)] = None
+            found[Batch(samples, before * (extent // samples))] = None
+    return list(found)

@@ -1,0 +1,237 @@
+"""Uses of parameters by nodes that belong to no recorded layer: tied weights, embeddings of positions, attention, recurrent cells.
+
+A node whose name a definition lists is a call of that layer: its rules apply, with operands that autograd has saved. For any other
+node the individual pullbacks are computed by the node's own backward, one sample at a time, and reduced: exact, at N times its cost.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from .axes import Batch
+from .passing import edge_shape, pull
+from .plan import Call, Plan, Step
+from .probe import Found
+from .record import Edge, Mark, Record
+from .rules import Layer, Rule, registry
+from .settings import current
+from .sweep import add, take
+from .torch_private import leaf_of
+
+#: The columns that pass a node at once, where no limit is set, hold at most this much.
+_CHUNK_BYTES = 1 << 27
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A parameter by the innermost extended module that holds it."""
+
+    mark: Mark
+    name: str
+
+    @property
+    def module(self) -> weakref.ref[nn.Module]:
+        return self.mark.module
+
+
+def resolve(plan: Plan, found: Found, owned: Mapping[int, Owned]) -> Plan:
+    """The plan with the calls that nodes without record are; what is computed from parameters alone is part of a call."""
+    shared = {step.node: step for step in plan.steps if step.record is None and step.node in found.shared}
+    below = _parameters_below(shared, owned)
+    steps = []
+    for step in plan.steps:
+        if step.node in shared:
+            continue
+        if step.record is not None:
+            steps.append(step)
+            continue
+        own = [(position, edge) for position, edge, leaf in step.leaves if id(leaf) in owned]
+        own += [(position, edge) for position, edge in step.inputs if edge[0] in shared]
+        routes = [(position, edge, below[edge[0]] if edge[0] in shared else _leaf(edge)) for position, edge in own]
+        calls = _calls(step, routes, shared, found, owned)
+        inputs = tuple((position, edge) for position, edge in step.inputs if edge[0] not in shared)
+        steps.append(replace(step, inputs=inputs, calls=tuple(calls)))
+    return replace(plan, steps=tuple(steps)).pruned()
+
+
+def _leaf(edge: Edge) -> dict[int, Tensor]:
+    leaf = leaf_of(edge[0])
+    return {} if leaf is None else {id(leaf): leaf}
+
+
+def _parameters_below(shared: Mapping[Node, Step], owned: Mapping[int, Owned]) -> dict[Node, dict[int, Tensor]]:
+    """The parameters that a node is computed from."""
+    below: dict[Node, dict[int, Tensor]] = {}
+    for node, step in reversed(shared.items()):
+        found = {id(leaf): leaf for _, _, leaf in step.leaves if id(leaf) in owned}
+        for _, edge in step.inputs:
+            found |= below.get(edge[0], {})
+        below[node] = found
+    return below
+
+
+Route = tuple[int, Edge, dict[int, Tensor]]
+
+
+def _calls(
+    step: Step, routes: Sequence[Route], shared: Mapping[Node, Step], found: Found, owned: Mapping[int, Owned]
+) -> Iterator[Call]:
+    """Those of definitions first; what they do not cover, by pullbacks."""
+    rest: dict[int, tuple[Tensor, list[tuple[int, Edge]]]] = {}
+    for position, edge, leaves in routes:
+        if len(leaves) == 1:
+            (leaf,) = leaves.values()
+            call = _defined(step, position, edge, leaf, shared, found, owned[id(leaf)])
+            if call is not None:
+                yield call
+                continue
+        for key, leaf in leaves.items():
+            rest.setdefault(key, (leaf, []))[1].append((position, edge))
+    for key, (leaf, edges) in rest.items():
+        if not found.batches:
+            continue
+        path = tuple(Step(s.node, None, tuple(_towards(s, leaf, shared)), {}) for s in shared.values())
+        yield Pullback(
+            record=_record(step, owned[key], operation(), _PARAMETER, leaf, next(iter(found.batches.values()))),
+            parameters={_PARAMETER: leaf},
+            node=Step(step.node, None, tuple(edges), {}),
+            path=tuple(s for s in path if s.inputs),
+            batches={edge[1]: batch for edge, batch in found.batches.items() if edge[0] is step.node},
+        )
+
+
+def _towards(step: Step, leaf: Tensor, shared: Mapping[Node, Step]) -> Iterator[tuple[int, Edge]]:
+    """The inputs of a node that lead to a parameter."""
+    yield from ((position, edge) for position, edge, other in step.leaves if other is leaf)
+    for position, edge in step.inputs:
+        if edge[0] in shared and any(True for _ in _towards(shared[edge[0]], leaf, shared)):
+            yield position, edge
+
+
+def _record(step: Step, owner: Owned, layer: Layer, name: str, parameter: Tensor, batch: Batch) -> Record:
+    record = NodeRecord(
+        name=owner.mark.name,
+        module=owner.module,
+        options={},
+        node_shape=edge_shape((step.node, 0)),
+        output_nr=0,
+        edge=None,
+        definition=layer,
+        parameters={name: weakref.ref(parameter)},
+        output_shape=edge_shape((step.node, 0)),
+        node_name=step.name,
+        parameter_name=owner.name,
+    )
+    record.versions[name] = parameter._version
+    record.batch = batch
+    return record
+
+
+@dataclass(eq=False, kw_only=True)
+class NodeRecord(Record):
+    """The use of a parameter by a node."""
+
+    node_name: str = ""
+    parameter_name: str = ""
+
+    @property
+    def where(self) -> str:
+        return f"{super().where}, parameter {self.parameter_name!r} in {self.node_name}"
+
+
+# --------------------------------------------------------------------------------------------------- any other node
+
+_PARAMETER = "parameter"
+
+
+@cache
+def operation() -> Layer:
+    """A layer of which only individual pullbacks are known, T [V, N, *p]: they are the factor."""
+
+    def per_sample(factor: Tensor) -> Tensor:
+        return factor
+
+    def never(*given: object) -> Tensor:
+        raise AssertionError("a node without definition passes factors by its own backward")
+
+    rules = {"per_sample": Rule(per_sample), **{name: Rule(f) for name, f in registry().reductions.items()}}
+    none = Rule(never)
+    return Layer(
+        name="operation",
+        module=nn.Module,
+        formula="T[v, n, p] = Σ_y J[n, y, p] factor[v, n, y], by the node's own backward",
+        kernels="",
+        input_axes=("n", "x*"),
+        output_axes=("n", "y*"),
+        vjp=none,
+        diagonal=none,
+        mean_vjp=none,
+        sandwich=none,
+        residual=None,
+        elementwise=False,
+        mixed=True,
+        parameters={_PARAMETER: rules},
+    )
+
+
+@dataclass(frozen=True)
+class Pullback(Call):
+    """T[v, n, p] = Σ_y J[n, y, p] s[v, n, y]: backward of the node, and of what computes its input from the parameter, for one n at a time."""
+
+    node: Step
+    path: tuple[Step, ...]
+    batches: Mapping[int, Batch]
+
+    def factor(self, columns: Mapping[int, Tensor]) -> Tensor:
+        (parameter,) = self.parameters.values()
+        count, samples = len(next(iter(columns.values()))), self.record.samples
+        sizes = [prod(edge_shape((self.node.node, number))) for number in columns]
+        sizes += [prod(edge_shape(edge)) for step in (self.node, *self.path) for _, edge in step.inputs]
+        limit = current().memory_limit or _CHUNK_BYTES
+        size = max(1, limit // max(1, sum(sizes) * next(iter(columns.values())).element_size()))
+        pairs = torch.arange(count * samples, device=parameter.device)
+        parts = [self._pulled(columns, some // samples, some % samples) for some in pairs.split(size)]
+        found = torch.cat(parts) if parts else parameter.new_zeros(0, *parameter.shape)
+        return found.reshape(count, samples, *parameter.shape)
+
+    def _pulled(self, columns: Mapping[int, Tensor], v: Tensor, n: Tensor) -> Tensor:
+        """[pairs, *p] for pairs of a column and a sample."""
+        masked = {number: self._only(columns[number][v], n, self.batches[number]) for number in columns}
+        live = pull(self.node, masked)
+        for step in self.path:
+            arrived = take(live, step)
+            if arrived:
+                add(live, pull(step, arrived))
+        return torch.stack([found for found in live.values()]).sum(0)
+
+    @staticmethod
+    def _only(columns: Tensor, n: Tensor, batch: Batch) -> Tensor:
+        split = columns.reshape(len(columns), batch.outer, batch.samples, -1)
+        own = torch.arange(batch.samples, device=n.device) == n[:, None]
+        return (split * own[:, None, :, None].to(split.dtype)).reshape(columns.shape)
+
+
+# ------------------------------------------------------------------------------------------------ calls of definitions
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where the rows of a parameter's matrix [rows, …] lie in the parameter: `start` of `total`, along its last axis if `transposed`."""
+
+    start: int
+    total: int
+    transposed: bool
+
+
+def _defined(
+    step: Step, position: int, edge: Edge, leaf: Tensor, shared: Mapping[Node, Step], found: Found, owner: Owned
+) -> Call | None:
+    return None
