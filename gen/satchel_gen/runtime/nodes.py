@@ -162,7 +162,8 @@ def operation() -> Layer:
     def never(*given: object) -> Tensor:
         raise AssertionError("a node without definition passes factors by its own backward")
 
-    rules = {"per_sample": Rule(per_sample), **{name: Rule(f) for name, f in registry().reductions.items()}}
+    reductions = {name: Rule(f) for name, f in registry().reductions.items() if name != "signed_sum_of_squares"}
+    rules = {"per_sample": Rule(per_sample), **reductions}  # second derivatives are not passed to nodes
     none = Rule(never)
     return Layer(
         name="operation",

@@ -121,11 +121,11 @@ class Probe:
     def _node(self, step: Step, columns: dict[int, Tensor]) -> None:
         edges = {number: (step.node, number) for number in columns}
         above = tuple(dict.fromkeys(name for edge in edges.values() for name in self.passed_by.get(edge, ())))
-        if above and self.everywhere:
-            error = SamplesMixed(self._above(above, step.where))
-            self.found.flags += [(self._leaves(arrived, Batch(self.samples)), error) for arrived in columns.values()]
         if self.locating:
             self._locate(step, columns)
+        if above and self.everywhere and step.node not in self.found.shared:
+            error = SamplesMixed(self._above(above, step.where))
+            self.found.flags += [(self._leaves(arrived, Batch(self.samples)), error) for arrived in columns.values()]
         if step.inputs:
             add(self.live, pull(step, columns))
         for _, edge in step.inputs:

@@ -18,6 +18,7 @@ from .probe import Found, Probe
 from .record import Edge, Mark
 from .rules import registry
 from .torch_private import is_python_function, is_reentrant_checkpoint
+from .uses import Use
 
 
 def check(
@@ -86,7 +87,7 @@ def _touch(plan: Plan, demand: Demand) -> None:
             if kinds & set(SECOND_ORDER):
                 rules += [layer.diagonal, layer.mean_vjp, layer.sandwich, *([layer.residual] if layer.residual else [])]
         for operand in {operand for rule in rules for operand in rule.operands}:
-            step.record.operand(operand)
+            step.record.touch(operand)
 
 
 def _owned(plan: Plan, marks: Sequence[Mark]) -> dict[int, Owned]:
@@ -111,12 +112,8 @@ def _refuse_undefined(plan: Plan, context: backpack) -> None:
         if not isinstance(record, NodeRecord):
             continue
         for name in parameters:
-            offered = record.definition.parameters[name]
-            lacking = [
-                extension.name
-                for extension in context.demand.extensions
-                if not any(need.quantity in offered for need in extension.needs(record.definition))
-            ]
+            use = Use(record, name)
+            lacking = [e.name for e in context.demand.extensions if not use.serves(e)]
             if not lacking:
                 continue
             error = UnsupportedModule(record.where, record.parameter_name, record.node_name, lacking, supported)

@@ -18,6 +18,7 @@ from torch import Tensor
 from .axes import starred
 from .errors import SharedByKinds
 from .evaluate import evaluate
+from .extension import Extension
 from .record import Record
 from .rules import Layer, registry
 
@@ -38,6 +39,10 @@ class Use:
 
     def offers(self, quantity: str) -> bool:
         return quantity in self.layer.parameters[self.name]
+
+    def serves(self, extension: Extension) -> bool:
+        """Whether a feature has a value for the parameter: what it needs of inputs alone, a bias goes without."""
+        return all(self.offers(need.quantity) for need in extension.needs(self.layer) if need.source != "input")
 
 
 def quantities(

@@ -53,7 +53,8 @@ class Batch:
     outer: int = 1
 
     def fits(self, shape: Sequence[int]) -> bool:
-        return self in possible_batches(shape, self.samples)
+        places = possible_batches(shape, self.samples)
+        return bool(places) if self.samples == 1 else self in places
 
     def canonical_shape(self, axes: tuple[str, ...], shape: Sequence[int]) -> tuple[int, ...] | None:
         """`shape` with the batch in front and the starred axis flattened; None if it cannot fit `axes`."""
@@ -91,11 +92,14 @@ def rows(axes: tuple[str, ...], shape: Sequence[int]) -> Sequence[int]:
 
 
 def possible_batches(shape: Sequence[int], samples: int) -> list[Batch]:
-    """Where a batch of `samples` can lie in `shape`: in one axis, alone or joined with positions on either side."""
+    """Where a batch of `samples` can lie in `shape`: in one axis, alone or joined with positions on either side.
+
+    One sample must have an axis of its own: what was averaged over a batch would look the same.
+    """
     found: dict[Batch, None] = {}
     for position, extent in enumerate(shape):
-        if samples and extent and extent % samples == 0:
+        if extent == samples or (samples > 1 and extent and extent % samples == 0):
             before = prod(shape[:position])
             found[Batch(samples, before)] = None
-            found[Batch(samples, before * (extent // samples))] = None
+            found[Batch(samples, before * (extent // max(samples, 1)))] = None
     return list(found)

@@ -153,10 +153,8 @@ def check_plan(plan: Plan, demand: Demand, samples: int, flags: Sequence[Flag]) 
 
 
 def _refuse_second_order(step: Step, samples: int, features: list[str]) -> None:
-    """These features want the batch first, and second derivatives of whatever uses a parameter."""
+    """These features want the batch first."""
     record = step.record
-    for call in step.calls:
-        raise NonlinearNode(call.record.where, features)
     if record is not None and record.output_shape[0] != samples:
         raise BatchAxisLost(record.where, record.output_shape, samples)
 

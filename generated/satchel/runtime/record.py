@@ -131,6 +131,13 @@ class Record(_Kept):
             return self.batch.to_front(self.tensor("output"), self.definition.output_axes)
         return self.parameter(name) if name in self.parameters else self.options[name]
 
+    def touch(self, name: str) -> None:
+        """Refuse an operand that was overwritten or freed."""
+        if name in ("input", "output"):
+            self.tensor(name)
+        else:
+            self.operand(name)
+
     def trainable(self) -> dict[str, Tensor]:
         """The parameters that autograd computes a gradient for."""
         alive = {name: reference() for name, reference in self.parameters.items()}
