@@ -44,7 +44,9 @@ def attention(batch_first: bool, **options: Any) -> Callable[[], nn.Module]:
         h = h + m.attention(h, h, h, need_weights=False)[0]
         return (h if batch_first else h.transpose(0, 1))[:, :, :2].flatten(1)
 
-    return lambda: Wired(wire, a=nn.Linear(4, D), attention=nn.MultiheadAttention(D, 2, batch_first=batch_first, **options))
+    return lambda: Wired(
+        wire, a=nn.Linear(4, D), attention=nn.MultiheadAttention(D, 2, batch_first=batch_first, **options)
+    )
 
 
 def cross(batch_first: bool, **options: Any) -> Callable[[], nn.Module]:
@@ -55,7 +57,9 @@ def cross(batch_first: bool, **options: Any) -> Callable[[], nn.Module]:
         out = m.attention(queries, keys, keys)[0]
         return (out if batch_first else out.transpose(0, 1))[:, :, :2].flatten(1)
 
-    return lambda: Wired(wire, a=nn.Linear(4, D), attention=nn.MultiheadAttention(D, 2, batch_first=batch_first, **options))
+    return lambda: Wired(
+        wire, a=nn.Linear(4, D), attention=nn.MultiheadAttention(D, 2, batch_first=batch_first, **options)
+    )
 
 
 def encoder(batch_first: bool, norm_first: bool) -> Callable[[], nn.Module]:
@@ -100,7 +104,12 @@ class GPT(nn.Module):
 
 
 def positions() -> nn.Module:
-    return Wired(lambda m, x: m.b(torch.tanh(m.a(x) + m.p.value).flatten(1)), a=nn.Linear(4, 5), p=Embedded(T, 5), b=nn.Linear(T * 5, 3))
+    return Wired(
+        lambda m, x: m.b(torch.tanh(m.a(x) + m.p.value).flatten(1)),
+        a=nn.Linear(4, 5),
+        p=Embedded(T, 5),
+        b=nn.Linear(T * 5, 3),
+    )
 
 
 def scaled() -> nn.Module:
@@ -109,7 +118,12 @@ def scaled() -> nn.Module:
 
 def squared() -> nn.Module:
     """One node takes the parameter twice, and it is computed with before."""
-    return Wired(lambda m, x: m.b((m.a(x) * (m.p.value * m.p.value).exp()).mean(1)), a=nn.Linear(4, 5), p=Embedded(5), b=nn.Linear(5, 3))
+    return Wired(
+        lambda m, x: m.b((m.a(x) * (m.p.value * m.p.value).exp()).mean(1)),
+        a=nn.Linear(4, 5),
+        p=Embedded(5),
+        b=nn.Linear(5, 3),
+    )
 
 
 def functional() -> nn.Module:
@@ -129,16 +143,24 @@ def nothing_else() -> nn.Module:
 
 
 def weight_norm() -> nn.Module:
-    return Wired(lambda m, x: m.b(torch.tanh(m.a(x)).mean(1)), a=parametrizations.weight_norm(nn.Linear(4, 5)), b=nn.Linear(5, 3))
+    return Wired(
+        lambda m, x: m.b(torch.tanh(m.a(x)).mean(1)), a=parametrizations.weight_norm(nn.Linear(4, 5)), b=nn.Linear(5, 3)
+    )
 
 
 def layer_norm() -> nn.Module:
-    return Wired(lambda m, x: m.b(m.norm(m.a(x)).flatten(1)), a=nn.Linear(4, 5), norm=nn.LayerNorm(5), b=nn.Linear(T * 5, 3))
+    return Wired(
+        lambda m, x: m.b(m.norm(m.a(x)).flatten(1)), a=nn.Linear(4, 5), norm=nn.LayerNorm(5), b=nn.Linear(T * 5, 3)
+    )
 
 
 def tied_autoencoder() -> nn.Module:
     """A layer's weight used again by a function, transposed."""
-    return Wired(lambda m, x: m.b(F.linear(torch.tanh(m.a(x)), m.a.weight.T).flatten(1)), a=nn.Linear(4, 5), b=nn.Linear(T * 4, 3))
+    return Wired(
+        lambda m, x: m.b(F.linear(torch.tanh(m.a(x)), m.a.weight.T).flatten(1)),
+        a=nn.Linear(4, 5),
+        b=nn.Linear(T * 4, 3),
+    )
 
 
 def sequence_first() -> nn.Module:
@@ -165,9 +187,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "attention without bias": attention(True, bias=False),
     **{f"cross attention{' batch first' * b}": cross(b) for b in (False, True)},
     "cross attention kdim": cross(True, kdim=3, vdim=3),
-    **{
-        f"encoder{' batch first' * b}{' norm first' * f}": encoder(b, f) for b in (False, True) for f in (False, True)
-    },
+    **{f"encoder{' batch first' * b}{' norm first' * f}": encoder(b, f) for b in (False, True) for f in (False, True)},
     **{
         f"{kind.__name__}{' batch first' * b}": recurrent(kind, b)
         for kind in (nn.RNN, nn.LSTM, nn.GRU)
@@ -200,7 +220,9 @@ def reference(name: str, samples: int, positions: int, reduction: str) -> Refere
     return Reference(built(name), [x], [contributions(nn.CrossEntropyLoss(reduction=reduction), targets(name, x))])
 
 
-def check(name: str, features: list[Any], agree: Agree, samples: int = N, positions: int = T, reduction: str = "mean") -> None:
+def check(
+    name: str, features: list[Any], agree: Agree, samples: int = N, positions: int = T, reduction: str = "mean"
+) -> None:
     x = inputs(samples, positions)
     model, loss = extend(built(name)), extend(nn.CrossEntropyLoss(reduction=reduction))
     with backpack(*(feature() for feature in features)):

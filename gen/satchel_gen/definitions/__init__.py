@@ -16,6 +16,7 @@ from .model import (
     Feature,
     Layer,
     Loss,
+    NodeCall,
     Normal,
     Quantity,
     Refused,
@@ -73,6 +74,6 @@ def _modules(folder: str) -> list[ModuleType]:
 
 
 __all__ = [
-    "Categorical", "DefinitionError", "Definitions", "Equal", "Example", "Feature", "Layer", "LogSumExp", "Loss", "Normal",
+    "Categorical", "DefinitionError", "Definitions", "Equal", "Example", "Feature", "Layer", "LogSumExp", "Loss", "NodeCall", "Normal",
     "Quantity", "Refused", "Statement", "Sum", "activation", "extent", "indices", "load", "sigmoid", "softplus", "tensors", "z",
 ]  # fmt: skip

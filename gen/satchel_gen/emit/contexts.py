@@ -12,7 +12,7 @@ from sympy import Expr
 
 from ..calculus.derive import Statement
 from ..calculus.terms import Term
-from ..definitions.model import Categorical, Feature, Layer, Loss, Quantity
+from ..definitions.model import Categorical, Feature, Layer, Loss, NodeCall, Quantity
 from ..definitions.quantities import PULLBACKS, J, S, n, p, v, y
 from ..formula import render, render_formula
 from ..lowering.kernels import KernelRule, layer_kernels
@@ -63,6 +63,7 @@ class LayerContext(_Stated):
     parameters: Mapping[str, Mapping[str, RuleContext]]
     approximation: str
     options: str
+    nodes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,19 @@ def layer_context(lowered: LoweredLayer) -> LayerContext:
         parameters=parameters,
         approximation=layer.approximation,
         options=repr(dict(layer.options)),
+        nodes=tuple(_node_call(layer, node) for node in layer.nodes),
     )
+
+
+def _node_call(layer: Layer, node: NodeCall) -> str:
+    """A node that is a call of the layer, as the runtime has it: axes by their position in the parameter."""
+    axes = {str(p.base): tuple(p.indices) for p in layer.parameters}
+    parameters = {
+        name: (position, tuple(axes[name].index(axis) for axis in there))
+        for name, (position, there) in node.parameters.items()
+    }
+    options = f", {dict(node.options)!r}" if node.options else ""
+    return f"NodeCall({node.name!r}, {node.input!r}, {parameters!r}{options})"
 
 
 def loss_context(lowered: LoweredLoss) -> LossContext:

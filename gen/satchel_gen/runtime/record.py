@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from .axes import Batch, canonical
+from .axes import Batch, canonical, possible_batches, rows
 from .errors import BatchAxisLost, GraphFreed, Overwritten
 from .rules import Layer, Loss
 from .torch_private import metadata, version
@@ -80,6 +80,8 @@ class Record(_Kept):
     input_shape: tuple[int, ...] = ()
     output_shape: tuple[int, ...] = ()
     checkpointed: bool = False
+    #: Whether the parameter is the transpose of what the definition says.
+    transposed: bool = False
     batch: Batch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -94,7 +96,7 @@ class Record(_Kept):
         self.batch = batch
         layer = self.definition
         for axes, shape in ((layer.input_axes, self.input_shape), (layer.output_axes, self.output_shape)):
-            if batch.canonical_shape(axes, shape) is None or not shape:
+            if batch.canonical_shape(axes, shape) is None or not possible_batches(rows(axes, shape), batch.samples):
                 raise BatchAxisLost(self.where, shape, batch.samples)
 
     @property

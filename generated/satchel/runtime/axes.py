@@ -53,8 +53,7 @@ class Batch:
     outer: int = 1
 
     def fits(self, shape: Sequence[int]) -> bool:
-        places = possible_batches(shape, self.samples)
-        return bool(places) if self.samples == 1 else self in places
+        return self.samples == 1 or self in possible_batches(shape, self.samples)
 
     def canonical_shape(self, axes: tuple[str, ...], shape: Sequence[int]) -> tuple[int, ...] | None:
         """`shape` with the batch in front and the starred axis flattened; None if it cannot fit `axes`."""
@@ -99,7 +98,7 @@ def possible_batches(shape: Sequence[int], samples: int) -> list[Batch]:
     found: dict[Batch, None] = {}
     for position, extent in enumerate(shape):
         if extent == samples or (samples > 1 and extent and extent % samples == 0):
-            before = prod(shape[:position])
-            found[Batch(samples, before)] = None
-            found[Batch(samples, before * (extent // max(samples, 1)))] = None
+            before, positions = prod(shape[:position]), extent // max(samples, 1)
+            outer = [outer for outer in range(1, positions + 1) if positions % outer == 0] or [1]
+            found.update({Batch(samples, before * some): None for some in outer})
     return list(found)

@@ -17,8 +17,10 @@ from math import prod
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.nn.functional import pad
 
 from .axes import Batch
+from .errors import NodeFailed
 from .passing import edge_shape, pull
 from .plan import Call, Plan, Step
 from .probe import Found
@@ -26,7 +28,7 @@ from .record import Edge, Mark, Record
 from .rules import Layer, Rule, registry
 from .settings import current
 from .sweep import add, take
-from .torch_private import leaf_of
+from .torch_private import VIEWS, leaf_of, saved
 
 #: The columns that pass a node at once, where no limit is set, hold at most this much.
 _CHUNK_BYTES = 1 << 27
@@ -227,14 +229,104 @@ class Pullback(Call):
 
 @dataclass(frozen=True)
 class Part:
-    """Where the rows of a parameter's matrix [rows, …] lie in the parameter: `start` of `total`, along its last axis if `transposed`."""
+    """Where the first axis of a definition's parameter lies in ours: from `start`, of `total`; along our last axis if `transposed`."""
 
     start: int
+    extent: int
     total: int
     transposed: bool
+
+
+@dataclass(frozen=True)
+class Defined(Call):
+    """A call of a definition. A part of a parameter is used as the whole, with a factor that is zero elsewhere."""
+
+    part: Part
+
+    def factor(self, columns: Mapping[int, Tensor]) -> Tensor:
+        part, factor = self.part, self.record.at_output(columns[self.record.output_nr], lead=1)
+        after = part.total - part.start - part.extent
+        return pad(factor, (part.start, after)) if part.start or after else factor
 
 
 def _defined(
     step: Step, position: int, edge: Edge, leaf: Tensor, shared: Mapping[Node, Step], found: Found, owner: Owned
 ) -> Call | None:
+    """The call of a definition that one input of a node is, if there is one."""
+    for layer in registry().layers:
+        for call in layer.nodes:
+            names = [name for name, (there, _) in call.parameters.items() if there == position]
+            batch = found.batches.get((step.node, 0))
+            if call.name != step.name or not names or batch is None:
+                continue
+            name = names[0]
+            if any(saved(step.node, option) != value for option, value in call.options.items()):
+                continue
+            part = _part(edge, leaf, call.parameters[name][1], shared)
+            if part is None:
+                continue
+            record = _record(step, owner, layer, name, leaf, batch)
+            record.transposed = part.transposed
+            fits = batch.canonical_shape(layer.output_axes, record.output_shape) is not None
+            if not fits or record.output_shape[-1] != part.extent:  # a broadcast parameter is another formula
+                continue
+            if call.input is not None and "input" in layer.reads_of(name):
+                try:
+                    record.keep(input=saved(step.node, call.input))
+                except RuntimeError as error:  # freed, or changed in place
+                    raise NodeFailed(step.where) from error
+            return Defined(record, {name: leaf}, part)
     return None
+
+
+def _part(edge: Edge, leaf: Tensor, axes: tuple[int, ...], shared: Mapping[Node, Step]) -> Part | None:
+    """How a tensor that is nothing but a view of a parameter lies in it; `axes` says which of the definition's its axes are."""
+    path, node = [], edge[0]
+    while node in shared:
+        step = shared[node]
+        following = [*((p, e) for p, e, _ in step.leaves), *step.inputs]
+        if step.name not in VIEWS or len(following) != 1:
+            return None
+        path.append(Step(node, None, tuple(following), {}))
+        node = following[0][1][0]
+    shape = edge_shape(edge)
+    if leaf_of(node) is not leaf or len(shape) != len(axes) or leaf.ndim != len(axes):
+        return None
+    extent = shape[axes.index(0)]
+    if not path or [step.name for step in path] == ["TBackward0"]:
+        straight = tuple(range(len(axes)))
+        return Part(0, extent, extent, transposed=(axes if not path else axes[::-1]) != straight)
+    # Which elements: columns that number the definition's axes are passed back to the parameter.
+    counts = [
+        torch.arange(1.0, shape[k] + 1, device=leaf.device, dtype=leaf.dtype)
+        .reshape([-1 if j == k else 1 for j in range(len(shape))])
+        .expand(shape)
+        for k in (axes.index(axis) for axis in range(len(axes)))
+    ]
+    live = {edge: torch.stack(counts)}
+    for step in path:
+        add(live, pull(step, take(live, step)))
+    (numbers,) = live.values()
+    for transposed in (False, True) if len(axes) == 2 else (False,):
+        part = _block(numbers.mT if transposed else numbers, [shape[axes.index(axis)] for axis in range(len(axes))])
+        if part is not None:
+            return replace(part, transposed=transposed)
+    return None
+
+
+def _block(numbers: Tensor, extents: Sequence[int]) -> Part | None:
+    """The rows of a parameter that its elements' numbers along each axis, from 1, are on; None unless they are whole and in order."""
+    if tuple(numbers.shape[2:]) != tuple(extents[1:]):
+        return None
+    on = numbers[0].flatten(1).any(1) if numbers[0].ndim > 1 else numbers[0] != 0
+    start = int(on.int().argmax())
+    rows = numbers[:, start : start + extents[0]]
+    if rows.shape[1] != extents[0] or int(on.sum()) != extents[0]:
+        return None
+    for axis, extent in enumerate(extents):
+        wanted = torch.arange(1.0, extent + 1, device=rows.device, dtype=rows.dtype)
+        if not torch.equal(
+            rows[axis], wanted.reshape([-1 if k == axis else 1 for k in range(len(extents))]).expand_as(rows[axis])
+        ):
+            return None
+    return Part(start, extents[0], numbers.shape[1], transposed=False)

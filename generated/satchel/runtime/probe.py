@@ -111,11 +111,11 @@ class Probe:
         if columns is None or not places:
             return places[0] if places else None
         mixed = SamplesMixed(above)
-        if len(places) == 1 or columns[0].numel() % self.samples:
-            self.found.flags.append((self._leaves(columns, places[0]), mixed))
+        wrong = self._wrong(columns, places)
+        if len(places) == 1:
+            self.found.flags.append((wrong[0], mixed))
             return places[0]
-        wrong = torch.stack([self._leaves(columns, place) for place in places]).tolist()
-        place = next((place for place, is_wrong in zip(places, wrong, strict=True) if not is_wrong), None)
+        place = _first_right(places, wrong)
         if place is None:
             raise mixed
         return place
@@ -127,7 +127,8 @@ class Probe:
             self._locate(step, columns)
         if above and self.everywhere and step.node not in self.found.shared:
             error = SamplesMixed(self._above(above, step.where))
-            self.found.flags += [(self._leaves(arrived, Batch(self.samples)), error) for arrived in columns.values()]
+            first = [Batch(self.samples)]
+            self.found.flags += [(self._wrong(arrived, first)[0], error) for arrived in columns.values()]
         if step.inputs:
             add(self.live, pull(step, columns))
         for _, edge in step.inputs:
@@ -151,18 +152,26 @@ class Probe:
 
     def _read(self, columns: Tensor, shape: Sequence[int]) -> Batch | None:
         places = possible_batches(shape, self.samples)
-        if not places:
-            return None
-        wrong = torch.stack([self._leaves(columns, place) for place in places]).tolist()
-        return next((place for place, is_wrong in zip(places, wrong, strict=True) if not is_wrong), None)
+        return _first_right(places, self._wrong(columns, places)) if places else None
 
-    def _leaves(self, columns: Tensor, batch: Batch) -> Tensor:
-        """Whether a column is non-zero on another sample than those it started on. Products 0 · inf say nothing."""
-        if columns[0].numel() % (batch.samples * batch.outer):
-            return torch.ones((), dtype=torch.bool, device=columns.device)
-        split = columns.reshape(len(columns), batch.outer, batch.samples, -1)
-        on = self._supports(columns.device)[:, None, :, None]
-        return split.masked_fill(on, 0).nan_to_num(nan=0.0).count_nonzero() > 0
+    def _wrong(self, columns: Tensor, places: Sequence[Batch]) -> Tensor:
+        """For each place, whether an element is reached from another sample than the one it would belong to.
+
+        Products 0 · inf say nothing.
+        """
+        reached = columns.flatten(1).nan_to_num(nan=0.0) != 0
+        has, lacks = reached.tensor_split(2)
+        several = (has & lacks).any()
+        digits = torch.arange(len(has), device=columns.device)
+        label = (has.long() << digits[:, None]).sum(0)
+        reached = reached.any(0)
+        index = torch.arange(reached.numel(), device=columns.device)
+        verdicts = []
+        for place in places:
+            outside = reached.numel() % (place.samples * place.outer) > 0
+            own = index // max(1, reached.numel() // (place.samples * place.outer)) % place.samples
+            verdicts.append(((own != label) & reached).any() | several | outside)
+        return torch.stack(verdicts)
 
     def _supports(self, device: torch.device) -> Tensor:
         """Which samples each column is on [columns, N]: those with a binary digit, then those without it."""
@@ -173,6 +182,11 @@ class Probe:
     @staticmethod
     def _above(names: Sequence[str], where: str) -> str:
         return f"{' → '.join(names)}, above {where}"
+
+
+def _first_right(places: Sequence[Batch], wrong: Tensor) -> Batch | None:
+    """Reads the verdicts."""
+    return next((place for place, is_wrong in zip(places, wrong.tolist(), strict=True) if not is_wrong), None)
 
 
 def _inside_channels(batch: Batch, shape: Sequence[int]) -> bool:

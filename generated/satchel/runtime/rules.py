@@ -35,6 +35,21 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class NodeCall:
+    """An autograd node that is a call of a layer although no module was called.
+
+    name: the node's. input: what it has saved as the layer's input, None if no rule of these parameters reads that.
+    parameters: by name, the position among the node's inputs, and for each axis of the tensor there, which of the parameter it is.
+    options: what else it has saved, with the values that the formula covers.
+    """
+
+    name: str
+    input: str | None
+    parameters: Mapping[str, tuple[int, tuple[int, ...]]]
+    options: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
+
+
+@dataclass(frozen=True)
 class Layer:
     """A module y = f(x, θ), as the rules by which curvature passes it and the quantities that it leaves on parameters.
 
@@ -61,12 +76,17 @@ class Layer:
     parameters: Mapping[str, Mapping[str, Rule]]
     approximation: str = "expand"
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: _EMPTY)
+    nodes: tuple[NodeCall, ...] = ()
 
     def reads(self, parameters: Iterable[str]) -> frozenset[str]:
         """Operands of the rules by which factors pass, and of the quantities of `parameters`: what a record must keep."""
         passes = [self.vjp, self.diagonal, self.mean_vjp, self.sandwich, *([self.residual] if self.residual else [])]
-        rules = [*passes, *(rule for parameter in parameters for rule in self.parameters[parameter].values())]
-        return frozenset(operand for rule in rules for operand in rule.operands)
+        own = frozenset[str]().union(*(self.reads_of(parameter) for parameter in parameters))
+        return own | {operand for rule in passes for operand in rule.operands}
+
+    def reads_of(self, parameter: str) -> frozenset[str]:
+        """Operands of the quantities of a parameter."""
+        return frozenset(operand for rule in self.parameters[parameter].values() for operand in rule.operands)
 
 
 @dataclass(frozen=True)

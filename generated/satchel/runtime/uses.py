@@ -25,6 +25,8 @@ from .record import Record
 from .rules import Layer, registry
 
 PER_SAMPLE = "per_sample"
+#: Quantities whose last axes are those of the parameter. Kronecker factors belong to the matrix that the definition says.
+OF_PARAMETER = (PER_SAMPLE, "gradient", "sum_of_squares", "signed_sum_of_squares", "diagonal_sum")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def summed(uses: Sequence[Use], name: str) -> Tensor:
 
 def _one(use: Use, name: str, factor: Tensor | None, differentiable: bool = False) -> Tensor:
     rule = use.layer.parameters[use.name][name]
-    return evaluate(rule, use.layer, use.record.operand, factor, differentiable=differentiable)
+    found = evaluate(rule, use.layer, use.record.operand, factor, differentiable=differentiable)
+    return found.mT if use.record.transposed and name in OF_PARAMETER else found
 
 
 def _joined(uses: Sequence[Use], name: str, extra: Sequence[Tensor], lead: int, differentiable: bool) -> Tensor:
@@ -101,7 +104,8 @@ def _joined(uses: Sequence[Use], name: str, extra: Sequence[Tensor], lead: int, 
         axes = first.layer.input_axes if operand == "input" else first.layer.output_axes
         return join([use.record.operand(operand) for use in uses], axes, 0)
 
-    return evaluate(rule, first.layer, operand, *arguments, differentiable=differentiable)
+    found = evaluate(rule, first.layer, operand, *arguments, differentiable=differentiable)
+    return found.mT if first.record.transposed and name in OF_PARAMETER else found
 
 
 def join(tensors: Sequence[Tensor], axes: tuple[str, ...], lead: int) -> Tensor:
@@ -128,6 +132,7 @@ def joinable(uses: Sequence[Use]) -> bool:
         and use.name == first.name
         and use.record.samples == first.record.samples
         and use.record.options == first.record.options
+        and use.record.transposed == first.record.transposed
         and _same_parameters(use, first)
         for use in uses
     )
