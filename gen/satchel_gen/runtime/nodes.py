@@ -139,8 +139,9 @@ def _record(step: Step, owner: Owned, layer: Layer, name: str, parameter: Tensor
 
 @dataclass(eq=False, kw_only=True)
 class NodeRecord(Record):
-    """The use of a parameter by a node."""
+    """The use of a parameter by a node. Factors pass it by its own backward, which gives no second derivatives."""
 
+    differentiates_twice = False
     node_name: str = ""
     parameter_name: str = ""
 
@@ -164,8 +165,7 @@ def operation() -> Layer:
     def never(*given: object) -> Tensor:
         raise AssertionError("a node without definition passes factors by its own backward")
 
-    reductions = {name: Rule(f) for name, f in registry().reductions.items() if name != "signed_sum_of_squares"}
-    rules = {"per_sample": Rule(per_sample), **reductions}  # second derivatives are not passed to nodes
+    rules = {"per_sample": Rule(per_sample), **{name: Rule(f) for name, f in registry().reductions.items()}}
     none = Rule(never)
     return Layer(
         name="operation",
@@ -187,7 +187,7 @@ def operation() -> Layer:
 
 @dataclass(frozen=True)
 class Pullback(Call):
-    """T[v, n, p] = Σ_y J[n, y, p] s[v, n, y]: backward of the node, and of what computes its input from the parameter, for one n at a time."""
+    """T[v, n, p] = Σ_y J[n, y, p] s[v, n, y], by the backward of the node and of what computes its input from the parameter."""
 
     node: Step
     path: tuple[Step, ...]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,8 @@ class Record(_Kept):
     Which axis is the batch is known once a walk has come from the loss: until then it is taken to be the first.
     """
 
+    #: Whether the curvature of whatever lies above reaches this use.
+    differentiates_twice: ClassVar[bool] = True
     definition: Layer
     parameters: dict[str, weakref.ref[Tensor]] = field(default_factory=dict)
     input_shape: tuple[int, ...] = ()

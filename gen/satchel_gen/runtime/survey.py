@@ -8,17 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from .context import backpack
-from .curvature import AVERAGED, RESIDUAL, refuse_option
+from .curvature import AVERAGED, RESIDUAL, refuse_option, uses_of
 from .demand import CURVATURE, SECOND_ORDER, Demand
-from .errors import CheckpointedRegion, SatchelError, UnsupportedModule
+from .errors import CheckpointedRegion, SatchelError, SharedByKinds, SparseGradient, UnsupportedModule
 from .flags import Flag, first_raised
-from .nodes import NodeRecord, Owned, resolve
+from .nodes import NodeRecord, Owned, Pullback, resolve
 from .plan import Plan
 from .probe import Found, Probe
 from .record import Edge, Mark
 from .rules import registry
-from .torch_private import is_python_function, is_reentrant_checkpoint
-from .uses import Use
+from .torch_private import has_sparse_gradient, is_python_function, is_reentrant_checkpoint
+from .uses import PER_SAMPLE, Use, joinable
 
 
 def check(
@@ -54,6 +54,7 @@ def check(
             raise mixed
         plan = resolve(plan, found, owned)
         _refuse_undefined(plan, context)
+        _warn_of_cost(plan)
     return plan, count, found.flags
 
 
@@ -108,15 +109,44 @@ def _owned(plan: Plan, marks: Sequence[Mark]) -> dict[int, Owned]:
 def _refuse_undefined(plan: Plan, context: backpack) -> None:
     """Refuse, or warn of, features that the uses of a parameter by nodes have no value for."""
     supported = [layer.name for layer in registry().layers]
+    for step in plan.steps:
+        if step.calls and has_sparse_gradient(step.node):
+            raise SparseGradient(step.calls[0].record.where, context.demand.names)
     for record, parameters in plan.used:
         if not isinstance(record, NodeRecord):
             continue
         for name in parameters:
             use = Use(record, name)
             lacking = [e.name for e in context.demand.extensions if not use.serves(e)]
-            if not lacking:
-                continue
-            error = UnsupportedModule(record.where, record.parameter_name, record.node_name, lacking, supported)
-            if context.strict:
-                raise error
-            warnings.warn(str(error), stacklevel=2)
+            if lacking:
+                error = UnsupportedModule(record.where, record.parameter_name, record.node_name, lacking, supported)
+                if context.strict:
+                    raise error
+                warnings.warn(str(error), stacklevel=2)
+    for parameter, steps in plan.uses.items():
+        uses = uses_of(steps, parameter)
+        if len(uses) > 1 and not joinable(uses):
+            _refuse_unjoinable(uses, context.demand)
+
+
+def _refuse_unjoinable(uses: Sequence[Use], demand: Demand) -> None:
+    """Of uses that are not more positions of one, only what individual pullbacks give is defined."""
+    pulled = {PER_SAMPLE, *registry().reductions}
+    for extension in demand.extensions:
+        needs = {need.quantity for need in extension.needs(uses[0].layer)} - pulled
+        if needs and all(use.serves(extension) for use in uses):
+            raise SharedByKinds([use.record.where for use in uses], uses[0].name, sorted(needs)[0], [extension.name])
+
+
+def _warn_of_cost(plan: Plan) -> None:
+    """Say once for each parameter that its uses cost N backwards of a node."""
+    for step in plan.steps:
+        for call in step.calls:
+            where = call.record.where
+            if isinstance(call, Pullback) and where not in _warned:
+                _warned.add(where)
+                text = f"{where}: no definition covers this use, so the node's backward runs once for every sample"
+                warnings.warn(text, stacklevel=2)
+
+
+_warned: set[str] = set()

@@ -115,3 +115,8 @@ def normalised_shape(node: Node) -> tuple[int, ...] | None:
 def saved(node: Node, name: str) -> Any:
     """What a node has saved under a name; None if it saved none. Raises RuntimeError if it was freed."""
     return getattr(node, f"_saved_{name}", None)
+
+
+def has_sparse_gradient(node: Node) -> bool:
+    """Whether the node sends a sparse gradient to its parameter."""
+    return getattr(node, "_saved_sparse", False) is True

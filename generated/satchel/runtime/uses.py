@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .axes import starred
+from .demand import SECOND_ORDER
 from .errors import SharedByKinds
 from .evaluate import evaluate
 from .extension import Extension
@@ -46,7 +47,9 @@ class Use:
 
     def serves(self, extension: Extension) -> bool:
         """Whether a feature has a value for the parameter: what it needs of inputs alone, a bias goes without."""
-        return all(self.offers(need.quantity) for need in extension.needs(self.layer) if need.source != "input")
+        needs = [need for need in extension.needs(self.layer) if need.source != "input"]
+        twice = any(need.source in SECOND_ORDER for need in needs)
+        return (self.record.differentiates_twice or not twice) and all(self.offers(need.quantity) for need in needs)
 
 
 def quantities(
