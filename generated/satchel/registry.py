@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .extensions import (
     KFAC,
     KFLR,
@@ -25,7 +27,7 @@ from .layers.sigmoid import LAYER as SIGMOID
 from .layers.tanh import LAYER as TANH
 from .losses.cross_entropy_loss import LOSS as CROSS_ENTROPY_LOSS
 from .losses.mse_loss import LOSS as MSE_LOSS
-from .runtime.rules import Registry
+from .runtime.rules import Composite, Registry
 
 REGISTRY = Registry(
     layers=(
@@ -53,4 +55,9 @@ REGISTRY = Registry(
         Variance,
     ),
     reductions=REDUCTIONS,
+    composites=(
+        Composite(torch.nn.GRU, without=("mkldnn", "cudnn")),
+        Composite(torch.nn.LSTM, without=("mkldnn", "cudnn")),
+        Composite(torch.nn.RNN, without=("mkldnn", "cudnn")),
+    ),
 )

@@ -6,11 +6,13 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from ..calculus.derive import Statement
 from ..notation import Equal, LogSumExp, Sum, extent, indices, sigmoid, softplus, tensors
 from .model import (
     Categorical,
+    Composite,
     DefinitionError,
     Example,
     Feature,
@@ -32,6 +34,7 @@ class Definitions:
     layers: tuple[Layer, ...]
     losses: tuple[Loss, ...]
     features: tuple[Feature, ...]
+    composites: tuple[Composite, ...] = ()
 
     def only(self, names: set[str]) -> Definitions:
         """The layers and losses of these names (all where empty), with every feature."""
@@ -46,23 +49,24 @@ class Definitions:
             tuple(d for d in self.layers if d.name in names),
             tuple(d for d in self.losses if d.name in names),
             self.features,
+            self.composites,
         )
 
 
 def load() -> Definitions:
     """Import every file under layers/, losses/ and features/ and collect what it defines."""
-    found: dict[type, dict[str, Layer | Loss | Feature]] = {Layer: {}, Loss: {}, Feature: {}}
+    found: dict[type, dict[str, Any]] = {Layer: {}, Loss: {}, Feature: {}, Composite: {}}
     for folder in ("layers", "losses", "features"):
         for module in _modules(folder):
             for value in vars(module).values():
-                if isinstance(value, Layer | Loss | Feature) and str(value.source.file) == module.__file__:
+                if isinstance(value, Layer | Loss | Feature | Composite) and str(value.source.file) == module.__file__:
                     known = found[type(value)].setdefault(value.name, value)
                     if known is not value:
                         raise DefinitionError(f"{value.source}: {value.name} is already defined at {known.source}")
-    layers, losses, features = (
-        tuple(found[kind][name] for name in sorted(found[kind])) for kind in (Layer, Loss, Feature)
+    layers, losses, features, composites = (
+        tuple(found[kind][name] for name in sorted(found[kind])) for kind in (Layer, Loss, Feature, Composite)
     )
-    return Definitions(layers, losses, features)  # type: ignore[arg-type]
+    return Definitions(layers, losses, features, composites)  # type: ignore[arg-type]
 
 
 def _modules(folder: str) -> list[ModuleType]:
@@ -74,6 +78,7 @@ def _modules(folder: str) -> list[ModuleType]:
 
 
 __all__ = [
-    "Categorical", "DefinitionError", "Definitions", "Equal", "Example", "Feature", "Layer", "LogSumExp", "Loss", "NodeCall", "Normal",
-    "Quantity", "Refused", "Statement", "Sum", "activation", "extent", "indices", "load", "sigmoid", "softplus", "tensors", "z",
+    "Categorical", "Composite", "DefinitionError", "Definitions", "Equal", "Example", "Feature", "Layer", "LogSumExp", "Loss",
+    "NodeCall", "Normal", "Quantity", "Refused", "Statement", "Sum", "activation", "extent", "indices", "load", "sigmoid",
+    "softplus", "tensors", "z",
 ]  # fmt: skip

@@ -185,6 +185,22 @@ class Layer(_Validated):
 
 
 @dataclass(frozen=True)
+class Composite(_Validated):
+    """A module that is made of operations which satchel passes one by one, unless a backend fuses them: `without` names those."""
+
+    name: str
+    without: tuple[str, ...]
+    module: str = ""
+    source: Source = dataclasses.field(default_factory=_caller)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "module", self.module or f"torch.nn.{self.name}")
+        unknown = set(self.without) - {"mkldnn", "cudnn"}
+        if unknown:
+            self._fail(f"unknown backends: {', '.join(sorted(unknown))}")
+
+
+@dataclass(frozen=True)
 class Loss(_Validated):
     """A negative log-likelihood: its terms ℓ as statements (the last one), and the distribution that it comes from.
 

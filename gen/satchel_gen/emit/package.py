@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..definitions import Definitions, Feature, Layer, Loss
 from ..lowering.kernels import loss_kernels
@@ -82,7 +83,13 @@ def _shared_files(definitions: Definitions, package: str) -> dict[str, str]:
     layers, losses = contexts.table(definitions.layers, definitions.losses)
     features = [{"name": f.name, "file": contexts.module_name(f)} for f in definitions.features]
     header = HEADER.format(source="templates")
-    shared = {"layers": layers, "losses": losses, "features": features, "package": package}
+    shared: dict[str, Any] = {
+        "layers": layers,
+        "losses": losses,
+        "features": features,
+        "package": package,
+        "composites": definitions.composites,
+    }
     files = {
         "__init__.py": header + _render("init.py.jinja", **shared),
         "registry.py": header + _render("registry.py.jinja", **shared),

@@ -19,7 +19,7 @@ from .context import active, backpack
 from .demand import CURVATURE
 from .errors import BatchAxisLost, FieldMissing, LossIncomplete, LossNotExtended, UnitUnknown
 from .flags import Flag, first_raised
-from .harvest import Harvest
+from .harvest import GRADIENT, Harvest
 from .nodes import operation
 from .plan import Plan, Step, walk
 from .record import Edge, Entry, LossRecord, Mark, Record
@@ -175,7 +175,8 @@ class Pass:
             return
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(e.differentiable for e in self.context.extensions)):
             for call in step.calls:
-                self._use(call.record, call.parameters, call.factor(columns))
+                asked = self.demand.quantities(call.record.definition, GRADIENT)
+                self._use(call.record, call.parameters, call.factor(columns) if asked else None)
 
     def _layer(self, record: Record, delta: Tensor | None) -> None:
         """Keep δ until the parameters of the layer have been reached by all their uses."""
@@ -185,7 +186,7 @@ class Pass:
             delta = any_parameter.new_zeros(record.output_shape)
         self._use(record, wanted, at_output(record, delta[None], lead=1))
 
-    def _use(self, record: Record, parameters: Mapping[str, Tensor], factor: Tensor) -> None:
+    def _use(self, record: Record, parameters: Mapping[str, Tensor], factor: Tensor | None) -> None:
         for name, parameter in parameters.items():
             if self.harvest.use(parameter, record, name, factor):
                 complete = partial(self._complete, id(parameter), parameter.device.type)
@@ -273,7 +274,9 @@ class Pass:
         module, hook = entry.module(), self.context.extension_hook
         if hook is None or module is None or id(module) in self.hooked:
             return
-        if type(entry) is not Mark or _is_leaf(module):
+        if not (_has_definition(entry) or _is_leaf(module)):
+            return
+        if all(id(p) in self.finished for p in module.parameters() if id(p) in self.expected):  # otherwise later
             self.hooked.add(id(module))
             hook(module)
 
@@ -303,6 +306,10 @@ class Pass:
         self.calls.clear()
         self.inner.clear()
         self.promised.clear()
+
+
+def _has_definition(entry: Mark) -> bool:
+    return type(entry) in (Record, LossRecord)
 
 
 def _is_leaf(module: nn.Module) -> bool:

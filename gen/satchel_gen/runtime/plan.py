@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -25,7 +25,12 @@ class Call(ABC):
 
     @abstractmethod
     def factor(self, columns: Mapping[int, Tensor]) -> Tensor:
-        """What the rules take, from columns [V, *output] by output number. Calls the node: it must not be freed."""
+        """What the rules take, from columns [V, *output] by output number. May call the node: it must not be freed."""
+
+    @property
+    def factor_size(self) -> int:
+        """Elements that the factor of one column has beyond the column."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -103,13 +108,14 @@ class Plan:
                 found.setdefault(parameter, []).append(step)
         return found
 
-    def pruned(self) -> Plan:
-        """Without nodes that lead to no use."""
+    def pruned(self, keep: Container[int] = ()) -> Plan:
+        """Without nodes that lead to no use; of the parameters that nodes use, only those of the ids in `keep`."""
         alive: dict[Node, Step] = {}
         for step in reversed(self.steps):
             inputs = tuple((position, edge) for position, edge in step.inputs if edge[0] in alive)
-            if inputs or step.parameters or step.calls:
-                alive[step.node] = replace(step, inputs=inputs, leaves=())
+            leaves = tuple(leaf for leaf in step.leaves if id(leaf[2]) in keep)
+            if inputs or leaves or step.parameters or step.calls:
+                alive[step.node] = replace(step, inputs=inputs, leaves=leaves)
         return replace(self, steps=tuple(reversed(alive.values())))
 
     def column_bytes(self, itemsize: int) -> int:
@@ -118,7 +124,7 @@ class Plan:
         most = sum(live.values())
         for step in self.steps:
             live.update({edge: _numel(edge) for _, edge in step.inputs})
-            most = max(most, sum(live.values()))
+            most = max(most, sum(live.values()) + sum(call.factor_size for call in step.calls))
             for edge in [edge for edge in live if edge[0] is step.node]:
                 del live[edge]
         return most * itemsize

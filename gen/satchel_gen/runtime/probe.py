@@ -23,7 +23,7 @@ from .passing import edge_shape, pull
 from .plan import Plan, Step
 from .record import Edge, Record
 from .sweep import add, take
-from .torch_private import node_outputs, normalised_shape
+from .torch_private import VIEWS, node_outputs, normalised_shape
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Probe:
 
     def __init__(self, plan: Plan, start: Mapping[Edge, Sequence[int]], samples: int, everywhere: bool = False) -> None:
         self.plan, self.samples, self.everywhere = plan, samples, everywhere
-        self.found = Found()
+        self.found = Found(shared=_views_of_parameters(plan))
         #: Two samples can mix only between layers.
         self.probing = samples > 1 and bool(plan.unknown)
         self.locating = bool(plan.loose)
@@ -137,6 +137,8 @@ class Probe:
 
     def _locate(self, step: Step, columns: Mapping[int, Tensor]) -> None:
         """Read where the samples of the node's outputs are: nowhere, if an element belongs to several."""
+        if step.node in self.found.shared:
+            return
         for number, arrived in columns.items():
             edge = (step.node, number)
             batch = self.known.get(edge) or self._read(arrived, edge_shape(edge))
@@ -180,6 +182,15 @@ class Probe:
     @staticmethod
     def _above(names: Sequence[str], where: str) -> str:
         return f"{' → '.join(names)}, above {where}"
+
+
+def _views_of_parameters(plan: Plan) -> set[Node]:
+    """Nodes that do nothing but arrange a parameter, whatever the samples make of it: a row may be used by one alone."""
+    found: set[Node] = set()
+    for step in reversed(plan.steps):
+        if step.name in VIEWS and (step.leaves or (step.inputs and all(edge[0] in found for _, edge in step.inputs))):
+            found.add(step.node)
+    return found
 
 
 def _first_right(places: Sequence[Batch], wrong: Tensor) -> Batch | None:

@@ -88,6 +88,14 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Composite:
+    """A module that is made of other operations, unless a backend that fuses them is on: `without` names those to switch off."""
+
+    module: type[nn.Module]
+    without: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Loss:
     """A negative log-likelihood Σ ℓ(f, y), times c (1 for a sum, 1 / number of terms for a mean).
 
@@ -154,6 +162,7 @@ class Registry:
     losses: tuple[Loss, ...]
     extensions: tuple[type[Extension], ...]
     reductions: Mapping[str, Callable[..., Tensor]]
+    composites: tuple[Composite, ...] = ()
 
     @cached_property
     def _by_forward(self) -> Mapping[Callable[..., Any], Layer | Loss]:
@@ -165,6 +174,10 @@ class Registry:
         if "forward" in vars(module):  # patched on the instance: it may compute anything
             return None
         return self._by_forward.get(type(module).forward)
+
+    def composite(self, module: nn.Module) -> Composite | None:
+        forward = type(module).forward
+        return next((composite for composite in self.composites if composite.module.forward is forward), None)
 
 
 _installed: Registry | None = None

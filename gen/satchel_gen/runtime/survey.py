@@ -42,8 +42,8 @@ def check(
         if record.checkpointed and plan.unknown:
             raise CheckpointedRegion(record.where, features)
     owned = _owned(plan, (*plan.marks, *marks, *plan.records))
-    if not owned:
-        plan = plan.pruned()
+    if plan.loose:
+        plan = plan.pruned(owned)
     _touch(plan, context.demand)
     everywhere = {AVERAGED, RESIDUAL} & set(context.demand.sources(plan.definitions))
     with torch.no_grad():

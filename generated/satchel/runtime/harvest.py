@@ -33,8 +33,8 @@ class Harvest:
         """Ids of the parameters that have been reached and have no fields yet."""
         return list(self._uses)
 
-    def use(self, parameter: Tensor, record: Record, name: str, factor: Tensor) -> bool:
-        """Note a use with δ [1, *output]; whether it is the parameter's first."""
+    def use(self, parameter: Tensor, record: Record, name: str, factor: Tensor | None) -> bool:
+        """Note a use with δ [1, *output], where that is asked for; whether it is the parameter's first."""
         first = id(parameter) not in self._uses
         self._parameters[id(parameter)] = parameter
         self._uses.setdefault(id(parameter), []).append(Use(record, name, factor))

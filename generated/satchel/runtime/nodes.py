@@ -20,7 +20,7 @@ from torch.autograd.graph import Node
 from torch.nn.functional import pad
 
 from .axes import Batch
-from .errors import NodeFailed
+from .errors import BatchAxisLost, NodeFailed
 from .passing import edge_shape, pull
 from .plan import Call, Plan, Step
 from .probe import Found
@@ -49,7 +49,7 @@ class Owned:
 def resolve(plan: Plan, found: Found, owned: Mapping[int, Owned]) -> Plan:
     """The plan with the calls that nodes without record are; what is computed from parameters alone is part of a call."""
     shared = {step.node: step for step in plan.steps if step.record is None and step.node in found.shared}
-    below = _parameters_below(shared, owned)
+    below = _parameters_below(shared)
     steps = []
     for step in plan.steps:
         if step.node in shared:
@@ -57,7 +57,7 @@ def resolve(plan: Plan, found: Found, owned: Mapping[int, Owned]) -> Plan:
         if step.record is not None:
             steps.append(step)
             continue
-        own = [(position, edge) for position, edge, leaf in step.leaves if id(leaf) in owned]
+        own = [(position, edge) for position, edge, _ in step.leaves]
         own += [(position, edge) for position, edge in step.inputs if edge[0] in shared]
         routes = [(position, edge, below[edge[0]] if edge[0] in shared else _leaf(edge)) for position, edge in own]
         calls = _calls(step, routes, shared, found, owned)
@@ -71,11 +71,11 @@ def _leaf(edge: Edge) -> dict[int, Tensor]:
     return {} if leaf is None else {id(leaf): leaf}
 
 
-def _parameters_below(shared: Mapping[Node, Step], owned: Mapping[int, Owned]) -> dict[Node, dict[int, Tensor]]:
+def _parameters_below(shared: Mapping[Node, Step]) -> dict[Node, dict[int, Tensor]]:
     """The parameters that a node is computed from."""
     below: dict[Node, dict[int, Tensor]] = {}
-    for node, step in reversed(shared.items()):
-        found = {id(leaf): leaf for _, _, leaf in step.leaves if id(leaf) in owned}
+    for node, step in reversed(list(shared.items())):
+        found = {id(leaf): leaf for _, _, leaf in step.leaves}
         for _, edge in step.inputs:
             found |= below.get(edge[0], {})
         below[node] = found
@@ -195,6 +195,10 @@ class Pullback(Call):
     path: tuple[Step, ...]
     batches: Mapping[int, Batch]
 
+    @property
+    def factor_size(self) -> int:
+        return self.record.samples * sum(parameter.numel() for parameter in self.parameters.values())
+
     def factor(self, columns: Mapping[int, Tensor]) -> Tensor:
         (parameter,) = self.parameters.values()
         count, samples = len(next(iter(columns.values()))), self.record.samples
@@ -209,6 +213,8 @@ class Pullback(Call):
 
     def _pulled(self, columns: Mapping[int, Tensor], v: Tensor, n: Tensor) -> Tensor:
         """[pairs, *p] for pairs of a column and a sample."""
+        if columns.keys() - self.batches.keys():
+            raise BatchAxisLost(self.record.where, self.record.output_shape, self.record.samples)
         masked = {number: self._only(columns[number][v], n, self.batches[number]) for number in columns}
         live = pull(self.node, masked)
         for step in self.path:

@@ -122,3 +122,10 @@ def saved(node: Node, name: str) -> Any:
 def has_sparse_gradient(node: Node) -> bool:
     """Whether the node sends a sparse gradient to its parameter."""
     return getattr(node, "_saved_sparse", False) is True
+
+
+def switch_backend(name: str, on: bool) -> bool:
+    """Turn a backend ("mkldnn", "cudnn") on or off for the process; whether it was on."""
+    before: bool = getattr(torch._C, f"_get_{name}_enabled")()
+    getattr(torch._C, f"_set_{name}_enabled")(on)
+    return before
