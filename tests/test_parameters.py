@@ -512,6 +512,24 @@ def test_hook_sees_the_fields() -> None:
     assert [m for m, _ in seen] == [loss, model.b, model.norm, model.a] and all(complete for _, complete in seen)
 
 
+def test_empty_batch() -> None:
+    for name in ("scaled", "functional", "layer norm"):
+        model, x = extend(built(name)), inputs(0)
+        with backpack(BatchGrad(), SumGradSquared(), DiagGGNExact()):
+            extend(nn.CrossEntropyLoss(reduction="sum"))(model(x), targets(name, x)).backward()
+        for p in model.parameters():
+            assert p.grad_batch.shape == (0, *p.shape) and not p.sum_grad_squared.any() and not p.diag_ggn_exact.any()
+
+
+def test_model_that_returns_its_loss() -> None:
+    """Where no tensor above a use tells samples apart, that is an error."""
+    model = Wired(
+        lambda m, x: F.linear(m.a(x), m.p.value).square().mean(), a=nn.Linear(4, 4), p=Embedded(5, 4)
+    ).double()
+    with pytest.raises(ValueError, match="batch"), backpack(BatchGrad()):
+        extend(model)(inputs(N)).backward()
+
+
 def test_chunks(agree: Agree) -> None:
     with satchel.settings(memory_limit=2000):
         for name in ("layer norm", "positions", "attention"):

@@ -66,7 +66,7 @@ def load() -> Definitions:
     layers, losses, features, composites = (
         tuple(found[kind][name] for name in sorted(found[kind])) for kind in (Layer, Loss, Feature, Composite)
     )
-    return Definitions(layers, losses, features, composites)  # type: ignore[arg-type]
+    return Definitions(layers, losses, features, composites)
 
 
 def _modules(folder: str) -> list[ModuleType]:

@@ -67,7 +67,7 @@ class Probe:
                 self._node(step, columns)
             elif arrived and self.locating:
                 self.found.batches.update({edge: self.known[edge] or Batch(self.samples) for edge in arrived})
-            if step.record is None and not columns:
+            if step.record is None and self.samples < 2:
                 for _, edge in step.inputs:
                     self._meet(edge, Batch(self.samples))
         return self.found
@@ -151,7 +151,7 @@ class Probe:
                 raise SamplesMixed(step.where)
 
     def _read(self, columns: Tensor, shape: Sequence[int]) -> Batch | None:
-        places = possible_batches(shape, self.samples)
+        places = possible_batches(tuple(shape), self.samples)
         return _first_right(places, self._wrong(columns, places)) if places else None
 
     def _wrong(self, columns: Tensor, places: Sequence[Batch]) -> Tensor:
@@ -160,6 +160,8 @@ class Probe:
         Products 0 · inf say nothing.
         """
         reached = columns.flatten(1).nan_to_num(nan=0.0) != 0
+        if len(places) == 1:
+            return self._leaves(reached, places[0])[None]
         has, lacks = reached.tensor_split(2)
         several = (has & lacks).any()
         digits = torch.arange(len(has), device=columns.device)
@@ -172,6 +174,12 @@ class Probe:
             own = index // max(1, reached.numel() // (place.samples * place.outer)) % place.samples
             verdicts.append(((own != label) & reached).any() | several | outside)
         return torch.stack(verdicts)
+
+    def _leaves(self, reached: Tensor, place: Batch) -> Tensor:
+        if reached.shape[1] % (place.samples * place.outer):
+            return torch.ones((), dtype=torch.bool, device=reached.device)
+        split = reached.reshape(len(reached), place.outer, place.samples, -1)
+        return (split & ~self._supports(reached.device)[:, None, :, None]).any()
 
     def _supports(self, device: torch.device) -> Tensor:
         """Which samples each column is on [columns, N]: those with a binary digit, then those without it."""

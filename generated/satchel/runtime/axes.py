@@ -53,7 +53,7 @@ class Batch:
     outer: int = 1
 
     def fits(self, shape: Sequence[int]) -> bool:
-        return self.samples == 1 or self in possible_batches(shape, self.samples)
+        return self.samples == 1 or self in possible_batches(tuple(shape), self.samples)
 
     def canonical_shape(self, axes: tuple[str, ...], shape: Sequence[int]) -> tuple[int, ...] | None:
         """`shape` with the batch in front and the starred axis flattened; None if it cannot fit `axes`."""
@@ -85,12 +85,13 @@ class Batch:
         return self.outer == 1 and len(shape) > 0 and shape[0] == self.samples
 
 
-def rows(axes: tuple[str, ...], shape: Sequence[int]) -> Sequence[int]:
+def rows(axes: tuple[str, ...], shape: Sequence[int]) -> tuple[int, ...]:
     """The axes among which the batch can be: the first, and the starred ones if they are next to it."""
-    return shape[: max(1, len(shape) - len(axes) + 2)] if starred(axes) == 1 else shape[:1]
+    return tuple(shape[: max(1, len(shape) - len(axes) + 2)] if starred(axes) == 1 else shape[:1])
 
 
-def possible_batches(shape: Sequence[int], samples: int) -> list[Batch]:
+@cache
+def possible_batches(shape: tuple[int, ...], samples: int) -> list[Batch]:
     """Where a batch of `samples` can lie in `shape`: in one axis, alone or joined with positions on either side.
 
     One sample must have an axis of its own: what was averaged over a batch would look the same.

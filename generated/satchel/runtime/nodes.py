@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 from .axes import Batch
 from .errors import BatchAxisLost, NodeFailed
+from .parts import Part, part_of
 from .passing import edge_shape, pull
 from .plan import Call, Plan, Step
 from .probe import Found
@@ -28,7 +29,7 @@ from .record import Edge, Mark, Record
 from .rules import Layer, Rule, registry
 from .settings import current
 from .sweep import add, take
-from .torch_private import VIEWS, leaf_of, saved
+from .torch_private import leaf_of, saved
 
 #: The columns that pass a node at once, where no limit is set, hold at most this much.
 _CHUNK_BYTES = 1 << 27
@@ -99,16 +100,17 @@ def _calls(
                 continue
         for key, leaf in leaves.items():
             rest.setdefault(key, (leaf, []))[1].append((position, edge))
+    batches = {edge[1]: batch for edge, batch in found.batches.items() if edge[0] is step.node}
     for key, (leaf, edges) in rest.items():
-        if not found.batches:
-            continue
+        if not batches:  # the backward did not start where samples can be told apart
+            raise BatchAxisLost(step.where, edge_shape((step.node, 0)), None)
         path = tuple(Step(s.node, None, tuple(_towards(s, leaf, shared)), {}) for s in shared.values())
         yield Pullback(
-            record=_record(step, owned[key], operation(), _PARAMETER, leaf, next(iter(found.batches.values()))),
+            record=_record(step, owned[key], operation(), _PARAMETER, leaf, next(iter(batches.values()))),
             parameters={_PARAMETER: leaf},
             node=Step(step.node, None, tuple(edges), {}),
             path=tuple(s for s in path if s.inputs),
-            batches={edge[1]: batch for edge, batch in found.batches.items() if edge[0] is step.node},
+            batches=batches,
         )
 
 
@@ -148,8 +150,13 @@ class NodeRecord(Record):
     parameter_name: str = ""
 
     @property
+    def owner(self) -> str:
+        """The module that holds the parameter."""
+        return super().where
+
+    @property
     def where(self) -> str:
-        return f"{super().where}, parameter {self.parameter_name!r} in {self.node_name}"
+        return f"{self.owner}, parameter {self.parameter_name!r} in {self.node_name}"
 
 
 # --------------------------------------------------------------------------------------------------- any other node
@@ -202,13 +209,14 @@ class Pullback(Call):
     def factor(self, columns: Mapping[int, Tensor]) -> Tensor:
         (parameter,) = self.parameters.values()
         count, samples = len(next(iter(columns.values()))), self.record.samples
+        if not samples:
+            return parameter.new_zeros(count, 0, *parameter.shape)
         sizes = [prod(edge_shape((self.node.node, number))) for number in columns]
         sizes += [prod(edge_shape(edge)) for step in (self.node, *self.path) for _, edge in step.inputs]
         limit = current().memory_limit or _CHUNK_BYTES
         size = max(1, limit // max(1, sum(sizes) * next(iter(columns.values())).element_size()))
         pairs = torch.arange(count * samples, device=parameter.device)
-        parts = [self._pulled(columns, some // samples, some % samples) for some in pairs.split(size)]
-        found = torch.cat(parts) if parts else parameter.new_zeros(0, *parameter.shape)
+        found = torch.cat([self._pulled(columns, some // samples, some % samples) for some in pairs.split(size)])
         return found.reshape(count, samples, *parameter.shape)
 
     def _pulled(self, columns: Mapping[int, Tensor], v: Tensor, n: Tensor) -> Tensor:
@@ -221,7 +229,8 @@ class Pullback(Call):
             arrived = take(live, step)
             if arrived:
                 add(live, pull(step, arrived))
-        return torch.stack([found for found in live.values()]).sum(0)
+        (found,) = live.values()  # the parameter's edge
+        return found
 
     @staticmethod
     def _only(columns: Tensor, n: Tensor, batch: Batch) -> Tensor:
@@ -231,16 +240,6 @@ class Pullback(Call):
 
 
 # ------------------------------------------------------------------------------------------------ calls of definitions
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where the first axis of a definition's parameter lies in ours: from `start`, of `total`; along our last axis if `transposed`."""
-
-    start: int
-    extent: int
-    total: int
-    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -268,7 +267,7 @@ def _defined(
             name = names[0]
             if any(saved(step.node, option) != value for option, value in call.options.items()):
                 continue
-            part = _part(edge, leaf, call.parameters[name][1], shared)
+            part = part_of(edge, leaf, call.parameters[name][1], shared)
             if part is None:
                 continue
             record = _record(step, owner, layer, name, leaf, batch)
@@ -283,56 +282,3 @@ def _defined(
                     raise NodeFailed(step.where) from error
             return Defined(record, {name: leaf}, part)
     return None
-
-
-def _part(edge: Edge, leaf: Tensor, axes: tuple[int, ...], shared: Mapping[Node, Step]) -> Part | None:
-    """How a tensor that is nothing but a view of a parameter lies in it; `axes` says which of the definition's its axes are."""
-    path, node = [], edge[0]
-    while node in shared:
-        step = shared[node]
-        following = [*((p, e) for p, e, _ in step.leaves), *step.inputs]
-        if step.name not in VIEWS or len(following) != 1:
-            return None
-        path.append(Step(node, None, tuple(following), {}))
-        node = following[0][1][0]
-    shape = edge_shape(edge)
-    if leaf_of(node) is not leaf or len(shape) != len(axes) or leaf.ndim != len(axes):
-        return None
-    extent = shape[axes.index(0)]
-    if not path or [step.name for step in path] == ["TBackward0"]:
-        straight = tuple(range(len(axes)))
-        return Part(0, extent, extent, transposed=(axes if not path else axes[::-1]) != straight)
-    # Which elements: columns that number the definition's axes are passed back to the parameter.
-    counts = [
-        torch.arange(1.0, shape[k] + 1, device=leaf.device, dtype=leaf.dtype)
-        .reshape([-1 if j == k else 1 for j in range(len(shape))])
-        .expand(shape)
-        for k in (axes.index(axis) for axis in range(len(axes)))
-    ]
-    live = {edge: torch.stack(counts)}
-    for step in path:
-        add(live, pull(step, take(live, step)))
-    (numbers,) = live.values()
-    for transposed in (False, True) if len(axes) == 2 else (False,):
-        part = _block(numbers.mT if transposed else numbers, [shape[axes.index(axis)] for axis in range(len(axes))])
-        if part is not None:
-            return replace(part, transposed=transposed)
-    return None
-
-
-def _block(numbers: Tensor, extents: Sequence[int]) -> Part | None:
-    """The rows of a parameter that its elements' numbers along each axis, from 1, are on; None unless they are whole and in order."""
-    if tuple(numbers.shape[2:]) != tuple(extents[1:]):
-        return None
-    on = numbers[0].flatten(1).any(1) if numbers[0].ndim > 1 else numbers[0] != 0
-    start = int(on.int().argmax())
-    rows = numbers[:, start : start + extents[0]]
-    if rows.shape[1] != extents[0] or int(on.sum()) != extents[0]:
-        return None
-    for axis, extent in enumerate(extents):
-        wanted = torch.arange(1.0, extent + 1, device=rows.device, dtype=rows.dtype)
-        if not torch.equal(
-            rows[axis], wanted.reshape([-1 if k == axis else 1 for k in range(len(extents))]).expand_as(rows[axis])
-        ):
-            return None
-    return Part(start, extents[0], numbers.shape[1], transposed=False)

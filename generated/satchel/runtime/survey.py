@@ -121,7 +121,7 @@ def _refuse_undefined(plan: Plan, context: backpack) -> None:
             use = Use(record, name)
             lacking = [e.name for e in context.demand.extensions if not use.serves(e)]
             if lacking:
-                error = UnsupportedModule(record.where, record.parameter_name, record.node_name, lacking, supported)
+                error = UnsupportedModule(record.owner, record.parameter_name, record.node_name, lacking, supported)
                 if context.strict:
                     raise error
                 warnings.warn(str(error), stacklevel=2)
