@@ -34,6 +34,8 @@ torch.manual_seed(0)
 x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
 FIRST_ORDER = [BatchGrad, BatchL2Grad, SumGradSquared, Variance]
 CURVATURE = [feature for feature in FEATURES if feature not in FIRST_ORDER]
+#: Features made of individual pullbacks, which every differentiable use of a parameter has.
+PULLED = [*FIRST_ORDER, *(f for f in CURVATURE if f.__name__.startswith("DiagGGN"))]
 KEPT = torch.zeros(())
 
 
@@ -190,7 +192,12 @@ class Bilinear(nn.Module):
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_unsupported_module(feature: Any, name: str) -> None:
-    """Names the module's path and class, the parameter, the feature, what is supported and how to add it."""
+    """Names the module's path and class, the parameter, the feature, what is supported and how to add it.
+
+    Only what individual pullbacks do not give is unsupported.
+    """
+    if feature in PULLED:
+        pytest.skip("in test_parameters")
     model, loss = extend(sequence(UNSUPPORTED[name]())), extend(nn.CrossEntropyLoss())
     message = refused(
         lambda: loss(model(x), y), model, feature(), NotImplementedError, feature.__name__, "definition", "strict=False"
@@ -201,7 +208,7 @@ def test_unsupported_module(feature: Any, name: str) -> None:
     assert any(p in message for p in ("gain", "weight", "bias", "pair"))
 
 
-@pytest.mark.parametrize("feature", [*FIRST_ORDER, DiagGGNExact, KFLR])
+@pytest.mark.parametrize("feature", [KFLR])
 def test_not_strict(feature: Any) -> None:
     """strict=False: a warning, and all other fields."""
     model, loss = extend(sequence(Scale())), extend(nn.CrossEntropyLoss())
@@ -220,11 +227,13 @@ def test_frozen_unsupported_module_is_an_op() -> None:
 
 
 def test_module_extended_too_late() -> None:
-    """A module that came after extend: its parameters are missed by name."""
+    """A module that came after extend: its parameters are used by nodes."""
     model, loss = extend(sequence(nn.ReLU())), extend(nn.CrossEntropyLoss())
     model[2] = nn.Linear(6, 3)
-    message = refused(lambda: loss(model(x), y), model, BatchGrad(), (NotImplementedError, RuntimeError), "BatchGrad")
-    assert message
+    with backpack(BatchGrad()):
+        loss(model(x), y).backward()
+    for p in model.parameters():
+        torch.testing.assert_close(p.grad_batch.sum(0), p.grad)
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -244,6 +253,8 @@ def test_parameter_used_by_a_functional(feature: Any) -> None:
             loss(model(x.double()), y).backward()
     except NotImplementedError as error:
         assert feature.__name__ in str(error) and "weight" in str(error)
+        return
+    if is_sampled(feature):
         return
     reference = Reference(build(), [x.double()], [contributions(nn.CrossEntropyLoss(), y)])
     torch.testing.assert_close(getattr(model.a.weight, feature.field), reference.field(feature.__name__, "a.weight"))
@@ -433,9 +444,9 @@ def test_mean_over_the_batch_before_the_loss(feature: Any) -> None:
     refused(lambda: loss(model(x), torch.zeros(1, 3)), model, feature(), ValueError, "batch")
 
 
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("feature", [feature for feature in FEATURES if feature.__name__ in NEEDS_DEFINITIONS])
 def test_batch_axis_second(feature: Any) -> None:
-    """A sequence-first network says so at the loss."""
+    """Second derivatives want the batch first."""
     model = extend(
         Wired(lambda m, x: m.b(m.a(x.transpose(0, 1))).transpose(0, 1), a=nn.Linear(4, 6), b=nn.Linear(6, 3))
     )

@@ -73,3 +73,53 @@ def test_surroundings():
     assert seen[:2] == [True, True] and t.is_reentrant_checkpoint(y.grad_fn) and t.is_python_function(y.grad_fn)
     with torch.autograd.graph.save_on_cpu():
         assert not t.inside_checkpoint()
+
+
+def test_saved():
+    x, w = torch.ones(3, 2, requires_grad=True), torch.ones(2, 4, requires_grad=True)
+    node = (x @ w).grad_fn
+    assert node.name() == "MmBackward0" and t.saved(node, "self") is x and t.saved(node, "nothing") is None
+    node = torch.addmm(torch.ones(4), x, w).grad_fn
+    assert node.name() == "AddmmBackward0" and t.saved(node, "mat1") is x
+    assert t.saved(node, "alpha") == t.saved(node, "beta") == 1
+    assert t.saved(torch.add(x, x, alpha=2).grad_fn, "alpha") == 2
+
+
+def test_views():
+    x = torch.arange(6.0, requires_grad=True).view(2, 3)
+    views = [
+        x.t(),
+        x.transpose(0, 1),
+        x.permute(1, 0),
+        x[0],
+        x[:, 1:],
+        x.unbind(1)[1],
+        x.split(2, 1)[0],
+        x.chunk(3, 1)[1],
+    ]
+    views += [x.unsqueeze(0), x.view(3, 2), x.unsafe_split(1, 1)[2], x.split([1, 2], 1)[1], x.view(2, 1, 3).squeeze(1)]
+    for view in views:
+        assert view.grad_fn.name() in t.VIEWS
+    for other in (x * 2, x.clone(), x.exp(), x.sum(0), x.flip(0), x.expand(2, 2, 3), x[[0]]):
+        assert other.grad_fn.name() not in t.VIEWS
+
+
+def test_statistics_and_sparse_gradients():
+    from torch.nn import functional as F
+
+    x, w = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    mean, var = torch.zeros(3), torch.ones(3)
+    assert t.normalised_shape(F.batch_norm(x, None, None, training=True).grad_fn) == (4, 3)
+    assert t.normalised_shape(F.batch_norm(x, mean, var).grad_fn) is None
+    assert t.normalised_shape(F.layer_norm(x, (3,)).grad_fn) is None
+    for sparse in (True, False):
+        node = F.embedding(torch.tensor([1]), w, sparse=sparse).grad_fn
+        assert t.has_sparse_gradient(node) == sparse
+
+
+def test_switch_backend():
+    before = torch.backends.mkldnn.enabled
+    assert t.switch_backend("mkldnn", False) == before and not torch.backends.mkldnn.enabled
+    t.switch_backend("mkldnn", before)
+    assert torch.backends.mkldnn.enabled == before
+    assert t.switch_backend("cudnn", torch.backends.cudnn.enabled) == torch.backends.cudnn.enabled

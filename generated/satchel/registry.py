@@ -76,7 +76,7 @@ from .layers.tanhshrink import LAYER as TANHSHRINK
 from .layers.threshold import LAYER as THRESHOLD
 from .losses.cross_entropy_loss import LOSS as CROSS_ENTROPY_LOSS
 from .losses.mse_loss import LOSS as MSE_LOSS
-from .runtime.rules import Registry
+from .runtime.rules import Composite, Registry
 
 REGISTRY = Registry(
     layers=(
@@ -193,4 +193,9 @@ REGISTRY = Registry(
         Variance,
     ),
     reductions=REDUCTIONS,
+    composites=(
+        Composite(torch.nn.GRU, without=("mkldnn", "cudnn")),
+        Composite(torch.nn.LSTM, without=("mkldnn", "cudnn")),
+        Composite(torch.nn.RNN, without=("mkldnn", "cudnn")),
+    ),
 )

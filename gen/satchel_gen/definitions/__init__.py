@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from ..calculus.derive import Statement
 from ..notation import (
@@ -25,11 +26,13 @@ from ..notation import (
 )
 from .model import (
     Categorical,
+    Composite,
     DefinitionError,
     Example,
     Feature,
     Layer,
     Loss,
+    NodeCall,
     Normal,
     Passing,
     Quantity,
@@ -47,6 +50,7 @@ class Definitions:
     passing: tuple[Passing, ...]
     losses: tuple[Loss, ...]
     features: tuple[Feature, ...]
+    composites: tuple[Composite, ...] = ()
 
     def only(self, names: set[str]) -> Definitions:
         """The layers and losses of these names (all where empty), with every feature."""
@@ -62,13 +66,14 @@ class Definitions:
             tuple(d for d in self.passing if d.name in names),
             tuple(d for d in self.losses if d.name in names),
             self.features,
+            self.composites,
         )
 
 
 def load() -> Definitions:
     """Import every file under layers/, losses/ and features/ and collect what it defines."""
-    kinds = (Layer, Passing, Loss, Feature)
-    found: dict[type, dict[str, Layer | Passing | Loss | Feature]] = {kind: {} for kind in kinds}
+    kinds = (Layer, Passing, Loss, Feature, Composite)
+    found: dict[type, dict[str, Any]] = {kind: {} for kind in kinds}
     for folder in ("layers", "losses", "features"):
         for module in _modules(folder):
             for value in vars(module).values():
@@ -76,7 +81,7 @@ def load() -> Definitions:
                     known = found[type(value)].setdefault(value.name, value)
                     if known is not value:
                         raise DefinitionError(f"{value.source}: {value.name} is already defined at {known.source}")
-    return Definitions(*(tuple(found[kind][name] for name in sorted(found[kind])) for kind in kinds))  # type: ignore[arg-type]
+    return Definitions(*(tuple(found[kind][name] for name in sorted(found[kind])) for kind in kinds))
 
 
 def _modules(folder: str) -> list[ModuleType]:
@@ -88,7 +93,7 @@ def _modules(folder: str) -> list[ModuleType]:
 
 
 __all__ = [
-    "NDIM", "Categorical", "DefinitionError", "Definitions", "Equal", "Example", "Feature", "Index", "Layer", "Length",
-    "LogSumExp", "Loss", "Normal", "Option", "Passing", "Quantity", "Refused", "Statement", "Sum", "activation", "extent",
-    "indices", "load", "options", "sigmoid", "softplus", "tensors", "z",
+    "NDIM", "Categorical", "Composite", "DefinitionError", "Definitions", "Equal", "Example", "Feature", "Index", "Layer",
+    "Length", "LogSumExp", "Loss", "NodeCall", "Normal", "Option", "Passing", "Quantity", "Refused", "Statement", "Sum",
+    "activation", "extent", "indices", "load", "options", "sigmoid", "softplus", "tensors", "z",
 ]  # fmt: skip

@@ -134,6 +134,21 @@ def _free(expr: Expr) -> set[Index]:
 
 
 @dataclass(frozen=True)
+class NodeCall:
+    """An autograd node that is a call of a layer although no module was called: `F.linear(x, weight)`.
+
+    name: the node's. input: what it has saved as the layer's input, None if no rule of these parameters reads that.
+    parameters: by name, the position among the node's inputs, and the indices of the tensor there.
+    options: what else it has saved, with the values that the formula covers.
+    """
+
+    name: str
+    input: str | None
+    parameters: Mapping[str, tuple[int, tuple[Index, ...]]]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Layer(_Validated):
     """A module y = f(x, θ), one statement per named intermediate, the output's last.
 
@@ -166,6 +181,7 @@ class Layer(_Validated):
     examples: tuple[Example, ...] = (Example((3,)),)
     refused: tuple[Refused, ...] = ()
     approximation: str = "expand"
+    nodes: tuple[NodeCall, ...] = ()
     source: Source = dataclasses.field(default_factory=_caller)
 
     def __post_init__(self) -> None:
@@ -173,6 +189,10 @@ class Layer(_Validated):
         object.__setattr__(self, "statements", tuple(_accesses(s, self.input) for s in self.statements))
         tensors = (self.input, *self.parameters, *self.buffers)
         known = {str(t.base): tuple(t.indices) for t in tensors}
+        for node in self.nodes:
+            for name, (_, axes) in node.parameters.items():
+                if name not in known or set(axes) != set(known[name]):
+                    self._fail(f"node {node.name}: {name} has indices {known.get(name)}, not {axes}")
         if len(known) != len(tensors):
             self._fail("two tensors share a name")
         batch = self.input.indices[0]
@@ -243,6 +263,22 @@ class Passing(_Validated):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "module", self.module or f"torch.nn.{self.name}")
+
+
+@dataclass(frozen=True)
+class Composite(_Validated):
+    """A module that is made of operations which satchel passes one by one, unless a backend fuses them: `without` names those."""
+
+    name: str
+    without: tuple[str, ...]
+    module: str = ""
+    source: Source = dataclasses.field(default_factory=_caller)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "module", self.module or f"torch.nn.{self.name}")
+        unknown = set(self.without) - {"mkldnn", "cudnn"}
+        if unknown:
+            self._fail(f"unknown backends: {', '.join(sorted(unknown))}")
 
 
 @dataclass(frozen=True)

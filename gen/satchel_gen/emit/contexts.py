@@ -13,7 +13,7 @@ from sympy import Expr
 from ..calculus.derive import Statement
 from ..calculus.instantiate import Formula
 from ..calculus.terms import Term
-from ..definitions.model import Categorical, Feature, Layer, Loss, Quantity
+from ..definitions.model import Categorical, Feature, Layer, Loss, NodeCall, Quantity
 from ..definitions.quantities import BLOCKS, PER_SAMPLE, PULLBACKS, SAMPLES, UNIT, S, T, n, p, p2, v
 from ..formula import render, render_formula, wrapped
 from ..lowering.deviations import deviation_variants
@@ -87,6 +87,7 @@ class LayerContext(_Stated):
     reasons: str
     approximation: str
     options: str
+    nodes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,7 @@ def layer_context(lowered: LoweredLayer) -> LayerContext:
         reasons=repr(dict(layer.reasons)),
         approximation=layer.approximation,
         options=repr(dict(layer.options)),
+        nodes=tuple(_node_call(layer, node) for node in layer.nodes),
     )
 
 
@@ -209,6 +211,17 @@ def _rank(rank: Expr) -> str:
     names = {o: f'options["{o.attribute}"]' for o in rank.atoms(Option)}
     names |= {length: f'len(options["{length.args[0].attribute}"])' for length in rank.atoms(Length)}
     return f"lambda options, ndim: {AtenPrinter(names, scalars=frozenset([NDIM])).doprint(rank)}"
+
+
+def _node_call(layer: Layer, node: NodeCall) -> str:
+    """A node that is a call of the layer, as the runtime has it: axes by their position in the parameter."""
+    axes = {str(p.base): tuple(p.indices) for p in layer.parameters}
+    parameters = {
+        name: (position, tuple(axes[name].index(axis) for axis in there))
+        for name, (position, there) in node.parameters.items()
+    }
+    options = f", {dict(node.options)!r}" if node.options else ""
+    return f"NodeCall({node.name!r}, {node.input!r}, {parameters!r}{options})"
 
 
 def loss_context(lowered: LoweredLoss) -> LossContext:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..definitions import Definitions, Feature, Layer, Loss
 from ..lowering.kernels import loss_kernels
@@ -82,8 +83,14 @@ def _shared_files(definitions: Definitions, package: str) -> dict[str, str]:
     layers, losses = contexts.table(definitions.layers, definitions.losses)
     features = [{"name": f.name, "file": contexts.module_name(f)} for f in definitions.features]
     header = HEADER.format(source="templates")
-    passing = sorted({d.module for d in definitions.passing})
-    shared = {"layers": layers, "passing": passing, "losses": losses, "features": features, "package": package}
+    shared: dict[str, Any] = {
+        "layers": layers,
+        "passing": sorted({d.module for d in definitions.passing}),
+        "losses": losses,
+        "features": features,
+        "package": package,
+        "composites": definitions.composites,
+    }
     files = {
         "__init__.py": header + _render("init.py.jinja", **shared),
         "registry.py": header + _render("registry.py.jinja", **shared),

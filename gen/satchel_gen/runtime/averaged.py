@@ -18,7 +18,7 @@ from .evaluate import evaluate
 from .joint import Joint, Slot, both_through, elements, rows_through
 from .passing import edge_shape, features
 from .plan import Plan, Step
-from .record import Edge, Record, canonical_output
+from .record import Edge, Record
 from .rules import Need
 from .uses import Use, join, quantities
 
@@ -52,7 +52,7 @@ def _visit(joint: Joint, step: Step, record: Record, slot: Slot, uses: Mapping[i
         if len(using) == 1:
             block = joint.get(slot, slot)
             assert block is not None
-            visit([(step, name)], block.reshape(*canonical_output(record)[1:] * 2))
+            visit([(step, name)], block.reshape(*record.canonical_output[1:] * 2))
             continue
         if kept is None:
             kept = (slot[0], -1 - slot[1])
@@ -77,7 +77,7 @@ def _name(step: Step, parameter: Tensor) -> str:
 def _over_uses(joint: Joint, using: Sequence[Step]) -> Tensor:
     """Ḡ over the outputs of several layers of one kind, joined along their positions on both sides."""
     records = [step.record for step in using if step.record is not None]
-    shapes = [canonical_output(record)[1:] for record in records]
+    shapes = [record.canonical_output[1:] for record in records]
     slots = [(step.node, -1 - record.output_nr) for step, record in zip(using, records, strict=True)]
     axes = names(records[0].definition.output_axes)[1:]
     own = joint.get(slots[0], slots[0])
@@ -100,7 +100,7 @@ def _rows_through(step: Step, rows: Mapping[Slot, Tensor], samples: int) -> dict
         found = rows_through(step, {slot: block.expand(samples, -1, -1) for slot, block in rows.items()}, samples)
         return {edge: block.mean(0) for edge, block in found.items()}
     (block,) = rows.values()
-    columns = block.T.reshape(block.shape[1], *canonical_output(step.record)[1:])
+    columns = block.T.reshape(block.shape[1], *step.record.canonical_output[1:])
     passed = evaluate(layer.mean_vjp, layer, step.record.operand, columns)
     return {edge: passed.reshape(block.shape[1], elements(edge, samples, step)).T for _, edge in step.inputs}
 
@@ -116,7 +116,7 @@ def _both_through(
     ((slot, blocks),) = outer.items()
     passed = {}
     for _, edge in step.inputs:
-        matrix = blocks[slot].reshape(*canonical_output(step.record)[1:] * 2)
+        matrix = blocks[slot].reshape(*step.record.canonical_output[1:] * 2)
         size = elements(edge, samples, step)
         passed[edge, edge] = evaluate(layer.sandwich, layer, step.record.operand, matrix).reshape(size, size)
     return passed

@@ -6,7 +6,7 @@ contributed, so its fields are computed and set then. Curvature is swept ahead, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,9 @@ from .context import active, backpack
 from .demand import CURVATURE
 from .errors import BatchAxisLost, FieldMissing, LossIncomplete, LossNotExtended, UnitUnknown
 from .flags import Flag, first_raised
-from .harvest import Harvest
-from .plan import Plan, walk
+from .harvest import GRADIENT, Harvest
+from .nodes import operation
+from .plan import Plan, Step, walk
 from .record import Edge, Entry, LossRecord, Mark, Record
 from .rules import registry
 from .sweep import at_output
@@ -34,6 +35,7 @@ from .torch_private import (
     keeps_graph,
     node_outputs,
 )
+from .uses import Use
 
 
 def arrive(entries: Sequence[Entry], gradients: tuple[Tensor | None, ...]) -> None:
@@ -75,6 +77,7 @@ class Pass:
         self.expected: dict[int, Record] = {}
         self.finished: set[int] = set()
         self.wanted: dict[int, bool] = {}
+        self.calls: dict[Node, Step] = {}
         self.hooked: set[int] = set()
         self.handles: list[Any] = []
         at_end_of_backward(self.end)
@@ -87,6 +90,7 @@ class Pass:
             self._loss(loss, gradients[loss.output_nr])
         if not losses:
             self._below_no_loss(entries)
+            self._calls(current_node(), gradients)
         for entry in reversed(entries):
             if isinstance(entry, Record) and self._wanted_of(entry):
                 self._layer(entry, gradients[entry.output_nr])
@@ -103,13 +107,13 @@ class Pass:
         if len(self.reductions) > 1 or "none" in self.reductions:
             self._refuse_table5("of any layer")
         plan = walk([loss.edge], self._is_wanted)
-        curved = self.demand.features([record.definition for record in plan.records], *CURVATURE)
+        layers = [record.definition for record in plan.records] or [operation()]
+        curved = self.demand.features(layers, *CURVATURE)
         with torch.no_grad():
             if curved:
                 curvature.check_loss(loss, curved)
-            self._survey(plan, {loss.edge: loss.input_shape}, loss.input_shape[0] if curved else None)
-            if self.samples and loss.input_shape[0] % self.samples:
-                raise BatchAxisLost(loss.where, loss.input_shape, self.samples)
+            samples = self._possible_samples(plan, loss.input_shape, bool(curved))
+            plan = self._survey(plan, {loss.edge: loss.input_shape}, samples)
             if curved:
                 start = curvature.Start(loss, gradient)
                 curvature.check_plan(plan, self.demand, start.samples, self.flags)
@@ -127,21 +131,52 @@ class Pass:
             return
         shapes = {(node, number): shape for number, (shape, _, _) in enumerate(node_outputs(node))}
         plan = walk(shapes, self._is_wanted)
+        first = next((shape for shape in shapes.values() if shape), ())
+        samples = self._possible_samples(plan, plan.records[0].output_shape if plan.records else first, False)
+        before = set(self.surveyed)
+        plan = self._survey(plan, shapes, samples, [entry for entry in entries if isinstance(entry, Mark)])
         for step in plan.steps:
-            for name in step.parameters if step.node not in self.surveyed else ():
-                self._refuse_without_loss(step.record, name)
-        self._survey(plan, shapes, None, [entry for entry in entries if isinstance(entry, Mark)])
+            for record, parameters in step.used if step.node not in before else ():
+                for name in parameters:
+                    self._refuse_without_loss(record, name)
+
+    def _possible_samples(self, plan: Plan, shape: Sequence[int], curved: bool) -> list[int]:
+        """Numbers of samples, by preference. A curved loss says it; a loss of flattened positions is a loss of the last layer's batch."""
+        if not shape:
+            raise BatchAxisLost(plan.records[0].where if plan.records else "the loss", shape, self.samples)
+        if self.samples is not None:
+            if shape[0] % max(self.samples, 1) or (curved and shape[0] != self.samples):
+                raise BatchAxisLost(plan.records[0].where if plan.records else "the loss", shape, self.samples)
+            return [self.samples]
+        top = plan.records[0].output_shape if plan.records and not curved else ()
+        flattened = bool(top) and top[0] > 0 and shape[0] % top[0] == 0
+        return list(dict.fromkeys([*([top[0]] if flattened else []), shape[0]]))
 
     def _survey(
-        self, plan: Plan, start: dict[Edge, tuple[int, ...]], samples: int | None, marks: Sequence[Mark] = ()
-    ) -> None:
+        self, plan: Plan, start: dict[Edge, tuple[int, ...]], samples: Sequence[int], marks: Sequence[Mark] = ()
+    ) -> Plan:
         self.surveyed |= plan.nodes
-        self.flags += survey.check(plan, self.context, start, samples, marks)
-        for record in plan.records:
-            self.samples = record.samples if self.samples is None else self.samples
-            if record.samples != self.samples:
-                raise BatchAxisLost(record.where, record.output_shape, self.samples)
-            self.expected.update({id(parameter): record for parameter in self._wanted_of(record).values()})
+        plan, self.samples, flags = survey.check(plan, self.context, start, samples, marks)
+        self.flags += flags
+        for record, parameters in plan.used:
+            self.expected.update({id(parameter): record for parameter in parameters.values()})
+        for step in plan.steps:
+            if step.calls and step.node not in self.calls:
+                self.calls[step.node] = step
+                if step.node is not current_node():
+                    self.handles.append(step.node.register_prehook(partial(self._calls, step.node)))
+        return plan
+
+    def _calls(self, node: Node, gradients: tuple[Tensor | None, ...]) -> None:
+        """Keep what δ means for the parameters that a node without record uses, before autograd frees the node."""
+        step = self.calls.pop(node, None)
+        columns = {number: delta[None] for number, delta in enumerate(gradients) if delta is not None}
+        if step is None or not columns:
+            return
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(e.differentiable for e in self.context.extensions)):
+            for call in step.calls:
+                asked = self.demand.needs([call.record.definition], GRADIENT)
+                self._use(call.record, call.parameters, call.factor(columns) if asked else None)
 
     def _layer(self, record: Record, delta: Tensor | None) -> None:
         """Keep δ until the parameters of the layer have been reached by all their uses."""
@@ -149,8 +184,10 @@ class Pass:
         if delta is None:
             any_parameter = next(iter(wanted.values()))
             delta = any_parameter.new_zeros(record.output_shape)
-        factor = at_output(record, delta[None], lead=1)
-        for name, parameter in wanted.items():
+        self._use(record, wanted, at_output(record, delta[None], lead=1))
+
+    def _use(self, record: Record, parameters: Mapping[str, Tensor], factor: Tensor | None) -> None:
+        for name, parameter in parameters.items():
             if self.harvest.use(parameter, record, name, factor):
                 complete = partial(self._complete, id(parameter), parameter.device.type)
                 self.handles.append(accumulator(parameter).register_prehook(complete))
@@ -178,14 +215,12 @@ class Pass:
 
     # ---------------------------------------------------------------------------------------------------- refusals
 
-    def _refuse_without_loss(self, record: Record | None, name: str) -> None:
+    def _refuse_without_loss(self, record: Record, name: str) -> None:
         self._refuse_table5(name)
-        if record is None:
-            return
         layer = record.definition
         curved = [
             extension.name
-            for extension in self.harvest.extensions(layer, name)
+            for extension in self.harvest.extensions([Use(record, name)])
             if any(need.curvature for need in extension.needs(layer))
         ]
         if curved:
@@ -239,7 +274,9 @@ class Pass:
         module, hook = entry.module(), self.context.extension_hook
         if hook is None or module is None or id(module) in self.hooked:
             return
-        if type(entry) is not Mark or _is_leaf(module):
+        if not (_has_definition(entry) or _is_leaf(module)):
+            return
+        if all(id(p) in self.finished for p in module.parameters() if id(p) in self.expected):  # otherwise later
             self.hooked.add(id(module))
             hook(module)
 
@@ -266,8 +303,13 @@ class Pass:
         self.handles.clear()
         self.harvest.clear()
         self.surveyed.clear()
+        self.calls.clear()
         self.inner.clear()
         self.promised.clear()
+
+
+def _has_definition(entry: Mark) -> bool:
+    return type(entry) in (Record, LossRecord)
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .averaged import averaged_quantities, needed_bytes, start_of, sweep_averaged
 from .axes import canonical_shape, extents
-from .demand import Demand, Source
+from .demand import SECOND_ORDER, Demand, Source
 from .errors import (
     BatchAxisLost,
     MemoryLimit,
@@ -29,7 +29,7 @@ from .errors import (
 from .evaluate import evaluate
 from .flags import Flag, first_raised
 from .hessian import HessianSweep, residuals_of
-from .plan import Plan, Step
+from .plan import Call, Plan, Step
 from .record import Edge, LossRecord
 from .rules import Need
 from .second import is_twice_differentiable
@@ -135,15 +135,18 @@ def refuse_option(
 
 def check_plan(plan: Plan, demand: Demand, samples: int, flags: Sequence[Flag]) -> None:
     """Refuse what second-order features cannot do on this graph."""
-    layers = [record.definition for record in plan.records]
+    layers = plan.definitions
     sources = demand.sources(layers)
+    if RESIDUAL in sources or AVERAGED in sources:
+        for step in plan.steps:
+            _refuse_second_order(step, samples, demand.features(layers, *SECOND_ORDER))
     if RESIDUAL in sources:
         for step in plan.unknown:
             if not is_twice_differentiable(step):
                 # Mixed samples are the deeper reason.
                 raise first_raised(flags) or NotTwiceDifferentiable(step.where, demand.features(layers, "residual"))
     uses = plan.uses
-    shared = {parameter: steps for parameter, steps in uses.items() if len(steps) > 1}
+    shared = {parameter: steps for parameter, steps in uses.items() if len(uses_of(steps, parameter)) > 1}
     for parameter, steps in shared.items():
         if RESIDUAL in sources and (use := _in_sequence(plan, steps, parameter)) is not None:
             raise SequentialReuse(use[0], use[1], demand.features(layers, "residual"))
@@ -165,6 +168,13 @@ def check_plan(plan: Plan, demand: Demand, samples: int, flags: Sequence[Flag]) 
             raise MemoryLimit(demand.features(layers, "averaged"), where, needed, limit)
 
 
+def _refuse_second_order(step: Step, samples: int, features: list[str]) -> None:
+    """These features want the batch first."""
+    record = step.record
+    if record is not None and record.output_shape[0] != samples:
+        raise BatchAxisLost(record.where, record.output_shape, samples)
+
+
 def _in_sequence(plan: Plan, steps: list[Step], parameter: int) -> tuple[str, str] | None:
     """A use, of a layer with ∂²y/∂θ∂x ≠ 0, below which the same parameter is used again."""
     others = {step.node: step for step in steps}
@@ -178,14 +188,14 @@ def _in_sequence(plan: Plan, steps: list[Step], parameter: int) -> tuple[str, st
 
 
 def uses_of(steps: list[Step], parameter: int) -> list[Use]:
-    found = [(step.record, name) for step in steps for name, p in step.parameters.items() if id(p) == parameter]
-    return [Use(record, name) for record, name in found if record is not None]
+    used = [one for step in steps for one in step.used]
+    return [Use(record, name) for record, parameters in used for name, p in parameters.items() if id(p) == parameter]
 
 
 def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> None:
     """All sweeps that start at one loss."""
-    shared = {parameter for parameter, steps in plan.uses.items() if len(steps) > 1}
-    sources = demand.sources(record.definition for record in plan.records)
+    shared = {parameter for parameter, steps in plan.uses.items() if len(uses_of(steps, parameter)) > 1}
+    sources = demand.sources(plan.definitions)
     averaged = AVERAGED in sources
     exact = start.exact() if averaged or Source("exact") in sources else None
     for source in sources:
@@ -243,7 +253,7 @@ class _Gathered:
         self.source, self.demand, self.shared, self.accumulate = source, demand, shared, accumulate
         self.waiting: dict[int, tuple[Tensor, list[Use], tuple[Tensor, ...]]] = {}
 
-    def visit(self, step: Step, factor: Tensor, *signs: Tensor) -> None:
+    def visit(self, step: Step | Call, factor: Tensor, *signs: Tensor) -> None:
         assert step.record is not None
         for name, parameter in step.parameters.items():
             use = Use(step.record, name, factor)

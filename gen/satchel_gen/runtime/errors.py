@@ -111,6 +111,15 @@ class UnsupportedModule(SatchelError, NotImplementedError):
         )
 
 
+class SparseGradient(SatchelError, NotImplementedError):
+    def __init__(self, where: str, features: Iterable[str]) -> None:
+        super().__init__(
+            f"{where}, {_listed(features)}",
+            "its gradient is sparse, and quantities of individual samples are dense",
+            "Use sparse=False",
+        )
+
+
 class UnsupportedOption(SatchelError, NotImplementedError):
     def __init__(
         self,
@@ -213,9 +222,9 @@ class SequentialReuse(SatchelError, NotImplementedError):
 
 
 class SharedByKinds(SatchelError, NotImplementedError):
-    def __init__(self, layers: Iterable[str], parameter: str, quantity: str) -> None:
+    def __init__(self, layers: Iterable[str], parameter: str, quantity: str, features: Sequence[str] = ()) -> None:
         super().__init__(
-            f"{_listed(layers)}, parameter {parameter!r}",
+            ", ".join([_listed(layers), f"parameter {parameter!r}", *features]),
             f"the parameter is shared in a way for which {quantity} is not defined (different kinds of layers, or no shared axis)",
             "Use a feature made of individual gradients or diagonals, or separate parameters",
         )

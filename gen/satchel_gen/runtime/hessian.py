@@ -23,7 +23,7 @@ from .evaluate import evaluate
 from .joint import Joint, both_through, columns_of, rows_through
 from .passing import edge_shape, features, pull
 from .plan import Plan, Step
-from .record import Edge, Record, canonical_output
+from .record import Edge, Record
 from .residual import Blocks, Diagonal, residual_of, signed_pairs, upper_rows
 from .sweep import add, at_edge, at_output, pass_step, take
 from .torch_private import node_outputs
@@ -343,7 +343,7 @@ def reads_diagonal(step: Step, record: Record) -> bool:
     """Whether the parameters have the Kronecker structure δ(o, o′) a at one position: their diagonal reads that of the output."""
     layer = record.definition
     star = starred(layer.output_axes)
-    shape = canonical_output(record)
+    shape = record.canonical_output
     one_position = star is not None and len(shape) == 3 and shape[star] == 1
     return one_position and all("output_factor_expand" in layer.parameters[name] for name in step.parameters)
 

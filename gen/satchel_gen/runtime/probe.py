@@ -1,79 +1,212 @@
-"""Samples must not mix: found by passing columns that are each supported on half of them.
+"""Which sample does an element belong to? Found by passing columns that are each supported on half of the samples.
 
 For every binary digit of a sample's number there is a column on the samples that have it and one on those that have not, so
-any two samples are told apart, in both directions. Whatever lies between two recorded layers must keep the supports; the rules
-of a layer do by construction, so the probe starts afresh at the input of each. The verdicts are tensors, read once when the pass ends.
+any two samples are told apart, in both directions. Whatever lies between two recorded layers must keep every element with one
+sample; the rules of a layer do by construction, so the probe starts afresh at the input of each. Where shapes leave one place for
+the batch, the verdict is a tensor that is read once when the pass ends; otherwise the columns are read to find it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
-from .errors import SamplesMixed
+from .axes import Batch, possible_batches
+from .errors import BatchAxisLost, SamplesMixed
 from .flags import Flag
 from .passing import edge_shape, pull
-from .plan import Plan
-from .record import Edge
+from .plan import Plan, Step
+from .record import Edge, Record
 from .sweep import add, take
-from .torch_private import node_outputs
+from .torch_private import VIEWS, node_outputs, normalised_shape
 
 
-def mixing(plan: Plan, start: Mapping[Edge, Sequence[int]], samples: int, everywhere: bool = False) -> list[Flag]:
-    """Flags that are true where samples mix, each with its error; checked at layers, or `everywhere`.
+@dataclass
+class Found:
+    """What the probe has found: where samples mix (read at the end), and of each node without record, where its samples lie."""
 
-    `start` gives the shapes in which the first axis is the batch, or the batch joined with positions.
+    flags: list[Flag] = field(default_factory=list)
+    #: By output edge, where parameters are used by nodes: only there it is needed.
+    batches: dict[Edge, Batch] = field(default_factory=dict)
+    #: Nodes whose outputs belong to several samples at once, as what is computed from parameters alone does.
+    shared: set[Node] = field(default_factory=set)
+
+
+class Probe:
+    """One walk of the columns over a plan. `start` gives the shapes in which the first axis is the batch, maybe joined with positions.
+
+    everywhere: the batch must come first at every node, not at layers alone.
     """
-    if samples < 2 or not plan.unknown:
-        return []
-    live: dict[Edge, Tensor] = {}
-    origin: dict[Edge, tuple[str, ...]] = {}
-    flags: list[Flag] = []
-    needed = {step.node for step in plan.steps}
-    for edge, shape in start.items():
-        if edge[0] in needed:
-            _start(live, edge, shape, samples)
-    for step in plan.steps:
-        columns = take(live, step)
-        passed_by = tuple(dict.fromkeys(name for number in columns for name in origin.get((step.node, number), ())))
-        if passed_by and (everywhere or step.record is not None):
-            above = f"{' → '.join(passed_by)}, above {step.where if step.record is None else step.record.where}"
-            flags += [(_leaves_support(arrived, samples), SamplesMixed(above)) for arrived in columns.values()]
-        if step.record is None:
-            if columns:
-                add(live, pull(step, columns))
+
+    def __init__(self, plan: Plan, start: Mapping[Edge, Sequence[int]], samples: int, everywhere: bool = False) -> None:
+        self.plan, self.samples, self.everywhere = plan, samples, everywhere
+        self.found = Found(shared=_views_of_parameters(plan))
+        #: Two samples can mix only between layers.
+        self.probing = samples > 1 and bool(plan.unknown)
+        self.locating = bool(plan.loose)
+        self.nodes = {step.node for step in plan.steps}
+        self.live: dict[Edge, Tensor] = {}
+        self.known: dict[Edge, Batch | None] = {}
+        self.passed_by: dict[Edge, tuple[str, ...]] = {}
+        for edge, shape in start.items():
+            if shape and shape[0] % max(samples, 1) == 0:
+                self._begin(edge, Batch(samples))
+
+    def run(self) -> Found:
+        for step in self.plan.steps:
+            arrived = [edge for edge in self.known if edge[0] is step.node]
+            columns = take(self.live, step)
+            if step.record is not None:
+                self._layer(step, step.record, columns)
+            elif columns:
+                self._node(step, columns)
+            elif arrived and self.locating:
+                self.found.batches.update({edge: self.known[edge] or Batch(self.samples) for edge in arrived})
+            if step.record is None and self.samples < 2:
                 for _, edge in step.inputs:
-                    origin[edge] = (*origin.get(edge, ()), *passed_by, step.name)
-            continue
+                    self._meet(edge, Batch(self.samples))
+        return self.found
+
+    def _begin(self, edge: Edge, batch: Batch) -> None:
+        """Put the columns on their samples. Not constant ones: a softmax would pass zero."""
+        if edge[0] not in self.nodes:
+            return
+        self._meet(edge, batch)
+        shape = edge_shape(edge)
+        if not self.probing or prod(shape) % (batch.samples * batch.outer):
+            return
+        _, dtype, device = node_outputs(edge[0])[edge[1]]
+        row = torch.linspace(0.5, 1.5, prod(shape) // batch.samples, dtype=dtype, device=device)
+        columns = self._supports(device)[:, None, :, None] * row.reshape(batch.outer, 1, -1)
+        add(self.live, {edge: columns.reshape(len(columns), *shape)})
+
+    def _meet(self, edge: Edge, batch: Batch | None) -> None:
+        """Note where the batch is said to be; None where the columns must tell."""
+        self.known[edge] = batch if self.known.get(edge, batch) == batch else None
+
+    def _layer(self, step: Step, record: Record, columns: Mapping[int, Tensor]) -> None:
+        edge = (step.node, record.output_nr)
+        passed_by = self.passed_by.get(edge, ())
+        if step.node in self.found.shared:
+            raise SamplesMixed(self._above(passed_by, record.where))
+        batch = self.known.get(edge, Batch(self.samples))
+        if passed_by:
+            batch = self._placed(columns.get(record.output_nr), record, self._above(passed_by, record.where))
+        if batch is None:
+            raise BatchAxisLost(record.where, record.output_shape, self.samples)
+        record.place(batch)
+        for _, below in step.inputs:
+            self._begin(below, batch)
+
+    def _placed(self, columns: Tensor | None, record: Record, above: str) -> Batch | None:
+        """Where the batch of a layer's output is, that nodes lie above."""
+        places = possible_batches(record.output_layout.rows(record.output_shape), self.samples)
+        if columns is None or not places:
+            return places[0] if places else None
+        mixed = SamplesMixed(above)
+        wrong = self._wrong(columns, places)
+        if len(places) == 1:
+            self.found.flags.append((wrong[0], mixed))
+            return places[0]
+        place = _first_right(places, wrong)
+        if place is None:
+            raise mixed
+        return place
+
+    def _node(self, step: Step, columns: dict[int, Tensor]) -> None:
+        edges = {number: (step.node, number) for number in columns}
+        above = tuple(dict.fromkeys(name for edge in edges.values() for name in self.passed_by.get(edge, ())))
+        if self.locating:
+            self._locate(step, columns)
+        if above and self.everywhere and step.node not in self.found.shared:
+            error = SamplesMixed(self._above(above, step.where))
+            first = [Batch(self.samples)]
+            self.found.flags += [(self._wrong(arrived, first)[0], error) for arrived in columns.values()]
+        if step.inputs:
+            add(self.live, pull(step, columns))
         for _, edge in step.inputs:
-            _start(live, edge, step.record.input_shape, samples)
-    return flags
+            self.known[edge] = None
+            self.passed_by[edge] = (*self.passed_by.get(edge, ()), *above, step.name)
+            if step.node in self.found.shared:
+                self.found.shared.add(edge[0])
+
+    def _locate(self, step: Step, columns: Mapping[int, Tensor]) -> None:
+        """Read where the samples of the node's outputs are: nowhere, if an element belongs to several."""
+        if step.node in self.found.shared:
+            return
+        for number, arrived in columns.items():
+            edge = (step.node, number)
+            batch = self.known.get(edge) or self._read(arrived, edge_shape(edge))
+            if batch is None:
+                self.found.shared.add(step.node)
+                continue
+            self.found.batches[edge] = batch
+            shape = normalised_shape(step.node)
+            if shape is not None and not _inside_channels(batch, shape):
+                raise SamplesMixed(step.where)
+
+    def _read(self, columns: Tensor, shape: Sequence[int]) -> Batch | None:
+        places = possible_batches(tuple(shape), self.samples)
+        return _first_right(places, self._wrong(columns, places)) if places else None
+
+    def _wrong(self, columns: Tensor, places: Sequence[Batch]) -> Tensor:
+        """For each place, whether an element is reached from another sample than the one it would belong to.
+
+        Products 0 · inf say nothing.
+        """
+        reached = columns.flatten(1).nan_to_num(nan=0.0) != 0
+        if len(places) == 1:
+            return self._leaves(reached, places[0])[None]
+        has, lacks = reached.tensor_split(2)
+        several = (has & lacks).any()
+        digits = torch.arange(len(has), device=columns.device)
+        label = (has.long() << digits[:, None]).sum(0)
+        reached = reached.any(0)
+        index = torch.arange(reached.numel(), device=columns.device)
+        verdicts = []
+        for place in places:
+            outside = reached.numel() % (place.samples * place.outer) > 0
+            own = index // max(1, reached.numel() // (place.samples * place.outer)) % place.samples
+            verdicts.append(((own != label) & reached).any() | several | outside)
+        return torch.stack(verdicts)
+
+    def _leaves(self, reached: Tensor, place: Batch) -> Tensor:
+        if reached.shape[1] % (place.samples * place.outer):
+            return torch.ones((), dtype=torch.bool, device=reached.device)
+        split = reached.reshape(len(reached), place.outer, place.samples, -1)
+        return (split & ~self._supports(reached.device)[:, None, :, None]).any()
+
+    def _supports(self, device: torch.device) -> Tensor:
+        """Which samples each column is on [columns, N]: those with a binary digit, then those without it."""
+        digits = torch.arange((self.samples - 1).bit_length(), device=device)
+        has = (torch.arange(self.samples, device=device) >> digits[:, None]) % 2 == 1
+        return torch.cat([has, ~has])
+
+    @staticmethod
+    def _above(names: Sequence[str], where: str) -> str:
+        return f"{' → '.join(names)}, above {where}"
 
 
-def _start(live: dict[Edge, Tensor], edge: Edge, shape: Sequence[int], samples: int) -> None:
-    """Put the columns on their samples, where the first axis is the batch. Not constant ones: a softmax would pass zero."""
-    if not shape or shape[0] % samples:
-        return
-    node, output_nr = edge
-    _, dtype, device = node_outputs(node)[output_nr]
-    row = torch.linspace(0.5, 1.5, prod(shape) // samples, dtype=dtype, device=device)
-    columns = _supports(samples, device)[:, :, None] * row
-    add(live, {edge: columns.reshape(len(columns), *edge_shape(edge))})
+def _views_of_parameters(plan: Plan) -> set[Node]:
+    """Nodes that do nothing but arrange a parameter, whatever the samples make of it: a row may be used by one alone."""
+    found: set[Node] = set()
+    for step in reversed(plan.steps):
+        if step.name in VIEWS and (step.leaves or (step.inputs and all(edge[0] in found for _, edge in step.inputs))):
+            found.add(step.node)
+    return found
 
 
-def _leaves_support(columns: Tensor, samples: int) -> Tensor:
-    """Whether a column is non-zero on another sample than those it started on. Products 0 · inf say nothing."""
-    if columns[0].numel() % samples:
-        return torch.ones((), dtype=torch.bool, device=columns.device)
-    rows = columns.reshape(len(columns), samples, -1)
-    return rows.masked_fill(_supports(samples, columns.device)[:, :, None], 0).nan_to_num(nan=0.0).count_nonzero() > 0
+def _first_right(places: Sequence[Batch], wrong: Tensor) -> Batch | None:
+    """Reads the verdicts."""
+    return next((place for place, is_wrong in zip(places, wrong.tolist(), strict=True) if not is_wrong), None)
 
 
-def _supports(samples: int, device: torch.device) -> Tensor:
-    """Which samples each column is on [columns, N]: those with a binary digit, then those without it."""
-    digits = torch.arange((samples - 1).bit_length(), device=device)
-    has = (torch.arange(samples, device=device) >> digits[:, None]) % 2 == 1
-    return torch.cat([has, ~has])
+def _inside_channels(batch: Batch, shape: Sequence[int]) -> bool:
+    """Whether each channel (axis 1), over which a normalisation takes statistics, holds one sample, as in instance normalisation."""
+    inner = prod(shape) // max(batch.samples * batch.outer, 1)
+    return batch.samples < 2 or (batch.outer % shape[0] == 0 and inner % prod(shape[2:]) == 0)

@@ -36,6 +36,21 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class NodeCall:
+    """An autograd node that is a call of a layer although no module was called.
+
+    name: the node's. input: what it has saved as the layer's input, None if no rule of these parameters reads that.
+    parameters: by name, the position among the node's inputs, and for each axis of the tensor there, which of the parameter it is.
+    options: what else it has saved, with the values that the formula covers.
+    """
+
+    name: str
+    input: str | None
+    parameters: Mapping[str, tuple[int, tuple[int, ...]]]
+    options: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
+
+
+@dataclass(frozen=True)
 class Layer:
     """A module y = f(x, θ), as the rules by which curvature passes it and the quantities that it leaves on parameters.
 
@@ -76,6 +91,7 @@ class Layer:
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: _EMPTY)
     reasons: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
     approximation: str = "expand"
+    nodes: tuple[NodeCall, ...] = ()
 
     @property
     def passes(self) -> tuple[Rule, ...]:
@@ -85,8 +101,20 @@ class Layer:
 
     def reads(self, parameters: Iterable[str]) -> frozenset[str]:
         """Operands of the rules by which factors pass, and of the quantities of `parameters`: what a record must keep."""
-        rules = [*self.passes, *(rule for parameter in parameters for rule in self.parameters[parameter].values())]
-        return frozenset(operand for rule in rules for operand in rule.operands)
+        own = frozenset[str]().union(*(self.reads_of(parameter) for parameter in parameters))
+        return own | {operand for rule in self.passes for operand in rule.operands}
+
+    def reads_of(self, parameter: str) -> frozenset[str]:
+        """Operands of the quantities of a parameter."""
+        return frozenset(operand for rule in self.parameters[parameter].values() for operand in rule.operands)
+
+
+@dataclass(frozen=True)
+class Composite:
+    """A module that is made of other operations, unless a backend that fuses them is on: `without` names those to switch off."""
+
+    module: type[nn.Module]
+    without: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -161,6 +189,7 @@ class Registry:
     losses: tuple[Loss, ...]
     extensions: tuple[type[Extension], ...]
     reductions: Mapping[str, Callable[..., Tensor]]
+    composites: tuple[Composite, ...] = ()
 
     @cached_property
     def _by_forward(self) -> Mapping[Callable[..., Any], tuple[Layer | Loss, ...]]:
@@ -187,6 +216,10 @@ class Registry:
             if all(getattr(module, name) == value for name, value in _when(definition).items()):
                 return definition
         return None
+
+    def composite(self, module: nn.Module) -> Composite | None:
+        forward = type(module).forward
+        return next((composite for composite in self.composites if composite.module.forward is forward), None)
 
 
 def _when(definition: Layer | Loss) -> Mapping[str, Any]:

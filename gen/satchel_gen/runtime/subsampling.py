@@ -18,9 +18,12 @@ def quantities_of(
     found: dict[Need, Tensor] = {}
     for samples in dict.fromkeys(need.samples for need in needs):
         asked = {need.quantity: need for need in needs if need.samples == samples}
-        chosen = uses if samples is None else [restricted(use, samples) for use in uses]
-        weights = signs if samples is None else [sign[:, list(samples)] for sign in signs]
+        first = all(use.record.batch.outer == 1 for use in uses)
+        chosen = [restricted(use, samples) for use in uses] if samples is not None and first else uses
+        weights = signs if chosen is uses or samples is None else [sign[:, list(samples)] for sign in signs]
         values = quantities(chosen, asked, *weights, differentiable=differentiable)
+        if samples is not None and not first:  # only individual columns are asked for of some samples
+            values = {name: value[:, list(samples)] for name, value in values.items()}
         found |= {asked[name]: value for name, value in values.items()}
     return found
 
@@ -35,5 +38,8 @@ def restricted(use: Use, samples: Sequence[int]) -> Use:
         input_shape=(len(index), *record.input_shape[1:]),
         output_shape=(len(index), *record.output_shape[1:]),
     )
-    part.keep(**{name: record.tensor(name)[index] for name in record.tensors})
+    chosen = ("input", "output")
+    part.keep(
+        **{name: record.tensor(name)[index] if name in chosen else record.tensor(name) for name in record.tensors}
+    )
     return Use(part, use.name, None if use.factor is None else use.factor[:, index])

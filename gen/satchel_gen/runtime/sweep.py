@@ -1,4 +1,4 @@
-"""A sweep passes the columns of a factor from edge to edge over a plan, and shows them to each layer that has parameters.
+"""A sweep passes the columns of a factor from edge to edge over a plan, and shows them to whatever uses wanted parameters.
 
 Autograd runs a node after all its consumers, and so does a plan: what the consumers passed back is summed at their edge.
 """
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from .evaluate import evaluate
 from .passing import edge_shape, pull
-from .plan import Plan, Step
+from .plan import Call, Plan, Step
 from .record import Edge, Record
 
 
-def sweep(plan: Plan, start: Mapping[Edge, Tensor], visit: Callable[[Step, Tensor], None]) -> None:
-    """Pass columns [V, *edge] from the edges of `start`; `visit` gets each layer with wanted parameters and its columns.
+def sweep(plan: Plan, start: Mapping[Edge, Tensor], visit: Callable[[Step | Call, Tensor], None]) -> None:
+    """Pass columns [V, *edge] from the edges of `start`; `visit` gets whatever uses wanted parameters, and its factor.
 
-    The columns that `visit` gets are canonical, [V, *output]; those of one space, so what arrives at an edge twice is summed.
+    The columns are those of one space, so what arrives at an edge twice is summed.
     """
     live = dict(start)
     for step in plan.steps:
@@ -27,6 +27,8 @@ def sweep(plan: Plan, start: Mapping[Edge, Tensor], visit: Callable[[Step, Tenso
             continue
         if step.record is not None and step.parameters:
             visit(step, at_output(step.record, columns[step.record.output_nr], lead=1))
+        for call in step.calls:
+            visit(call, call.factor(columns))
         add(live, pass_step(step, columns))
 
 
@@ -34,12 +36,13 @@ def pass_step(step: Step, columns: Mapping[int, Tensor]) -> dict[Edge, Tensor]:
     """Columns [V, *output] by output number → Jᵀ of them [V, *input] by edge."""
     record = step.record
     if record is None:
-        return pull(step, columns)
-    factor = at_output(record, columns[record.output_nr], lead=1)
+        return pull(step, columns) if step.inputs else {}
     layer = record.definition
     if layer.vjp is None:  # the input is not differentiable
         return {}
-    return {edge: at_edge(evaluate(layer.vjp, layer, record.operand, factor), edge, lead=1) for _, edge in step.inputs}
+    factor = at_output(record, columns[record.output_nr], lead=1)
+    passed = record.at_input(evaluate(layer.vjp, layer, record.operand, factor), lead=1)
+    return {edge: at_edge(passed, edge, lead=1) for _, edge in step.inputs}
 
 
 def chunks(factor: Tensor, size: int) -> Iterator[Tensor]:
@@ -59,8 +62,7 @@ def add(live: dict[Edge, Tensor], passed: Mapping[Edge, Tensor]) -> None:
 
 def at_output(record: Record, tensor: Tensor, lead: int) -> Tensor:
     """A factor [*lead, *node] as the layer's canonical output."""
-    assert record.canonical_output is not None
-    return tensor.reshape(*tensor.shape[:lead], *record.canonical_output)
+    return record.at_output(tensor, lead)
 
 
 def at_edge(tensor: Tensor, edge: Edge, lead: int) -> Tensor:

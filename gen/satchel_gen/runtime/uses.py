@@ -17,8 +17,10 @@ from torch import Tensor
 
 from .axes import Axes, starred
 from .axes import names as axis_names
+from .demand import SECOND_ORDER
 from .errors import SharedByKinds
 from .evaluate import evaluate
+from .extension import Extension
 from .record import Record
 from .rules import Layer, Rule, registry
 
@@ -40,6 +42,12 @@ class Use:
     def offers(self, quantity: str) -> bool:
         return quantity in self.layer.parameters[self.name]
 
+    def serves(self, extension: Extension) -> bool:
+        """Whether a feature has a value for the parameter: what it needs of inputs alone, a bias goes without."""
+        needs = [need for need in extension.needs(self.layer) if need.source != "input"]
+        twice = any(need.source in SECOND_ORDER for need in needs)
+        return (self.record.differentiates_twice or not twice) and all(self.offers(need.quantity) for need in needs)
+
 
 def quantities(
     uses: Sequence[Use], names: Iterable[str], *extra: Tensor, lead: int = 1, differentiable: bool = False
@@ -49,9 +57,11 @@ def quantities(
     Uses that cannot be joined give reductions of their summed individual pullbacks.
     """
     names = [name for name in names if all(use.offers(name) for use in uses)]
+    if not names:
+        return {}
     found: dict[str, Tensor] = {}
     if len(uses) > 1 and not joinable(uses):
-        if names and any(use.factor is None for use in uses):
+        if any(use.factor is None for use in uses):
             raise SharedByKinds([use.record.where for use in uses], uses[0].name, names[0])
         found[PER_SAMPLE] = reduce(add, (_one(use, PER_SAMPLE, use.factor, differentiable) for use in uses))
     elif PER_SAMPLE in names:
@@ -77,14 +87,17 @@ def summed(uses: Sequence[Use], name: str) -> Tensor:
 
 def _one(use: Use, name: str, factor: Tensor | None, differentiable: bool = False) -> Tensor:
     rule = use.layer.parameters[use.name][name]
-    return _shaped(rule, use, evaluate(rule, use.layer, use.record.operand, factor, differentiable=differentiable))
+    found = evaluate(rule, use.layer, use.record.operand, factor, differentiable=differentiable)
+    return _shaped(rule, use, found)
 
 
 def _shaped(rule: Rule, use: Use, value: Tensor) -> Tensor:
-    """A quantity of the parameter in its own shape."""
-    return (
-        value if rule.lead is None else value.reshape(*value.shape[: rule.lead], *use.record.parameter(use.name).shape)
-    )
+    """A quantity of the parameter in its own shape; Kronecker factors belong to the matrix that the definition says."""
+    if rule.lead is None:
+        return value
+    if use.record.transposed:
+        return value.mT
+    return value.reshape(*value.shape[: rule.lead], *use.record.parameter(use.name).shape)
 
 
 def _joined(uses: Sequence[Use], name: str, extra: Sequence[Tensor], lead: int, differentiable: bool) -> Tensor:
@@ -100,7 +113,8 @@ def _joined(uses: Sequence[Use], name: str, extra: Sequence[Tensor], lead: int, 
         axes = first.layer.input_axes if operand == "input" else first.layer.output_axes
         return join([use.record.operand(operand) for use in uses], axes, 0)
 
-    return _shaped(rule, first, evaluate(rule, first.layer, operand, *arguments, differentiable=differentiable))
+    found = evaluate(rule, first.layer, operand, *arguments, differentiable=differentiable)
+    return _shaped(rule, first, found)
 
 
 def join(tensors: Sequence[Tensor], axes: Axes, lead: int) -> Tensor:
@@ -127,6 +141,7 @@ def joinable(uses: Sequence[Use]) -> bool:
         and use.name == first.name
         and use.record.samples == first.record.samples
         and use.record.options == first.record.options
+        and use.record.transposed == first.record.transposed
         and _same_parameters(use, first)
         for use in uses
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..runtime.cost import Program, block_count, blocks, cheapest
 from ..runtime.precision import widened
-from ..runtime.rules import Layer, Rule
+from ..runtime.rules import Layer, NodeCall, Rule
 
 
 @widened
@@ -642,4 +642,10 @@ LAYER = Layer(
         },
     },
     approximation="expand",
+    nodes=(
+        NodeCall("AddmmBackward0", "mat1", {"weight": (2, (1, 0)), "bias": (0, (0,))}, {"alpha": 1, "beta": 1}),
+        NodeCall("MmBackward0", "self", {"weight": (1, (1, 0))}),
+        NodeCall("AddBackward0", None, {"bias": (0, (0,))}, {"alpha": 1}),
+        NodeCall("AddBackward0", None, {"bias": (1, (0,))}, {"alpha": 1}),
+    ),
 )

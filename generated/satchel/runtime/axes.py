@@ -2,12 +2,13 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Named axes. A starred one stands for any number of axes, zero included; in canonical tensors it is flattened to one.
 
-Joined axes, ("g", "c"), are one axis of the tensor as torch stores it and two of the canonical one.
+Joined axes, ("g", "c"), are one axis of the tensor as torch stores it and two of the canonical one. The canonical batch is first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 from types import MappingProxyType
@@ -75,3 +76,93 @@ def canonical(tensor: Tensor, axes: Axes, lead: int = 0) -> Tensor:
 def extents(axes: Axes, shape: Sequence[int]) -> Mapping[str, int]:
     """Extent by axis name, without the star, of a canonical shape."""
     return {axis.rstrip("*"): extent for axis, extent in zip(names(axes), shape, strict=True)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The axes of a tensor, with what is known of them: `extents` of the first of joined ones, `ranks` of starred ones."""
+
+    axes: Axes
+    extents: Mapping[str, int]
+    ranks: Mapping[str, int]
+
+    def canonical_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+        """Canonical shape of a tensor whose first axis is the batch; None if it does not fit."""
+        return canonical_shape(self.axes, shape, self.extents, self.ranks)
+
+    def rows(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The axes among which the batch can be: the first, and the starred ones if they are next to it."""
+        return tuple(shape[: max(1, len(shape) - self._trailing)] if self.movable else shape[:1])
+
+    @property
+    def movable(self) -> bool:
+        """Whether a starred axis is next to the batch."""
+        return len(self.axes) > 1 and _is_starred(self.axes[1])
+
+    @property
+    def _trailing(self) -> int:
+        """How many axes of the tensor stand after those."""
+        return sum(self.ranks.get(_bare(axis), 0) if _is_starred(axis) else 1 for axis in self.axes[2:])
+
+    def behind(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+        """Canonical shape of the axes that stand after the rows."""
+        return canonical_shape(self.axes[2:], shape, self.extents, self.ranks)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which sample an element of a tensor belongs to: flattened, the tensor is [outer, samples, inner].
+
+    outer = 1 where the batch is the first axis, alone or joined with positions; a sequence-first tensor [T, N, …] has outer = T.
+    """
+
+    samples: int
+    outer: int = 1
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        return self.samples == 1 or self in possible_batches(tuple(shape), self.samples)
+
+    def canonical_shape(self, layout: Layout, shape: Sequence[int]) -> tuple[int, ...] | None:
+        """`shape` with the batch in front and starred axes flattened; None if it cannot fit `layout`."""
+        if self._is_first(shape):
+            return layout.canonical_shape(shape)
+        those = layout.rows(shape)
+        behind = layout.behind(shape[len(those) :])
+        if not layout.movable or behind is None or not self.samples or not self.fits(those):
+            return None
+        return (self.samples, prod(those) // self.samples, *behind)
+
+    def to_front(self, tensor: Tensor, layout: Layout, lead: int = 0) -> Tensor:
+        """`tensor` [*lead, *shape] as [*lead, *canonical]."""
+        before, shape = tensor.shape[:lead], self.canonical_shape(layout, tensor.shape[lead:])
+        assert shape is not None, f"a tensor of shape {tuple(tensor.shape)} has no batch {self}"
+        if self._is_first(tensor.shape[lead:]):
+            return tensor.reshape(*before, *shape)
+        split = tensor.reshape(*before, self.outer, self.samples, shape[1] // self.outer, *shape[2:])
+        return split.movedim(lead, lead + 1).reshape(*before, *shape)
+
+    def to_place(self, tensor: Tensor, shape: Sequence[int], lead: int = 0) -> Tensor:
+        """Inverse of `to_front`."""
+        before = tensor.shape[:lead]
+        if self._is_first(shape):
+            return tensor.reshape(*before, *shape)
+        split = tensor.reshape(*before, self.samples, self.outer, -1, *tensor.shape[lead + 2 :])
+        return split.movedim(lead, lead + 1).reshape(*before, *shape)
+
+    def _is_first(self, shape: Sequence[int]) -> bool:
+        return self.outer == 1 and len(shape) > 0 and shape[0] == self.samples
+
+
+@cache
+def possible_batches(shape: tuple[int, ...], samples: int) -> list[Batch]:
+    """Where a batch of `samples` can lie in `shape`: in one axis, alone or joined with positions on either side.
+
+    One sample must have an axis of its own: what was averaged over a batch would look the same.
+    """
+    found: dict[Batch, None] = {}
+    for position, extent in enumerate(shape):
+        if extent == samples or (samples > 1 and extent and extent % samples == 0):
+            before, positions = prod(shape[:position]), extent // max(samples, 1)
+            outer = [outer for outer in range(1, positions + 1) if positions % outer == 0] or [1]
+            found.update({Batch(samples, before * some): None for some in outer})
+    return list(found)

@@ -30,7 +30,8 @@ class backpack:
     extension_hook: called with each module, in backward order, loss first, once its fields are set.
     debug: print what the engine does.
     retain_graph: accepted for compatibility; whether the graph is retained is detected.
-    strict: whether parameters of modules without a definition are an error (True) or a warning and left out (False).
+    strict: whether a feature without a value for a parameter that no definition covers is an error (True), or a warning and left
+        out for that parameter (False).
 
     Contexts nest: the innermost is in force. Raises ValueError if given a class or anything but a feature, and RuntimeError if the
     block ends without a backward through an extended module.

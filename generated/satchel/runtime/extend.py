@@ -8,8 +8,10 @@ from typing import TypeVar
 
 from torch import nn
 
+from .decompose import decompose
 from .errors import NotAModule
 from .recorder import Recorder
+from .rules import registry
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -17,8 +19,9 @@ Module = TypeVar("Module", bound=nn.Module)
 def extend(module: Module) -> Module:
     """Let `module` and all modules inside serve `backpack`; returns it.
 
-    Adds one forward hook to each module and nothing else. May be called again, also on a part or on the whole of an extended
-    module, before or after modules are exchanged. Raises TypeError for anything but a module.
+    Adds one forward hook to each module, and to recurrent ones a pair that has them run unfused; nothing else. May be called
+    again, also on a part or on the whole of an extended module, before or after modules are exchanged. Raises TypeError for
+    anything but a module.
     """
     if not isinstance(module, nn.Module):
         raise NotAModule(module)
@@ -29,4 +32,7 @@ def extend(module: Module) -> Module:
             inner.register_forward_hook(Recorder(name), with_kwargs=True, prepend=True)
         elif len(name) > len(recorder.name):  # extended as a part before: the longer path says more
             recorder.name = name
+        composite = registry().composite(inner)
+        if composite is not None:
+            decompose(inner, composite)
     return module

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,8 @@ class Harvest:
         """Ids of the parameters that have been reached and have no fields yet."""
         return list(self._uses)
 
-    def use(self, parameter: Tensor, record: Record, name: str, factor: Tensor) -> bool:
-        """Note a use with δ [1, *output]; whether it is the parameter's first."""
+    def use(self, parameter: Tensor, record: Record, name: str, factor: Tensor | None) -> bool:
+        """Note a use with δ [1, *output], where that is asked for; whether it is the parameter's first."""
         first = id(parameter) not in self._uses
         self._parameters[id(parameter)] = parameter
         self._uses.setdefault(id(parameter), []).append(Use(record, name, factor))
@@ -63,16 +65,18 @@ class Harvest:
         sizes = Sizes(uses[0].record.samples, unit)
         self._owner.lend([parameter, *(use.factor for use in uses if use.factor is not None)])
         self._owner.lend([tensor for use in uses for tensor in use.record.tensors.values()])
-        for extension in self.extensions(uses[0].layer, uses[0].name):
+        for extension in self.extensions(uses):
             with torch.set_grad_enabled(graph and extension.differentiable):
                 q = self._asked(extension, uses[0].layer, results)
                 self._owner.set(parameter, extension.field, extension.value(q, sizes))
         return uses
 
-    def extensions(self, layer: Layer, name: str) -> list[Extension]:
+    def extensions(self, uses: Sequence[Use]) -> list[Extension]:
         """The features that have a value for a parameter."""
-        offered = layer.parameters[name]
-        return [e for e in self.demand.extensions if any(need.quantity in offered for need in e.needs(layer))]
+        needs = {extension: extension.needs(uses[0].layer) for extension in self.demand.extensions}
+        return [
+            e for e, those in needs.items() if any(all(use.offers(need.quantity) for use in uses) for need in those)
+        ]
 
     def clear(self) -> None:
         self._parameters.clear()

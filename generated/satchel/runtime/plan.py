@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -13,7 +14,25 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .record import Edge, Mark, Record, entries, layer_record
+from .rules import Layer
 from .torch_private import is_accumulator, leaf_of, node_outputs
+
+
+@dataclass(frozen=True)
+class Call(ABC):
+    """How a node without a record of its own uses wanted parameters: by the rules of a definition, as if it were a layer's call."""
+
+    record: Record
+    parameters: Mapping[str, Tensor]
+
+    @abstractmethod
+    def factor(self, columns: Mapping[int, Tensor]) -> Tensor:
+        """What the rules take, from columns [V, *output] by output number. May call the node: it must not be freed."""
+
+    @property
+    def factor_size(self) -> int:
+        """Elements that the factor of one column has beyond the column."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -26,6 +45,10 @@ class Step:
     inputs: tuple[tuple[int, Edge], ...]
     #: The wanted parameters of the layer.
     parameters: Mapping[str, Tensor]
+    #: Likewise, the inputs of a node without record that are wanted parameters.
+    leaves: tuple[tuple[int, Edge, Tensor], ...] = ()
+    #: How a node without record uses parameters, once these are resolved.
+    calls: tuple[Call, ...] = ()
 
     @property
     def name(self) -> str:
@@ -42,13 +65,11 @@ class Step:
         marks = [entry.where for entry in entries(self.node) if type(entry) is Mark]
         return f"{self.name} ({', '.join(marks)})" if marks else self.name
 
-
-@dataclass(frozen=True)
-class LooseParameter:
-    """A wanted parameter that a node without a record uses."""
-
-    parameter: Tensor
-    node: Node
+    @property
+    def used(self) -> list[tuple[Record, Mapping[str, Tensor]]]:
+        """What uses wanted parameters here."""
+        own = [] if self.record is None else [(self.record, self.parameters)]
+        return [*own, *((call.record, call.parameters) for call in self.calls)]
 
 
 @dataclass(frozen=True)
@@ -58,12 +79,26 @@ class Plan:
     start: tuple[Edge, ...]
     steps: tuple[Step, ...]
     nodes: frozenset[Node]
-    loose: tuple[LooseParameter, ...]
     marks: tuple[Mark, ...]
 
     @cached_property
     def records(self) -> tuple[Record, ...]:
+        """The calls of layers."""
         return tuple(step.record for step in self.steps if step.record is not None)
+
+    @cached_property
+    def used(self) -> tuple[tuple[Record, Mapping[str, Tensor]], ...]:
+        """Whatever uses wanted parameters by rules, and the calls of layers without any."""
+        return tuple(used for step in self.steps for used in step.used)
+
+    @cached_property
+    def definitions(self) -> tuple[Layer, ...]:
+        return tuple(record.definition for record, _ in self.used)
+
+    @property
+    def loose(self) -> tuple[tuple[Step, Tensor], ...]:
+        """The wanted parameters that nodes without record use."""
+        return tuple((step, leaf) for step in self.steps for _, _, leaf in step.leaves)
 
     @cached_property
     def unknown(self) -> tuple[Step, ...]:
@@ -75,8 +110,9 @@ class Plan:
         """The steps that use each wanted parameter, by its id."""
         found: dict[int, list[Step]] = {}
         for step in self.steps:
-            for parameter in step.parameters.values():
-                found.setdefault(id(parameter), []).append(step)
+            here = {id(parameter) for _, parameters in step.used for parameter in parameters.values()}
+            for parameter in here:
+                found.setdefault(parameter, []).append(step)
         return found
 
     def below(self, node: Node) -> set[Node]:
@@ -90,13 +126,23 @@ class Plan:
             stack += following
         return found
 
+    def pruned(self, keep: Container[int] = ()) -> Plan:
+        """Without nodes that lead to no use; of the parameters that nodes use, only those of the ids in `keep`."""
+        alive: dict[Node, Step] = {}
+        for step in reversed(self.steps):
+            inputs = tuple((position, edge) for position, edge in step.inputs if edge[0] in alive)
+            leaves = tuple(leaf for leaf in step.leaves if id(leaf[2]) in keep)
+            if inputs or leaves or step.parameters or step.calls:
+                alive[step.node] = replace(step, inputs=inputs, leaves=leaves)
+        return replace(self, steps=tuple(reversed(alive.values())))
+
     def column_bytes(self, itemsize: int) -> int:
         """The most that one column of a factor holds at any time while it is swept."""
         live = {edge: _numel(edge) for edge in self.start}
         most = sum(live.values())
         for step in self.steps:
             live.update({edge: _numel(edge) for _, edge in step.inputs})
-            most = max(most, sum(live.values()))
+            most = max(most, sum(live.values()) + sum(call.factor_size for call in step.calls))
             for edge in [edge for edge in live if edge[0] is step.node]:
                 del live[edge]
         return most * itemsize
@@ -112,21 +158,21 @@ def walk(start: Iterable[Edge], wanted: Callable[[Tensor], bool]) -> Plan:
     start = tuple(start)
     order = _postorder([node for node, _ in start])
     steps: dict[Node, Step] = {}
-    loose: list[LooseParameter] = []
     marks: list[Mark] = []
     for node in order:
         record = layer_record(node)
         marks += [entry for entry in entries(node) if type(entry) is Mark]
         parameters: dict[str, Tensor] = {}
+        leaves: tuple[tuple[int, Edge, Tensor], ...] = ()
         if record is not None:
             parameters = {name: parameter for name, parameter in record.trainable().items() if wanted(parameter)}
         else:
-            leaves = [leaf_of(below) for below, _ in node.next_functions if below is not None]
-            loose += [LooseParameter(leaf, node) for leaf in leaves if leaf is not None and wanted(leaf)]
+            below = [(position, edge, leaf_of(edge[0])) for position, edge in _inputs(node, None)]
+            leaves = tuple((position, edge, p) for position, edge, p in below if p is not None and wanted(p))
         inputs = tuple((position, edge) for position, edge in _inputs(node, record) if edge[0] in steps)
-        if inputs or parameters:
-            steps[node] = Step(node, record, inputs, parameters)
-    return Plan(start, tuple(reversed(steps.values())), frozenset(order), tuple(loose), tuple(marks))
+        if inputs or parameters or leaves:
+            steps[node] = Step(node, record, inputs, parameters, leaves)
+    return Plan(start, tuple(reversed(steps.values())), frozenset(order), tuple(marks))
 
 
 def _inputs(node: Node, record: Record | None) -> list[tuple[int, Edge]]:

@@ -11,15 +11,15 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from .axes import Axes, canonical, canonical_shape, extents
+from .axes import Axes, Batch, Layout, canonical, extents, possible_batches
 from .axes import names as axis_names
-from .errors import GraphFreed, Overwritten
+from .errors import BatchAxisLost, GraphFreed, Overwritten
 from .rules import Layer, Loss
 from .torch_private import metadata, version
 
@@ -77,33 +77,71 @@ class _Kept(Mark):
 
 @dataclass(eq=False, kw_only=True)
 class Record(_Kept):
-    """One call of a layer. Its node receives the gradient of the output, reshaped to `node_shape`; `edge` leads to the input."""
+    """One call of a layer. Its node receives the gradient of the output, reshaped to `node_shape`; `edge` leads to the input.
 
+    Which axis is the batch is known once a walk has come from the loss: until then it is taken to be the first.
+    """
+
+    #: Whether the curvature of whatever lies above reaches this use.
+    differentiates_twice: ClassVar[bool] = True
     definition: Layer
     parameters: dict[str, weakref.ref[Tensor]] = field(default_factory=dict)
     input_shape: tuple[int, ...] = ()
     output_shape: tuple[int, ...] = ()
     checkpointed: bool = False
+    #: Whether the parameter is the transpose of what the definition says.
+    transposed: bool = False
+    batch: Batch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.batch = Batch(self.output_shape[0] if self.output_shape else 0)
 
     @property
     def samples(self) -> int:
-        return self.output_shape[0]
+        return self.batch.samples
+
+    def place(self, batch: Batch) -> None:
+        """Say where the batch is; refuse where the layer's input or output cannot have it there."""
+        self.batch = batch
+        for layout, shape in ((self.input_layout, self.input_shape), (self.output_layout, self.output_shape)):
+            fits = batch.canonical_shape(layout, shape) is not None
+            if not fits or not possible_batches(layout.rows(shape), batch.samples):
+                raise BatchAxisLost(self.where, shape, batch.samples)
 
     @cached_property
-    def canonical_input(self) -> tuple[int, ...] | None:
-        """Canonical shape of the input; None if it does not fit the layer's axes."""
-        return self._canonical(self.definition.input_axes, self.input_shape)
+    def input_layout(self) -> Layout:
+        return self._layout(self.definition.input_axes, self.input_shape)
 
     @cached_property
-    def canonical_output(self) -> tuple[int, ...] | None:
-        """Canonical shape of the output; None if it does not fit the layer's axes."""
-        return self._canonical(self.definition.output_axes, self.output_shape)
+    def output_layout(self) -> Layout:
+        return self._layout(self.definition.output_axes, self.output_shape)
 
-    def _canonical(self, axes: Axes, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    @property
+    def canonical_input(self) -> tuple[int, ...]:
+        """Canonical shape of the input."""
+        shape = self.batch.canonical_shape(self.input_layout, self.input_shape)
+        assert shape is not None, "the survey refuses what does not fit"
+        return shape
+
+    @property
+    def canonical_output(self) -> tuple[int, ...]:
+        """Canonical shape of the output."""
+        shape = self.batch.canonical_shape(self.output_layout, self.output_shape)
+        assert shape is not None, "the survey refuses what does not fit"
+        return shape
+
+    def at_output(self, tensor: Tensor, lead: int) -> Tensor:
+        """A factor [*lead, *node] as the layer's canonical output."""
+        return self.batch.to_front(tensor.reshape(*tensor.shape[:lead], *self.output_shape), self.output_layout, lead)
+
+    def at_input(self, tensor: Tensor, lead: int) -> Tensor:
+        """The layer's canonical input [*lead, *canonical] as it is [*lead, *input]."""
+        return self.batch.to_place(tensor, self.input_shape, lead)
+
+    def _layout(self, axes: Axes, shape: tuple[int, ...]) -> Layout:
         layer = self.definition
         known = {a: self.options[size] if isinstance(size, str) else size for a, size in layer.extents.items()}
-        ranks = {axis: rank(self.options, len(shape)) for axis, rank in layer.ranks.items()}
-        return canonical_shape(axes, shape, known, ranks)
+        return Layout(axes, known, {axis: rank(self.options, len(shape)) for axis, rank in layer.ranks.items()})
 
     def parameter(self, name: str) -> Tensor:
         parameter = self.parameters[name]()
@@ -116,9 +154,9 @@ class Record(_Kept):
     def operand(self, name: str) -> Any:
         """An operand of a rule, canonical."""
         if name == "input":
-            return self.tensor("input").reshape(self._shape("input"))
+            return self.batch.to_front(self.tensor("input"), self.input_layout)
         if name == "output":
-            return self.tensor("output").reshape(self._shape("output"))
+            return self.batch.to_front(self.tensor("output"), self.output_layout)
         if name.endswith("_shape"):
             return self._shape(name.removesuffix("_shape"))
         if name in self.definition.parameters:
@@ -129,30 +167,28 @@ class Record(_Kept):
         """Canonical shape of the input, the output or a parameter."""
         if name in self.definition.parameters:
             return tuple(self._canonical_parameter(name).shape)
-        shape = self.canonical_input if name == "input" else self.canonical_output
-        assert shape is not None, "the survey refuses what does not fit"
-        return shape
+        return self.canonical_input if name == "input" else self.canonical_output
 
     def _canonical_parameter(self, name: str) -> Tensor:
         axes = self.definition.parameter_axes[name]
         if name not in self.parameters:  # absent: 1 wherever it stands
-            assert self.canonical_input is not None
             sizes = extents(self.definition.input_axes, self.canonical_input)
             return self.tensors["one"].expand([sizes[axis.rstrip("*")] for axis in axis_names(axes)])
         parameter = self.parameter(name)
-        shape = self._canonical(axes, tuple(parameter.shape))
+        shape = self._layout(axes, tuple(parameter.shape)).canonical_shape(tuple(parameter.shape))
         return parameter if shape is None else parameter.reshape(shape)
+
+    def touch(self, name: str) -> None:
+        """Refuse an operand that was overwritten or freed."""
+        if name in ("input", "output"):
+            self.tensor(name)
+        else:
+            self.operand(name)
 
     def trainable(self) -> dict[str, Tensor]:
         """The parameters that autograd computes a gradient for."""
         alive = {name: reference() for name, reference in self.parameters.items()}
         return {name: p for name, p in alive.items() if p is not None and p.requires_grad}
-
-
-def canonical_output(record: Record) -> tuple[int, ...]:
-    """Canonical shape of a layer's output."""
-    assert record.canonical_output is not None
-    return record.canonical_output
 
 
 @dataclass(eq=False, kw_only=True)

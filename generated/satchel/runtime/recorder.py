@@ -32,6 +32,11 @@ class disable:
         _recording = self._before
 
 
+def is_recording() -> bool:
+    """Whether a forward pass leaves records."""
+    return _recording and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not inside_functorch()
+
+
 class Recorder:
     """Forward hook of one module. Holds the module's dotted name only, so modules stay picklable and copyable."""
 
@@ -39,7 +44,7 @@ class Recorder:
         self.name = name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling() or not (_recording and torch.is_grad_enabled()) or inside_functorch():
+        if not is_recording():
             return
         definition = registry().definition(module)  # looked up here: a lazy module changes its class after `extend`
         reference = weakref.ref(module)

@@ -117,7 +117,6 @@ def residual_of(step: Step, deltas: Mapping[int, Tensor], samples: int) -> Diago
     assert rule is not None
 
     def operator(tangents: Mapping[Edge, Tensor]) -> dict[Edge, Tensor]:
-        assert record.canonical_input is not None
         found = evaluate(rule, layer, record.operand, delta, tangents[edge].reshape(-1, *record.canonical_input))
         return {edge: at_edge(found, edge, lead=1)}
 

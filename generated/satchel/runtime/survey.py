@@ -10,21 +10,30 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from .context import backpack
-from .curvature import AVERAGED, refuse_option
+from .curvature import AVERAGED, RESIDUAL, refuse_option, uses_of
 from .demand import CURVATURE, SECOND_ORDER, Demand
-from .errors import BatchAxisLost, CheckpointedRegion, UnsupportedModule
+from .errors import CheckpointedRegion, SatchelError, SharedByKinds, SparseGradient, UnsupportedModule
 from .flags import Flag, first_raised
-from .plan import LooseParameter, Plan
-from .probe import mixing
+from .nodes import NodeRecord, Owned, Pullback, resolve
+from .plan import Plan
+from .probe import Found, Probe
 from .record import Edge, Mark
 from .rules import registry
-from .torch_private import is_python_function, is_reentrant_checkpoint
+from .torch_private import has_sparse_gradient, is_python_function, is_reentrant_checkpoint
+from .uses import PER_SAMPLE, Use, joinable
 
 
 def check(
-    plan: Plan, context: backpack, start: Mapping[Edge, Sequence[int]], samples: int | None, marks: Iterable[Mark] = ()
-) -> list[Flag]:
-    """Refuse the plan, or return what its tensors have to tell at the end. `marks` are modules above the plan."""
+    plan: Plan,
+    context: backpack,
+    start: Mapping[Edge, Sequence[int]],
+    samples: Sequence[int],
+    marks: Iterable[Mark] = (),
+) -> tuple[Plan, int, list[Flag]]:
+    """Refuse the plan, or return it with the uses of parameters by nodes, N, and what its tensors have to tell at the end.
+
+    `samples` are the numbers of samples that the batch may have, `marks` modules above the plan.
+    """
     features = context.demand.names
     for node in plan.nodes:
         if is_python_function(node) and is_reentrant_checkpoint(node):
@@ -36,26 +45,36 @@ def check(
             refuse_option(record.where, option, record.options[option], supported, features, reason)
         if record.checkpointed and plan.unknown:
             raise CheckpointedRegion(record.where, features)
-        expected = samples if samples is not None else plan.records[0].samples if plan.records[0].output_shape else None
-        for fits, shape in (
-            (record.canonical_input, record.input_shape),
-            (record.canonical_output, record.output_shape),
-        ):
-            if fits is None or not shape or shape[0] != expected:
-                raise BatchAxisLost(record.where, shape, expected)
+    owned = _owned(plan, (*plan.marks, *marks, *plan.records))
+    if plan.loose:
+        plan = plan.pruned(owned)
     _touch(plan, context.demand)
-    flags: list[Flag] = []
-    if plan.records:
-        everywhere = AVERAGED in context.demand.sources(record.definition for record in plan.records)
-        with torch.no_grad():
-            flags = mixing(plan, start, plan.records[0].samples, everywhere)
-    loose = _owned(plan.loose, (*plan.marks, *marks, *plan.records))
-    if loose:
-        mixed = first_raised(flags)  # why a batch normalisation in training mode can have no definition
+    everywhere = {AVERAGED, RESIDUAL} & set(context.demand.sources(plan.definitions))
+    with torch.no_grad():
+        count, found = _probe(plan, start, samples, bool(everywhere))
+    if owned:
+        mixed = first_raised(found.flags)
         if mixed is not None:
             raise mixed
-        _refuse_loose(loose, context)
-    return flags
+        plan = resolve(plan, found, owned)
+        _refuse_undefined(plan, context)
+        _warn_of_cost(plan)
+    return plan, count, found.flags
+
+
+def _probe(
+    plan: Plan, start: Mapping[Edge, Sequence[int]], samples: Sequence[int], everywhere: bool
+) -> tuple[int, Found]:
+    """The first of the numbers of samples with which no samples mix; one that the loss does not say must be of first axes."""
+    *others, last = samples
+    for count in others:
+        try:
+            found = Probe(plan, start, count, everywhere).run()
+        except SatchelError:
+            continue
+        if plan.records[0].batch.outer == 1 and first_raised(found.flags) is None:
+            return count, found
+    return last, Probe(plan, start, last, everywhere).run()
 
 
 def _touch(plan: Plan, demand: Demand) -> None:
@@ -72,31 +91,65 @@ def _touch(plan: Plan, demand: Demand) -> None:
             vjp = [layer.vjp] if layer.vjp is not None else []
             rules += layer.passes if kinds & set(SECOND_ORDER) else vjp
         for operand in {operand for rule in rules for operand in rule.operands}:
-            step.record.operand(operand)
+            step.record.touch(operand)
 
 
-def _owned(loose: Sequence[LooseParameter], marks: Sequence[Mark]) -> list[tuple[LooseParameter, Mark, str]]:
-    """The loose parameters that belong to an extended module, with the innermost one and the parameter's name there."""
-    found = []
-    for one in loose:
-        owners = []
-        for mark in marks:
-            module = mark.module()
-            named = () if module is None else module.named_parameters(remove_duplicate=False)
-            owners += [(name.count("."), name, mark) for name, parameter in named if parameter is one.parameter]
-        if owners:
-            _, name, mark = min(owners, key=lambda owner: owner[0])
-            found.append((one, mark, name))
+def _owned(plan: Plan, marks: Sequence[Mark]) -> dict[int, Owned]:
+    """The parameters that nodes use and that belong to an extended module, with the innermost one."""
+    found: dict[int, Owned] = {}
+    loose = {id(parameter) for _, parameter in plan.loose}
+    if not loose:
+        return found
+    for mark in marks:
+        module = mark.module()
+        for name, parameter in () if module is None else module.named_parameters(remove_duplicate=False):
+            before = found.get(id(parameter))
+            if id(parameter) in loose and (before is None or name.count(".") < before.name.count(".")):
+                found[id(parameter)] = Owned(mark, name)
     return found
 
 
-def _refuse_loose(loose: list[tuple[LooseParameter, Mark, str]], context: backpack) -> None:
+def _refuse_undefined(plan: Plan, context: backpack) -> None:
+    """Refuse, or warn of, features that the uses of a parameter by nodes have no value for."""
     supported = [layer.name for layer in registry().layers]
-    errors = [
-        UnsupportedModule(mark.where, name, one.node.name(), context.demand.names, supported)
-        for one, mark, name in loose
-    ]
-    if context.strict:
-        raise errors[0]
-    for error in errors:
-        warnings.warn(str(error), stacklevel=2)
+    for step in plan.steps:
+        if step.calls and has_sparse_gradient(step.node):
+            raise SparseGradient(step.calls[0].record.where, context.demand.names)
+    for record, parameters in plan.used:
+        if not isinstance(record, NodeRecord):
+            continue
+        for name in parameters:
+            use = Use(record, name)
+            lacking = [e.name for e in context.demand.extensions if not use.serves(e)]
+            if lacking:
+                error = UnsupportedModule(record.owner, record.parameter_name, record.node_name, lacking, supported)
+                if context.strict:
+                    raise error
+                warnings.warn(str(error), stacklevel=2)
+    for parameter, steps in plan.uses.items():
+        uses = uses_of(steps, parameter)
+        if len(uses) > 1 and not joinable(uses):
+            _refuse_unjoinable(uses, context.demand)
+
+
+def _refuse_unjoinable(uses: Sequence[Use], demand: Demand) -> None:
+    """Of uses that are not more positions of one, only what individual pullbacks give is defined."""
+    pulled = {PER_SAMPLE, *registry().reductions}
+    for extension in demand.extensions:
+        needs = {need.quantity for need in extension.needs(uses[0].layer)} - pulled
+        if needs and all(use.serves(extension) for use in uses):
+            raise SharedByKinds([use.record.where for use in uses], uses[0].name, sorted(needs)[0], [extension.name])
+
+
+def _warn_of_cost(plan: Plan) -> None:
+    """Say once for each parameter that its uses cost N backwards of a node."""
+    for step in plan.steps:
+        for call in step.calls:
+            where = call.record.where
+            if isinstance(call, Pullback) and where not in _warned:
+                _warned.add(where)
+                text = f"{where}: no definition covers this use, so the node's backward runs once for every sample"
+                warnings.warn(text, stacklevel=2)
+
+
+_warned: set[str] = set()

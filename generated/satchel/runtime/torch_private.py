@@ -15,6 +15,13 @@ from torch.autograd.graph import Node, get_gradient_edge
 #: Nodes whose vmapped backward is wrong without an error (they read the geometry of a batched tensor): called column by column.
 COLUMNWISE = ("CdistBackward0", "torch::autograd::CopySlices", "AsStridedBackward0")
 
+#: Nodes whose output holds elements of their one input, each once.
+VIEWS = (
+    "AliasBackward0", "PermuteBackward0", "SelectBackward0", "SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0",
+    "SqueezeBackward1", "TBackward0", "TransposeBackward0", "TransposeBackward1", "UnbindBackward0", "UnsafeSplitBackward0",
+    "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
+)  # fmt: skip
+
 
 def graph_task() -> int:
     """Number of the backward that runs in this thread, -1 outside."""
@@ -54,11 +61,6 @@ def computes_gradient_of(parameter: Tensor) -> bool:
 def node_outputs(node: Node) -> Sequence[tuple[tuple[int, ...], torch.dtype, torch.device]]:
     """Shape, dtype and device of each gradient that `node` receives."""
     return [(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata]
-
-
-def saved(node: Node, name: str) -> Any:
-    """What a node has saved for its backward: a tensor, or a setting of its operation."""
-    return getattr(node, f"_saved_{name}")
 
 
 def version(tensor: Tensor) -> int:
@@ -103,3 +105,27 @@ def leaf_of(node: Node) -> Tensor | None:
 
 def is_accumulator(node: Node) -> bool:
     return node.name() == "torch::autograd::AccumulateGrad"
+
+
+def normalised_shape(node: Node) -> tuple[int, ...] | None:
+    """Shape that a normalisation took statistics over per channel, if the node is one (batch normalisation in training mode)."""
+    if getattr(node, "_saved_training", False) is not True:
+        return None
+    return tuple(node._saved_input.shape)  # type: ignore[attr-defined]
+
+
+def saved(node: Node, name: str) -> Any:
+    """What a node has saved for its backward, a tensor or a setting; None if it saved none. Raises RuntimeError if it was freed."""
+    return getattr(node, f"_saved_{name}", None)
+
+
+def has_sparse_gradient(node: Node) -> bool:
+    """Whether the node sends a sparse gradient to its parameter."""
+    return getattr(node, "_saved_sparse", False) is True
+
+
+def switch_backend(name: str, on: bool) -> bool:
+    """Turn a backend ("mkldnn", "cudnn") on or off for the process; whether it was on."""
+    before: bool = getattr(torch._C, f"_get_{name}_enabled")()
+    getattr(torch._C, f"_set_{name}_enabled")(on)
+    return before

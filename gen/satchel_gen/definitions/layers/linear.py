@@ -1,6 +1,6 @@
 """torch.nn.Linear, over any number of axes between batch and features."""
 
-from satchel_gen.definitions import Example, Layer, Refused, Statement, Sum, indices, tensors
+from satchel_gen.definitions import Example, Layer, NodeCall, Refused, Statement, Sum, indices, tensors
 
 n, r, o, i = indices("n r* o i")
 x, y, W, b = tensors("input output weight bias")
@@ -15,6 +15,12 @@ LINEAR = Layer(
         Example((3,), {"in_features": 3, "out_features": 4, "bias": False}),
         Example((5, 3), {"in_features": 3, "out_features": 2}),
         Example((2, 4, 3), {"in_features": 3, "out_features": 5}),
+    ),
+    nodes=(
+        NodeCall("AddmmBackward0", "mat1", {"weight": (2, (i, o)), "bias": (0, (o,))}, {"alpha": 1, "beta": 1}),
+        NodeCall("MmBackward0", "self", {"weight": (1, (i, o))}),
+        NodeCall("AddBackward0", None, {"bias": (0, (o,))}, {"alpha": 1}),
+        NodeCall("AddBackward0", None, {"bias": (1, (o,))}, {"alpha": 1}),
     ),
     refused=(Refused((), "batch", {"in_features": 3, "out_features": 4}),),
 )
