@@ -118,7 +118,7 @@ def test_statistics_and_sparse_gradients():
 
 
 def test_switch_backend():
-    before = torch.backends.mkldnn.enabled
+    before = bool(torch.backends.mkldnn.enabled)
     assert t.switch_backend("mkldnn", False) == before and not torch.backends.mkldnn.enabled
     t.switch_backend("mkldnn", before)
     assert torch.backends.mkldnn.enabled == before
