@@ -118,8 +118,10 @@ def test_statistics_and_sparse_gradients():
 
 
 def test_switch_backend():
-    before = torch.backends.mkldnn.enabled
-    assert t.switch_backend("mkldnn", False) == before and not torch.backends.mkldnn.enabled
+    before = torch._C._get_mkldnn_enabled()
+    was = t.switch_backend("mkldnn", False)
+    assert was is before and torch._C._get_mkldnn_enabled() is False
     t.switch_backend("mkldnn", before)
-    assert torch.backends.mkldnn.enabled == before
-    assert t.switch_backend("cudnn", torch.backends.cudnn.enabled) == torch.backends.cudnn.enabled
+    assert torch._C._get_mkldnn_enabled() is before
+    before = torch._C._get_cudnn_enabled()
+    assert t.switch_backend("cudnn", before) is before

@@ -59,17 +59,14 @@ class Probe:
 
     def run(self) -> Found:
         for step in self.plan.steps:
-            arrived = [edge for edge in self.known if edge[0] is step.node]
             columns = take(self.live, step)
             if step.record is not None:
                 self._layer(step, step.record, columns)
             elif columns:
                 self._node(step, columns)
-            elif arrived and self.locating:
-                self.found.batches.update({edge: self.known[edge] or Batch(self.samples) for edge in arrived})
-            if step.record is None and self.samples < 2:
-                for _, edge in step.inputs:
-                    self._meet(edge, Batch(self.samples))
+            elif self.samples < 2:  # one sample is everywhere
+                edges = [(step.node, number) for number in range(len(node_outputs(step.node)))]
+                self.found.batches.update({edge: Batch(self.samples) for edge in edges if self.locating})
         return self.found
 
     def _begin(self, edge: Edge, batch: Batch) -> None:
