@@ -219,7 +219,7 @@ class Reference:
             J = {k: self.module_jacobian(k, p) for pair in pairs for k in pair}
             found = [torch.einsum("nfp,fg,ngq->pq", J[k], self.averaged[k, l], J[l]) / self.N for k, l in pairs]
             return [torch.stack(found).sum(0)]
-        O = self.uses[pairs[0][0]].module.out_features
+        O = self.parameters[p].shape[0]
         blocks = [G.reshape(len(G) // O, O, -1, O) for G in (self.averaged[pair] for pair in pairs)]
         B = torch.stack([block.sum((0, 2)) for block in blocks]).sum(0)
         return [B] if self.parameters[p].ndim == 1 else [B, self.input_factor(p, "backpack")]
