@@ -20,9 +20,11 @@ from torch.autograd.graph import Node
 from .axes import starred
 from .cost import forced_program
 from .evaluate import evaluate
+from .flags import first_raised
 from .joint import Joint, both_through, columns_of, rows_through
 from .passing import edge_shape, features, pull
 from .plan import Plan, Step
+from .probe import mixing
 from .record import Edge, Record, canonical_output
 from .residual import Blocks, Diagonal, residual_of, signed_pairs, upper_rows
 from .sweep import add, at_edge, at_output, pass_step, take
@@ -287,8 +289,16 @@ class HessianSweep:
             return never
         choices = [number for number, _ in sources]
         if forced_program() == "dense":
-            return choices[0]
-        return min([*choices, never], key=lambda number: self._columns_work(sources, number) + self._dense_work(number))
+            best = choices[0]
+        else:
+            work = {first: self._columns_work(sources, first) + self._dense_work(first) for first in [*choices, never]}
+            best = min(work, key=lambda first: work[first])
+        return best if best == never or self._samples_outermost() else never
+
+    def _samples_outermost(self) -> bool:
+        """Whether every edge can be read as [N, F]."""
+        shapes = {edge: edge_shape(edge) for edge in self.plan.start}
+        return first_raised(mixing(self.plan, shapes, self.samples, self.plan.nodes)) is None
 
     def _sources(self) -> list[tuple[int, int]]:
         """Steps at which curvature stops to be diagonal, and how many columns it is from there on."""

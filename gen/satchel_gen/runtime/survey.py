@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import torch
+from torch.autograd.graph import Node
 
 from .axes import canonical_shape
 from .context import backpack
-from .curvature import AVERAGED, refuse_option
+from .curvature import AVERAGED, RESIDUAL, refuse_option
 from .demand import CURVATURE, SECOND_ORDER, Demand
 from .errors import BatchAxisLost, CheckpointedRegion, UnsupportedModule
 from .flags import Flag, first_raised
@@ -17,6 +18,7 @@ from .plan import LooseParameter, Plan
 from .probe import mixing
 from .record import Edge, Mark
 from .rules import registry
+from .second import is_linear
 from .torch_private import is_python_function, is_reentrant_checkpoint
 
 
@@ -41,9 +43,14 @@ def check(
     _touch(plan, context.demand)
     flags: list[Flag] = []
     if plan.records:
-        everywhere = AVERAGED in context.demand.sources(record.definition for record in plan.records)
+        sources = context.demand.sources(record.definition for record in plan.records)
+        also: Container[Node] = ()  # nodes that must have the samples outermost
+        if AVERAGED in sources:
+            also = plan.nodes
+        elif RESIDUAL in sources:
+            also = {step.node for step in plan.unknown if not is_linear(step)}
         with torch.no_grad():
-            flags = mixing(plan, start, plan.records[0].samples, everywhere)
+            flags = mixing(plan, start, plan.records[0].samples, also)
     loose = _owned(plan.loose, (*plan.marks, *marks, *plan.records))
     if loose:
         mixed = first_raised(flags)  # why a batch normalisation in training mode can have no definition

@@ -9,11 +9,12 @@ of a layer do by construction, so the probe starts afresh at the input of each. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from math import prod
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from .errors import SamplesMixed
 from .flags import Flag
@@ -24,8 +25,8 @@ from .sweep import add, take
 from .torch_private import node_outputs
 
 
-def mixing(plan: Plan, start: Mapping[Edge, Sequence[int]], samples: int, everywhere: bool = False) -> list[Flag]:
-    """Flags that are true where samples mix, each with its error; checked at layers, or `everywhere`.
+def mixing(plan: Plan, start: Mapping[Edge, Sequence[int]], samples: int, also: Container[Node] = ()) -> list[Flag]:
+    """Flags that are true where samples mix, each with its error; checked at layers, and above and below the nodes in `also`.
 
     `start` gives the shapes in which the first axis is the batch, or the batch joined with positions.
     """
@@ -41,12 +42,15 @@ def mixing(plan: Plan, start: Mapping[Edge, Sequence[int]], samples: int, everyw
     for step in plan.steps:
         columns = take(live, step)
         passed_by = tuple(dict.fromkeys(name for number in columns for name in origin.get((step.node, number), ())))
-        if passed_by and (everywhere or step.record is not None):
+        if passed_by and (step.record is not None or step.node in also):
             above = f"{' → '.join(passed_by)}, above {step.where if step.record is None else step.record.where}"
             flags += [(_leaves_support(arrived, samples), SamplesMixed(above)) for arrived in columns.values()]
         if step.record is None:
             if columns:
-                add(live, pull(step, columns))
+                passed = pull(step, columns)
+                if step.node in also:
+                    flags += [(_leaves_support(below, samples), SamplesMixed(step.where)) for below in passed.values()]
+                add(live, passed)
                 for _, edge in step.inputs:
                     origin[edge] = (*origin.get(edge, ()), *passed_by, step.name)
             continue
