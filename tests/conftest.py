@@ -32,11 +32,6 @@ LAYER_NETWORKS = [
     for definition in DEFINITIONS.layers
     for k, example in enumerate(definition.examples)
 ]
-#: Needs that pass only defined layers and linear ops.
-SECOND_DERIVATIVES = {"residual", "diagonal", "averaged"}
-NEEDS_DEFINITIONS = {
-    definition.name for definition in DEFINITIONS.features if SECOND_DERIVATIVES & set(definition.needs)
-}
 NEEDS_MIXED_TERM = {definition.name for definition in DEFINITIONS.features if "residual" in definition.needs}
 #: Relative to the largest entry of the reference.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -68,9 +63,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def is_defined(network: Network, feature: type) -> bool:
     """Whether the feature is defined on the network; otherwise it must be refused."""
-    if network.in_sequence and feature.__name__ in NEEDS_MIXED_TERM:
-        return False
-    return True
+    return not (network.in_sequence and feature.__name__ in NEEDS_MIXED_TERM)
 
 
 def is_sampled(feature: type) -> bool:

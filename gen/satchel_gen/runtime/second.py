@@ -92,10 +92,12 @@ def _postorder(roots: list[Edge], ends: set[Edge]) -> list[Node]:
         elif node not in entered:
             entered.add(node)
             stack.append((node, True))
-            stack += [(below, False) for below, number in node.next_functions if below is not None and (below, number) not in ends]
+            stack += [
+                (below, False)
+                for below, number in node.next_functions
+                if below is not None and (below, number) not in ends
+            ]
     return list(order)
-
-
 
 
 def is_linear(step: Step) -> bool:

@@ -64,4 +64,3 @@ def at_output(record: Record, tensor: Tensor, lead: int) -> Tensor:
 def at_edge(tensor: Tensor, edge: Edge, lead: int) -> Tensor:
     """A layer's canonical input as the edge's gradient."""
     return tensor.reshape(*tensor.shape[:lead], *edge_shape(edge))
-
