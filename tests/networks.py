@@ -44,7 +44,6 @@ def tied(first: Linear, second: Linear) -> dict[str, nn.Module]:
 class Network:
     """``build`` is called under a fixed seed. ``shape`` of the input, batch first; ``permute`` leaves it non-contiguous.
 
-    in_sequence: a parameter is used on the output of another of its uses, so the Hessian has a mixed term.
     classes: the axis of the output that a classification loss takes for classes.
     """
 
@@ -52,7 +51,6 @@ class Network:
     build: Callable[[], nn.Module]
     shape: tuple[int, ...] = (5, 4)
     strided: bool = False
-    in_sequence: bool = False
     classes: int = -1
 
     def model(self) -> nn.Module:
@@ -347,14 +345,13 @@ NETWORKS = (
     Network(
         "siamese_distant", lambda: Wired(siamese_distant, a=Linear(4, 6), act=Sigmoid(), head=Linear(6, 3)), (5, 2, 4)
     ),
-    Network("recurrent", lambda: Wired(recurrent, a=Linear(4, 4), act=Tanh(), head=Linear(4, 3)), in_sequence=True),
+    Network("recurrent", lambda: Wired(recurrent, a=Linear(4, 4), act=Tanh(), head=Linear(4, 3))),
     Network(
         "recurrent_relu",
         lambda: Wired(recurrent, a=Linear(4, 4), act=ReLU(), head=Linear(4, 3)),
         (5, 2, 4),
-        in_sequence=True,
     ),
-    Network("linear_recurrent", lambda: Wired(linear_recurrent, a=Linear(4, 4)), in_sequence=True),
+    Network("linear_recurrent", lambda: Wired(linear_recurrent, a=Linear(4, 4))),
     Network(
         "tied_parallel",
         lambda: Wired(
@@ -364,13 +361,11 @@ NETWORKS = (
     Network(
         "tied_sequential",
         lambda: Wired(tied_sequential, **tied(Linear(4, 4), Linear(4, 4, bias=False)), act=Tanh(), head=Linear(4, 3)),
-        in_sequence=True,
     ),
     Network(
         "tied_in_a_row",
         lambda: Wired(autoencoder_like, **tied(Linear(4, 4), Linear(4, 4)), head=Linear(4, 3)),
         (5, 2, 4),
-        in_sequence=True,
     ),
     Network("functional", lambda: Wired(functional, a=Linear(4, 6), act=Tanh(), head=Linear(8, 3))),
     Network(

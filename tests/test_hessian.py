@@ -61,7 +61,7 @@ MORE = [
     ),
     Network("deep", lambda: nn.Sequential(*deep(4, 6, 5, 7, 5, 6), nn.Linear(6, 3))),
 ]
-CURVED = [n for n in NETWORKS if not n.in_sequence] + MORE
+CURVED = [*NETWORKS, *MORE]
 
 
 def check(network: Network, loss: Any, dtype: torch.dtype, agree: Agree) -> None:
@@ -80,7 +80,9 @@ def test_columns_or_matrices(network: Network, loss: Any, dtype: torch.dtype, pr
 
 @pytest.mark.parametrize("limit", [2_000, 10_000])
 @pytest.mark.parametrize("program", ["columns", "dense"])
-@pytest.mark.parametrize("name", ["skip_sequence", "gated", "attention", "normalised", "siamese", "coupled"])
+@pytest.mark.parametrize(
+    "name", ["skip_sequence", "gated", "attention", "normalised", "siamese", "coupled", "recurrent"]
+)
 def test_ranges_of_columns(name: str, limit: int, program: str, agree: Agree) -> None:
     network = next(n for n in CURVED if n.name == name)
     with satchel.settings(memory_limit=limit), forced(program):
