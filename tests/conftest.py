@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks import NETWORKS, Case, Network, Revealed, around
+from networks import NETWORKS, Case, Revealed, around
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -34,12 +34,8 @@ LAYER_NETWORKS = [
     for definition in (*DEFINITIONS.layers, *DEFINITIONS.passing)
     for k, example in enumerate(definition.examples)
 ]
-#: Needs that pass only defined layers and linear ops.
-SECOND_DERIVATIVES = {"residual", "diagonal", "averaged"}
-NEEDS_DEFINITIONS = {
-    definition.name for definition in DEFINITIONS.features if SECOND_DERIVATIVES & set(definition.needs)
-}
-NEEDS_MIXED_TERM = {definition.name for definition in DEFINITIONS.features if "residual" in definition.needs}
+#: Features that want the batch first: they carry second derivatives, or a matrix over all of a sample.
+SECOND_ORDER = {d.name for d in DEFINITIONS.features if {"residual", "diagonal", "averaged"} & set(d.needs)}
 #: Relative to the largest entry of the reference.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -66,13 +62,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, values in CHOICES.items():
         if name in metafunc.fixturenames and name not in said:
             metafunc.parametrize(name, values, ids=[label(value) for value in values])
-
-
-def is_defined(network: Network, feature: type) -> bool:
-    """Whether the feature is defined on the network; otherwise it must be refused."""
-    if network.in_sequence and feature.__name__ in NEEDS_MIXED_TERM:
-        return False
-    return True
 
 
 def is_sampled(feature: type) -> bool:

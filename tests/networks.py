@@ -44,8 +44,6 @@ def tied(first: Linear, second: Linear) -> dict[str, nn.Module]:
 class Network:
     """``build`` is called under a fixed seed. ``shape`` of the input, batch first; ``permute`` leaves it non-contiguous.
 
-    nonlinear: how autograd calls the op without a definition that stops DiagHessian and KFRA; None when there is none.
-    in_sequence: a parameter is used on the output of another of its uses, so the Hessian has a mixed term.
     classes: the axis of the output that a classification loss takes for classes.
     below: the input is made of integers below it.
     """
@@ -53,9 +51,7 @@ class Network:
     name: str
     build: Callable[[], nn.Module]
     shape: tuple[int, ...] = (5, 4)
-    nonlinear: str | None = None
     strided: bool = False
-    in_sequence: bool = False
     classes: int = -1
     below: int | None = None
 
@@ -358,14 +354,13 @@ NETWORKS = (
     Network(
         "siamese_distant", lambda: Wired(siamese_distant, a=Linear(4, 6), act=Sigmoid(), head=Linear(6, 3)), (5, 2, 4)
     ),
-    Network("recurrent", lambda: Wired(recurrent, a=Linear(4, 4), act=Tanh(), head=Linear(4, 3)), in_sequence=True),
+    Network("recurrent", lambda: Wired(recurrent, a=Linear(4, 4), act=Tanh(), head=Linear(4, 3))),
     Network(
         "recurrent_relu",
         lambda: Wired(recurrent, a=Linear(4, 4), act=ReLU(), head=Linear(4, 3)),
         (5, 2, 4),
-        in_sequence=True,
     ),
-    Network("linear_recurrent", lambda: Wired(linear_recurrent, a=Linear(4, 4)), in_sequence=True),
+    Network("linear_recurrent", lambda: Wired(linear_recurrent, a=Linear(4, 4))),
     Network(
         "tied_parallel",
         lambda: Wired(
@@ -375,13 +370,11 @@ NETWORKS = (
     Network(
         "tied_sequential",
         lambda: Wired(tied_sequential, **tied(Linear(4, 4), Linear(4, 4, bias=False)), act=Tanh(), head=Linear(4, 3)),
-        in_sequence=True,
     ),
     Network(
         "tied_in_a_row",
         lambda: Wired(autoencoder_like, **tied(Linear(4, 4), Linear(4, 4)), head=Linear(4, 3)),
         (5, 2, 4),
-        in_sequence=True,
     ),
     Network("functional", lambda: Wired(functional, a=Linear(4, 6), act=Tanh(), head=Linear(8, 3))),
     Network(
@@ -391,22 +384,19 @@ NETWORKS = (
     ),
     Network("split", lambda: Wired(split, a=Linear(4, 6), act=Tanh(), head=Linear(3, 2))),
     Network("mean_pool", lambda: Wired(mean_pool, a=Linear(4, 6), act=Sigmoid(), head=Linear(6, 3)), (5, 2, 4)),
-    Network("gelu", lambda: Sequential(Linear(4, 6), GELU(), Linear(6, 3)), nonlinear="Gelu"),
+    Network("gelu", lambda: Sequential(Linear(4, 6), GELU(), Linear(6, 3))),
     Network(
         "activations",
         lambda: Wired(activations, a=Linear(4, 6), b=Linear(6, 2), head=Linear(2, 3)),
-        nonlinear="Softmax",
     ),
     Network(
         "gated",
         lambda: Wired(gated, a=Linear(4, 6), b=Linear(4, 6), sigmoid=Sigmoid(), head=Linear(6, 3)),
-        nonlinear="Mul",
     ),
     Network(
         "attention",
         lambda: Wired(attention, q=Linear(4, 6), k=Linear(4, 6), v=Linear(4, 4), head=Linear(4, 3)),
         (5, 2, 4),
-        nonlinear="Bmm",
     ),
-    Network("normalised", lambda: Wired(normalised, a=Linear(4, 6), head=Linear(6, 3)), nonlinear=""),
+    Network("normalised", lambda: Wired(normalised, a=Linear(4, 6), head=Linear(6, 3))),
 )

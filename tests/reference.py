@@ -278,20 +278,20 @@ class KFRARecursion(fx.Interpreter):
         return tree_map_only(Tensor, Tensor.clone, super().fetch_args_kwargs_from_env(node))  # in-place modules
 
     def width(self, node: fx.Node) -> int:
-        return sum(t.numel() for t in tree_leaves(self.env[node])) // self.N
+        return sum(t.numel() for t in floating(self.env[node])) // self.N
 
     def node_jacobians(self, node: fx.Node) -> dict[fx.Node, Tensor]:
         """∂(value of the node)/∂(value of an argument) for each sample: [N, width, width of the argument]."""
-        arguments = [a for a in node.all_input_nodes if a.op != "get_attr" and has_tensors(self.env[a])]
+        arguments = [a for a in node.all_input_nodes if a.op != "get_attr" and floating(self.env[a])]
         before = dict(self.env)
-        leaves = {a: tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), self.env[a]) for a in arguments}
+        leaves = {a: tree_map_only(Tensor, as_leaf, self.env[a]) for a in arguments}
         self.env.update(leaves)
-        value = torch.cat([t.reshape(self.N, -1) for t in tree_leaves(super().run_node(node))], 1)
+        value = torch.cat([t.reshape(self.N, -1) for t in floating(super().run_node(node))], 1)
         self.env = before
-        flat = [t for a in arguments for t in tree_leaves(leaves[a])]
+        flat = [t for a in arguments for t in floating(leaves[a])]
         dense = iter([own_sample(d.reshape(*value.shape, *d.shape[1:])) for d in jacobian(value, flat)])
         return {
-            a: torch.cat([next(dense).reshape(*value.shape, -1) for _ in tree_leaves(leaves[a])], 2) for a in arguments
+            a: torch.cat([next(dense).reshape(*value.shape, -1) for _ in floating(leaves[a])], 2) for a in arguments
         }
 
     def run_backward(self, seed: Tensor) -> tuple[list[nn.Module], dict[tuple[int, int], Tensor]]:
@@ -340,5 +340,10 @@ class KFRARecursion(fx.Interpreter):
         }
 
 
-def has_tensors(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+def floating(value: Any) -> list[Tensor]:
+    """The tensors that carry curvature: an operation may return indices, too."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def as_leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import satchel
-from conftest import DEFINITIONS, FEATURES, NEEDS_DEFINITIONS, NEEDS_MIXED_TERM, comparable, is_defined, is_sampled
-from networks import NETWORKS, Case, Network, Wired
+from conftest import DEFINITIONS, FEATURES, SECOND_ORDER, comparable, is_sampled
+from networks import NETWORKS, Case, Wired
 from reference import Reference, contributions
 from satchel import backpack, disable, extend
 from satchel.extensions import (
@@ -29,6 +31,9 @@ from satchel.extensions import (
     SumGradSquared,
     Variance,
 )
+from satchel.registry import REGISTRY
+from satchel.runtime import rules
+from satchel.runtime.rules import Rule
 
 torch.manual_seed(0)
 x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
@@ -258,23 +263,43 @@ def test_parameter_used_by_a_functional(feature: Any) -> None:
     torch.testing.assert_close(getattr(model.a.weight, feature.field), reference.field(feature.__name__, "a.weight"))
 
 
-@pytest.mark.parametrize("network", [n for n in NETWORKS if n.nonlinear is not None], ids=lambda n: n.name)
-@pytest.mark.parametrize("feature", [f for f in FEATURES if f.__name__ in NEEDS_DEFINITIONS])
-def test_nonlinear_op(network: Network, feature: Any) -> None:
-    """Second derivatives of an op without a definition are unknown: the error names it as autograd does."""
-    case = Case(network, nn.MSELoss, "mean")
-    model, loss = extend(network.model()), extend(case.criterion())
-    assert not is_defined(network, feature)
-    refused(
-        lambda: loss(model(network.input()), case.target()),
-        model,
-        feature(),
-        NotImplementedError,
-        feature.__name__,
-        f"{network.nonlinear}",
-        "definition",
-        "DiagGGN",
-    )
+class Once(torch.autograd.Function):
+    """Says that its backward cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return h.exp()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        return gradient * h.exp()
+
+
+NOT_TWICE: dict[str, Callable[[Tensor], Tensor]] = {
+    "Once": Once.apply,
+    "Cdist": lambda h: torch.cdist(h.view(-1, 3, 2), torch.ones(5, 2, 2)).flatten(1),
+    "Attention": lambda h: F.scaled_dot_product_attention(*[h.view(-1, 1, 3, 2)] * 3).flatten(1),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TWICE)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_backward_that_cannot_be_differentiated(name: str, feature: Any) -> None:
+    """Only the Hessian needs that; the error names the node as autograd does."""
+
+    def wire(m: Any, x: Tensor) -> Tensor:
+        return m.b(NOT_TWICE[name](m.a(x)))
+
+    model, loss = extend(Wired(wire, a=nn.Linear(4, 6), b=nn.Linear(6, 3))), extend(nn.CrossEntropyLoss())
+    run = lambda: loss(model(x), y)  # noqa: E731
+    if feature is DiagHessian:
+        refused(run, model, feature(), NotImplementedError, feature.__name__, name, "backward", "DiagGGN")
+        return
+    with backpack(feature()):
+        run().backward()
 
 
 def test_nonlinear_op_below_all_parameters_is_no_obstacle() -> None:
@@ -285,18 +310,30 @@ def test_nonlinear_op_below_all_parameters_is_no_obstacle() -> None:
     assert all(hasattr(p, "diag_h") and hasattr(p, "kfra") for p in model.parameters())
 
 
-@pytest.mark.parametrize("network", [n for n in NETWORKS if n.in_sequence], ids=lambda n: n.name)
-@pytest.mark.parametrize("feature", [f for f in FEATURES if f.__name__ in NEEDS_MIXED_TERM])
-def test_reuse_in_sequence(network: Network, feature: Any) -> None:
+def test_reuse_in_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer whose rules read its output, ∂²y/∂θ∂x cannot be had from them."""
+
+    def per_sample(factor: Tensor, input: Tensor, output: Tensor) -> Tensor:
+        return factor.transpose(-2, -1) @ input
+
+    def changed(layer: Any) -> Any:
+        if layer.module is not nn.Linear:
+            return layer
+        weight = {**layer.parameters["weight"], "per_sample": Rule(per_sample, ("input", "output"))}
+        return dataclasses.replace(layer, parameters={**layer.parameters, "weight": weight})
+
+    layers = tuple(map(changed, REGISTRY.layers))
+    monkeypatch.setattr(rules, "_installed", dataclasses.replace(REGISTRY, layers=layers))
+    network = next(n for n in NETWORKS if n.name == "recurrent")
     case = Case(network, nn.CrossEntropyLoss, "mean")
     model, loss = extend(network.model()), extend(case.criterion())
     run = lambda: loss(case.arranged(model(network.input())), case.target())  # noqa: E731
-    refused(run, model, feature(), NotImplementedError, feature.__name__, "weight", "twice", "DiagGGN")
+    refused(run, model, DiagHessian(), NotImplementedError, "DiagHessian", "weight", "twice", "DiagGGN")
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_inplace_on_a_part(feature: Any) -> None:
-    """Of a tensor that others read as well: autograd rebuilds the graph around it. Right, or refused with the remedy."""
+    """Of a tensor that others read as well: autograd rebuilds the graph around it."""
 
     def wire(m: Any, x: Tensor) -> Tensor:
         h = m.a(x)
@@ -309,13 +346,10 @@ def test_inplace_on_a_part(feature: Any) -> None:
 
     model, loss = extend(build()), extend(nn.MSELoss())
     target = torch.zeros(5, 3, dtype=torch.float64)
-    if feature.__name__ in NEEDS_DEFINITIONS:
-        refused(lambda: loss(model(x.double()), target), model, feature(), NotImplementedError, "act", "inplace=False")
-        return
     reference = Reference(build(), [x], [contributions(nn.MSELoss(), target)])
     with backpack(feature()):
         loss(model(x.double()), target).backward()
-    if not is_sampled(feature):
+    if not is_sampled(feature) and feature is not KFRA:  # its reference goes by the calls, not by what they overwrite
         for name, p in model.named_parameters():
             value = comparable(feature, getattr(p, feature.field))
             torch.testing.assert_close(value, reference.field(feature.__name__, name))
@@ -442,7 +476,7 @@ def test_mean_over_the_batch_before_the_loss(feature: Any) -> None:
     refused(lambda: loss(model(x), torch.zeros(1, 3)), model, feature(), ValueError, "batch")
 
 
-@pytest.mark.parametrize("feature", [feature for feature in FEATURES if feature.__name__ in NEEDS_DEFINITIONS])
+@pytest.mark.parametrize("feature", [feature for feature in FEATURES if feature.__name__ in SECOND_ORDER])
 def test_batch_axis_second(feature: Any) -> None:
     """Second derivatives want the batch first."""
     model = extend(
@@ -560,11 +594,12 @@ def test_overwritten_parameter(feature: Any) -> None:
     refused(run, model, feature(), RuntimeError, "place")
 
 
-def test_memory_limit() -> None:
-    """KFRA's averaged matrix cannot be split: an estimate before anything is computed."""
+@pytest.mark.parametrize("feature", CURVATURE)
+def test_memory_limit(feature: Any) -> None:
+    """Below one column of a factor, or KFRA's averaged matrix, which cannot be split: an estimate before anything is computed."""
     model, loss = extend(nn.Sequential(nn.Linear(4, 100), nn.Tanh(), nn.Linear(100, 3))), extend(nn.CrossEntropyLoss())
     with satchel.settings(memory_limit=1000):
-        refused(lambda: loss(model(x), y), model, KFRA(), MemoryError, "KFRA", "memory_limit", "bytes")
+        refused(lambda: loss(model(x), y), model, feature(), MemoryError, feature.__name__, "memory_limit", "bytes")
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from conftest import DEFINITIONS, FEATURES, KERNELS, LOSSES, Agree, Pass, as_list, is_defined, is_sampled
+from conftest import DEFINITIONS, FEATURES, KERNELS, LOSSES, Agree, Pass, as_list, is_sampled
 from networks import NETWORKS, Case, Network
 from satchel import backpack, extend, extensions
 from satchel.layers import linear
@@ -40,16 +40,13 @@ def by_name(*names: str) -> Any:
 @pytest.mark.parametrize("feature", EXACT)
 def test_field(network: Network, loss: Any, reduction: str, feature: Any, agree: Agree) -> None:
     """Alone in its pass; other precisions and backends see all features together."""
-    if not is_defined(network, feature):
-        pytest.skip("refused: see test_errors.py")
     case = Case(network, loss, reduction)
     agree(Pass(case, torch.float64, "aten", feature()).fields(feature), expected(case, feature))
 
 
 def check_together(case: Case, dtype: torch.dtype, backend: str, agree: Agree) -> None:
-    features = [feature for feature in EXACT if is_defined(case.network, feature)]
-    done = Pass(case, dtype, backend, *(feature() for feature in features))
-    for feature in features:
+    done = Pass(case, dtype, backend, *(feature() for feature in EXACT))
+    for feature in EXACT:
         agree(done.fields(feature), expected(case, feature))
 
 
@@ -96,9 +93,8 @@ def test_field_on_backends(
 
 
 def test_gradient_is_untouched(network: Network, loss: Any, reduction: str, agree: Agree) -> None:
-    features = [feature for feature in FEATURES if is_defined(network, feature)]
     case = Case(network, loss, reduction)
-    done = Pass(case, torch.float64, "aten", *(feature() for feature in features))
+    done = Pass(case, torch.float64, "aten", *(feature() for feature in FEATURES))
     gradients = {name: p.grad for name, p in done.network.named_parameters() if p.requires_grad}
     agree(gradients, {name: g.sum(0) for name, g in case.reference().gradients.items()})
 
@@ -231,7 +227,7 @@ def test_every_program(network: Network, loss: Any, dtype: torch.dtype, program:
 # --- what must hold without a reference ---------------------------------------------------------------------------
 
 
-@by_name("sequence", "skip", "nested", "broadcast", "siamese_distant", "recurrent", "tied_in_a_row")
+@by_name("sequence", "skip", "nested", "broadcast", "siamese_distant", "recurrent", "tied_in_a_row", "attention")
 def test_kfra_of_one_sample_is_exact(network: Network, loss: Any, agree: Agree) -> None:
     """The average over one sample is no approximation: KFRA is KFLR with positions summed."""
     one = Network("one", network.build, (1, *network.shape[1:]))

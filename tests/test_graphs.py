@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import satchel
-from conftest import FEATURES, NEEDS_DEFINITIONS, Agree, comparable, is_sampled
+from conftest import FEATURES, Agree, comparable, is_sampled
 from networks import Wired
 from reference import Contributions, Reference, contributions
 from satchel import backpack, extend
@@ -304,10 +305,22 @@ NONLINEAR_OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "quadratic": lambda h: torch.einsum("ni,nj->nij", h, h).flatten(1),
     "prod": lambda h: h.prod(1, keepdim=True),
     "leaky": lambda h: F.leaky_relu(h, 0.1),
+    "times relu": lambda h: h * F.relu(h),
+    "times a function of itself": lambda h: (
+        h * torch.sigmoid(h @ torch.arange(36.0, dtype=torch.float64).view(6, 6).sin())
+    ),
+    "times itself": lambda h: h * h,
+    "Gram matrix": lambda h: (h.view(-1, 3, 2) @ h.view(-1, 3, 2).transpose(1, 2)).flatten(1),
+    "gated halves": lambda h: F.glu(h),
+    "cosine": lambda h: F.cosine_similarity(h[:, :3], h[:, 3:], dim=1)[:, None],
+    "sigmoid of a part": lambda h: torch.cat([h[:, :2].sigmoid(), h[:, 2:]], 1),
+    "in-place tanh": lambda h: (h * 1.0).tanh_(),
     "attention": lambda h: F.scaled_dot_product_attention(h.view(-1, 3, 2), h.view(-1, 3, 2), h.view(-1, 3, 2)).flatten(
         1
     ),
 }
+#: One call, but several nodes for autograd: KFRA, which averages node by node, is another number for them.
+COMPOSITE = {"cosine", "attention"}
 
 
 def around_op(op: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
@@ -319,24 +332,17 @@ def around_op(op: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
 
 
 @pytest.mark.parametrize("name", [*OPS, *NONLINEAR_OPS])
-def test_any_op_passes_ggn_factors(name: str, agree: Agree) -> None:
+def test_any_op(name: str, agree: Agree) -> None:
+    """An operation without a definition passes curvature by its own backward, and its second derivative is that one's derivative."""
     op = {**OPS, **NONLINEAR_OPS}[name]
     loss = extend(nn.CrossEntropyLoss())
-    features = [feature for feature in EXACT if feature.__name__ not in NEEDS_DEFINITIONS]
     losses = [contributions(nn.CrossEntropyLoss(), labels)]
-    check(agree, around_op(op), lambda f: loss(f, labels), losses, features)
+    features = [feature for feature in EXACT if name not in COMPOSITE or feature.__name__ != "KFRA"]
+    with sdpa_kernel(SDPBackend.MATH):
+        check(agree, around_op(op), lambda f: loss(f, labels), losses, features)
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_linear_ops_pass_second_derivatives(name: str, agree: Agree) -> None:
-    """Linearity is found, not listed."""
-    loss = extend(nn.CrossEntropyLoss())
-    features = [feature for feature in EXACT if feature.__name__ in NEEDS_DEFINITIONS]
-    losses = [contributions(nn.CrossEntropyLoss(), labels)]
-    check(agree, around_op(OPS[name]), lambda f: loss(f, labels), losses, features)
-
-
-@pytest.mark.parametrize("feature", [f for f in FEATURES if f.__name__ not in NEEDS_DEFINITIONS])
+@pytest.mark.parametrize("feature", FEATURES)
 def test_python_function(feature: Any) -> None:
     """A user's autograd.Function is an op like any other."""
 
@@ -360,7 +366,7 @@ def test_python_function(feature: Any) -> None:
     torch.testing.assert_close(*fields)
 
 
-@pytest.mark.parametrize("limit", [1, 2_000, 20_000])
+@pytest.mark.parametrize("limit", [500, 2_000, 20_000])
 @pytest.mark.parametrize("feature", [f for f in EXACT if f.__name__ != "KFRA"])
 def test_factors_in_ranges_of_columns(limit: int, feature: Any, agree: Agree) -> None:
     """Under a memory limit a factor passes in several ranges of its columns; nothing else changes."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import satchel
-from conftest import FEATURES, NEEDS_DEFINITIONS, Agree
+from conftest import FEATURES, SECOND_ORDER, Agree
 from networks import Wired
 from reference import Reference, contributions, jacobian
 from satchel import backpack, extend
@@ -571,7 +571,7 @@ def test_two_backwards_and_two_losses(agree: Agree) -> None:
             agree(fields, {key: (1 + again) * wanted.field(feature.__name__, key) for key in fields})
 
 
-@pytest.mark.parametrize("feature", [f for f in FEATURES if f.__name__ in NEEDS_DEFINITIONS])
+@pytest.mark.parametrize("feature", [f for f in FEATURES if f.__name__ in SECOND_ORDER])
 def test_second_derivatives_are_refused(feature: Any) -> None:
     model, x = extend(built("functional")), inputs(N)
     with pytest.raises(NotImplementedError, match=f"p.value.*{feature.__name__}"), backpack(feature()):

@@ -216,7 +216,7 @@ class SequentialReuse(SatchelError, NotImplementedError):
     def __init__(self, layer: str, parameter: str, features: Iterable[str]) -> None:
         super().__init__(
             f"{layer}, parameter {parameter!r}, {_listed(features)}",
-            "the parameter is used twice in sequence, so the Hessian holds a mixed term ∂²y/∂θ∂x that is not computed",
+            "the parameter is used twice in sequence, so the Hessian holds a term ∂²y/∂θ∂x that the layer's rules do not give",
             "Use a GGN feature such as DiagGGNExact, or separate parameters",
         )
 

@@ -20,9 +20,11 @@ from torch.autograd.graph import Node
 from .axes import starred
 from .cost import forced_program
 from .evaluate import evaluate
+from .flags import first_raised
 from .joint import Joint, both_through, columns_of, rows_through
 from .passing import edge_shape, features, pull
 from .plan import Plan, Step
+from .probe import Probe
 from .record import Edge, Record
 from .residual import Blocks, Diagonal, residual_of, signed_pairs, upper_rows
 from .sweep import add, at_edge, at_output, pass_step, take
@@ -46,9 +48,10 @@ VisitDiagonal: TypeAlias = Callable[[Step, Tensor], None]
 Residuals: TypeAlias = Mapping[Node, Diagonal | Blocks]
 
 
-def residuals_of(plan: Plan, start: Mapping[Edge, Tensor], samples: int) -> Residuals:
-    """What each step adds, where δ [*edge] starts at the edges of `start`."""
+def residuals_of(plan: Plan, start: Mapping[Edge, Tensor], samples: int) -> tuple[Residuals, Mapping[Node, Tensor]]:
+    """What each step adds, where δ [*edge] starts at the edges of `start`; and δ at layers with a parameter that is used again below."""
     found: dict[Node, Diagonal | Blocks] = {}
+    at_reused: dict[Node, Tensor] = {}
     live = {edge: delta[None] for edge, delta in start.items()}
     for step in plan.steps:
         deltas = take(live, step)
@@ -57,8 +60,10 @@ def residuals_of(plan: Plan, start: Mapping[Edge, Tensor], samples: int) -> Resi
         residual = residual_of(step, {number: delta[0] for number, delta in deltas.items()}, samples)
         if residual is not None:
             found[step.node] = residual
+        if step.record is not None and step.node in plan.reused:
+            at_reused[step.node] = deltas[step.record.output_nr][0]
         add(live, pass_step(step, deltas))
-    return found
+    return found, at_reused
 
 
 class HessianSweep:
@@ -90,7 +95,7 @@ class HessianSweep:
             diagonal = take(self.diagonal, step)
             if step.record is not None and step.parameters:
                 self._visit(step, step.record, diagonal)
-            if diagonal and (step.inputs or step.node in self.reused):
+            if diagonal and (step.inputs or step.node in self.plan.reused):
                 self._pass_diagonal(number, step, diagonal, dense=number >= dense_from)
             self._pass_joint(step)
             residual = self.residuals.get(step.node)
@@ -106,7 +111,7 @@ class HessianSweep:
                     self._descend(columns, signs, number + 1)
 
     def _visit(self, step: Step, record: Record, diagonal: Mapping[int, Tensor]) -> None:
-        if diagonal and step.node not in self.reused:
+        if diagonal and step.node not in self.plan.reused:
             self.visit_diagonal(step, at_output(record, diagonal[record.output_nr], lead=0))
         slot = step.node, record.output_nr
         matrix = self.joint.get(slot, slot)
@@ -127,14 +132,14 @@ class HessianSweep:
                 self.joint.add(slot, slot, torch.diag_embed(flat))
                 continue
             for columns, signs in self._diagonal_columns(flat, slot):
-                if step.node in self.reused:
+                if step.node in self.plan.reused:
                     self._descend({slot: columns}, signs, number)
                 else:
                     self._descend(pass_step(step, {output_nr: columns}), signs, number + 1)
 
     def _keeps_diagonal(self, step: Step) -> bool:
         """Whether the diagonal of the curvature of its inputs is all that is needed of, or known from, that of its output."""
-        if step.node in self.reused or not step.inputs:
+        if step.node in self.plan.reused or not step.inputs:
             return False
         if self._is_elementwise(step):
             return True
@@ -236,22 +241,11 @@ class HessianSweep:
     # --------------------------------------------------------------------------------------- what the plan tells
 
     @cached_property
-    def shared(self) -> frozenset[Node]:
-        """Layers with a parameter that has other uses: squares are taken of the sum over uses that columns reach."""
-        return frozenset(step.node for steps in self.plan.uses.values() if len(steps) > 1 for step in steps)
-
-    @cached_property
-    def reused(self) -> frozenset[Node]:
-        """Those with another use further down, which what is above this one reaches, too."""
-        uses = [[step.node for step in steps] for steps in self.plan.uses.values() if len(steps) > 1]
-        return frozenset(n for nodes in uses for n in nodes if not self.plan.below(n).isdisjoint(set(nodes) - {n}))
-
-    @cached_property
     def enough(self) -> frozenset[Node]:
         """Steps from which on everything asks for the diagonal of the curvature alone, on a path that meets no other."""
         found: set[Node] = set()
         for step in reversed(self.plan.steps):
-            if step.node in self.shared or any(
+            if step.node in self.plan.shared or any(
                 edge[0] not in found or self.consumers[edge] > 1 for _, edge in step.inputs
             ):
                 continue
@@ -283,12 +277,20 @@ class HessianSweep:
         """The step from which on matrices are passed. Once they are, further residuals cost nothing more: so the first few
         sources are passed as columns, and all others as matrices, however many are best."""
         sources, never = self._sources(), len(self.plan.steps)
-        if self.shared or not sources or forced_program() == "columns":
+        if self.plan.shared or not sources or forced_program() == "columns":
             return never
         choices = [number for number, _ in sources]
         if forced_program() == "dense":
-            return choices[0]
-        return min([*choices, never], key=lambda number: self._columns_work(sources, number) + self._dense_work(number))
+            best = choices[0]
+        else:
+            work = {first: self._columns_work(sources, first) + self._dense_work(first) for first in [*choices, never]}
+            best = min(work, key=lambda first: work[first])
+        return best if best == never or self._samples_outermost() else never
+
+    def _samples_outermost(self) -> bool:
+        """Whether every edge can be read as [N, F]."""
+        shapes = {edge: edge_shape(edge) for edge in self.plan.start}
+        return first_raised(Probe(self.plan, shapes, self.samples, self.plan.nodes).run().flags) is None
 
     def _sources(self) -> list[tuple[int, int]]:
         """Steps at which curvature stops to be diagonal, and how many columns it is from there on."""

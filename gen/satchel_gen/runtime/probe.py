@@ -8,7 +8,7 @@ the batch, the verdict is a tensor that is read once when the pass ends; otherwi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -40,11 +40,13 @@ class Found:
 class Probe:
     """One walk of the columns over a plan. `start` gives the shapes in which the first axis is the batch, maybe joined with positions.
 
-    everywhere: the batch must come first at every node, not at layers alone.
+    also: nodes above and below which the batch must come first, as at layers.
     """
 
-    def __init__(self, plan: Plan, start: Mapping[Edge, Sequence[int]], samples: int, everywhere: bool = False) -> None:
-        self.plan, self.samples, self.everywhere = plan, samples, everywhere
+    def __init__(
+        self, plan: Plan, start: Mapping[Edge, Sequence[int]], samples: int, also: Container[Node] = ()
+    ) -> None:
+        self.plan, self.samples, self.also = plan, samples, also
         self.found = Found(shared=_views_of_parameters(plan))
         #: Two samples can mix only between layers.
         self.probing = samples > 1 and bool(plan.unknown)
@@ -120,12 +122,17 @@ class Probe:
         above = tuple(dict.fromkeys(name for edge in edges.values() for name in self.passed_by.get(edge, ())))
         if self.locating:
             self._locate(step, columns)
-        if above and self.everywhere and step.node not in self.found.shared:
+        first = [Batch(self.samples)]
+        ordered = step.node in self.also and step.node not in self.found.shared
+        if above and ordered:
             error = SamplesMixed(self._above(above, step.where))
-            first = [Batch(self.samples)]
             self.found.flags += [(self._wrong(arrived, first)[0], error) for arrived in columns.values()]
         if step.inputs:
-            add(self.live, pull(step, columns))
+            passed = pull(step, columns)
+            if ordered:
+                error = SamplesMixed(step.where)
+                self.found.flags += [(self._wrong(below, first)[0], error) for below in passed.values()]
+            add(self.live, passed)
         for _, edge in step.inputs:
             self.known[edge] = None
             self.passed_by[edge] = (*self.passed_by.get(edge, ()), *above, step.name)

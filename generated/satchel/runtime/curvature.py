@@ -30,15 +30,16 @@ from .errors import (
 )
 from .evaluate import evaluate
 from .flags import Flag, first_raised
-from .hessian import HessianSweep, residuals_of
+from .hessian import UNLIMITED, HessianSweep, residuals_of
+from .mixed import mixed_terms
 from .plan import Call, Plan, Step
 from .record import Edge, LossRecord
-from .rules import Need
+from .rules import Need, registry
 from .second import is_twice_differentiable
 from .settings import current
 from .subsampling import quantities_of
 from .sweep import at_edge, chunks, sweep
-from .uses import Use, joinable, summed
+from .uses import PER_SAMPLE, Use, joinable, summed
 
 #: Takes a quantity of a parameter, and the source that it comes from, and adds it to what is there.
 Accumulate: TypeAlias = Callable[[Tensor, Source, dict[Need, Tensor]], None]
@@ -150,7 +151,7 @@ def check_plan(plan: Plan, demand: Demand, samples: int, flags: Sequence[Flag]) 
     uses = plan.uses
     shared = {parameter: steps for parameter, steps in uses.items() if len(uses_of(steps, parameter)) > 1}
     for parameter, steps in shared.items():
-        if RESIDUAL in sources and (use := _in_sequence(plan, steps, parameter)) is not None:
+        if RESIDUAL in sources and (use := _mixed_without_rule(plan, steps, parameter)) is not None:
             raise SequentialReuse(use[0], use[1], demand.features(layers, "residual"))
         using = uses_of(steps, parameter)
         if AVERAGED in sources and not joinable(using):
@@ -177,15 +178,16 @@ def _refuse_second_order(step: Step, samples: int, features: list[str]) -> None:
         raise BatchAxisLost(record.where, record.output_shape, samples)
 
 
-def _in_sequence(plan: Plan, steps: list[Step], parameter: int) -> tuple[str, str] | None:
-    """A use, of a layer with ∂²y/∂θ∂x ≠ 0, below which the same parameter is used again."""
-    others = {step.node: step for step in steps}
-    for first in steps:
-        if first.record is None or not first.record.definition.mixed:
+def _mixed_without_rule(plan: Plan, steps: list[Step], parameter: int) -> tuple[str, str] | None:
+    """A use with another below it whose ∂²y/∂θ∂x is not zero and cannot be had from its rules."""
+    for step in steps:
+        record = step.record
+        if record is None or not record.definition.mixed or step.node not in plan.reused:
             continue
-        for again in plan.below(first.node) & others.keys():
-            name = next(name for name, p in others[again].parameters.items() if id(p) == parameter)
-            return first.record.where, name
+        name = next(name for name, p in step.parameters.items() if id(p) == parameter)
+        reads_output = "output" in record.definition.parameters[name][PER_SAMPLE].operands
+        if reads_output and not plan.below(step.node).isdisjoint(other.node for other in steps):
+            return record.where, name
     return None
 
 
@@ -242,10 +244,18 @@ def _residual(start: Start, plan: Plan, demand: Demand, shared: set[int], accumu
             accumulate(parameter, DIAGONAL, {need: summed([use], need.quantity) for need in needs})
 
     delta = start.gradient()
-    residuals = residuals_of(plan, {start.edge: delta}, start.samples)
+    residuals, at_reused = residuals_of(plan, {start.edge: delta}, start.samples)
     gather = partial(_Gathered, RESIDUAL, demand, shared, accumulate)
     limit, itemsize = current().memory_limit, delta.element_size()
     HessianSweep(plan, residuals, start.samples, gather, visit_diagonal, limit, itemsize).run()
+    reductions = registry().reductions
+    for step in plan.steps:
+        if step.record is None or step.node not in at_reused:
+            continue
+        needs = demand.needs([step.record.definition], RESIDUAL)
+        for parameter, pullback, signs in mixed_terms(plan, step, at_reused[step.node], limit or UNLIMITED):
+            found = {need: reductions[need.quantity](pullback, signs) for need in needs}
+            accumulate(step.parameters[parameter], RESIDUAL, found)
 
 
 class _Gathered:

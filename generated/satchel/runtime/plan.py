@@ -115,6 +115,17 @@ class Plan:
                 found.setdefault(parameter, []).append(step)
         return found
 
+    @cached_property
+    def shared(self) -> frozenset[Node]:
+        """Layers with a parameter that has other uses: squares are taken of the sum over the uses that a column reaches."""
+        return frozenset(step.node for steps in self.uses.values() if len(steps) > 1 for step in steps)
+
+    @cached_property
+    def reused(self) -> frozenset[Node]:
+        """Those with another use below, which what comes from above reaches, too."""
+        uses = [{step.node for step in steps} for steps in self.uses.values() if len(steps) > 1]
+        return frozenset(node for nodes in uses for node in nodes if not self.below(node).isdisjoint(nodes))
+
     def below(self, node: Node) -> set[Node]:
         """The nodes that the output of `node` is computed from."""
         by_node = {step.node: step for step in self.steps}

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import torch
+from torch.autograd.graph import Node
 
 from .context import backpack
 from .curvature import AVERAGED, RESIDUAL, refuse_option, uses_of
@@ -19,6 +20,7 @@ from .plan import Plan
 from .probe import Found, Probe
 from .record import Edge, Mark
 from .rules import registry
+from .second import is_linear
 from .torch_private import has_sparse_gradient, is_python_function, is_reentrant_checkpoint
 from .uses import PER_SAMPLE, Use, joinable
 
@@ -49,9 +51,14 @@ def check(
     if plan.loose:
         plan = plan.pruned(owned)
     _touch(plan, context.demand)
-    everywhere = {AVERAGED, RESIDUAL} & set(context.demand.sources(plan.definitions))
+    sources = context.demand.sources(plan.definitions)
+    also: Container[Node] = ()  # nodes that must have the samples outermost
+    if AVERAGED in sources:
+        also = plan.nodes
+    elif RESIDUAL in sources:
+        also = {step.node for step in plan.unknown if not is_linear(step)}
     with torch.no_grad():
-        count, found = _probe(plan, start, samples, bool(everywhere))
+        count, found = _probe(plan, start, samples, also)
     if owned:
         mixed = first_raised(found.flags)
         if mixed is not None:
@@ -63,18 +70,18 @@ def check(
 
 
 def _probe(
-    plan: Plan, start: Mapping[Edge, Sequence[int]], samples: Sequence[int], everywhere: bool
+    plan: Plan, start: Mapping[Edge, Sequence[int]], samples: Sequence[int], also: Container[Node]
 ) -> tuple[int, Found]:
     """The first of the numbers of samples with which no samples mix; one that the loss does not say must be of first axes."""
     *others, last = samples
     for count in others:
         try:
-            found = Probe(plan, start, count, everywhere).run()
+            found = Probe(plan, start, count, also).run()
         except SatchelError:
             continue
         if plan.records[0].batch.outer == 1 and first_raised(found.flags) is None:
             return count, found
-    return last, Probe(plan, start, last, everywhere).run()
+    return last, Probe(plan, start, last, also).run()
 
 
 def _touch(plan: Plan, demand: Demand) -> None:
