@@ -7,7 +7,7 @@
         loss_fn(model(x), y).backward()
 
 Features are in `satchel.extensions`. Layers: BatchNorm1d, BatchNorm2d, BatchNorm3d, CELU, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, ELU, Embedding, EmbeddingBagMean, EmbeddingBagSum, Flatten, GELU, GELUTanh, GLU, GroupNorm, Hardshrink, Hardsigmoid, Hardswish, Hardtanh, Identity, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LayerNorm, LeakyReLU, Linear, LogSigmoid, LogSoftmax, Mish, PReLU, PReLUShared, RMSNorm, RReLU, ReLU, ReLU6, SELU, SiLU, Sigmoid, Softmax, Softmin, Softplus, Softshrink, Softsign, Tanh, Tanhshrink, Threshold.
-Losses: CrossEntropyLoss, MSELoss.
+Losses: BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, CrossEntropyLossProbabilities, CrossEntropyLossWeighted, GaussianNLLLoss, HuberLoss, KLDivLoss, KLDivLossOfLogarithms, L1Loss, MSELoss, NLLLoss, PoissonNLLLoss, PoissonNLLLossRate, SmoothL1Loss, SmoothL1LossSharp, SoftMarginLoss.
 """
 
 from .registry import REGISTRY

@@ -23,14 +23,14 @@ from ..notation import (
     softplus,
     tensors,
 )
+from .distributions import Bernoulli, Categorical, Laplace, NoDistribution, Normal, Poisson
 from .model import (
-    Categorical,
+    Classes,
     DefinitionError,
     Example,
     Feature,
     Layer,
     Loss,
-    Normal,
     Quantity,
     Refused,
     activation,
@@ -87,6 +87,7 @@ def _modules(folder: str) -> list[ModuleType]:
 
 
 __all__ = [
-    "NDIM", "Categorical", "DefinitionError", "Definitions", "Equal", "Example", "Feature", "Index", "Layer", "Length", "LogSumExp", "Loss", "Normal", "Option",
-    "Quantity", "Refused", "Statement", "Sum", "activation", "extent", "indices", "load", "options", "sigmoid", "softplus", "tensors", "z",
+    "NDIM", "Bernoulli", "Categorical", "Classes", "DefinitionError", "Definitions", "Equal", "Example", "Feature", "Index",
+    "Laplace", "Layer", "Length", "LogSumExp", "Loss", "NoDistribution", "Normal", "Option", "Poisson", "Quantity", "Refused",
+    "Statement", "Sum", "activation", "extent", "indices", "load", "options", "sigmoid", "softplus", "tensors", "z",
 ]  # fmt: skip

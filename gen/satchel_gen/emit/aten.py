@@ -69,11 +69,11 @@ class AtenPrinter(StrPrinter):
     def _print_Pow(self, expr: Expr) -> str:
         base, exponent = expr.args
         text = self._print(base)
-        scalar = base.is_number or isinstance(base, Extent) or base in self.scalars
+        scalar = base.is_number or isinstance(base, Extent) or base in self.scalars or _of_numbers(base)
         if scalar and exponent == sympy.Rational(1, 2):
             return f"math.sqrt({text})"
         if scalar and exponent.is_Integer and exponent > 0:
-            return f"{text}**{exponent}"
+            return f"{self.parenthesize(base, 70)}**{exponent}"
         if exponent == 2:
             return f"{text}.square()" if _is_postfix(text) else f"torch.square({text})"
         if exponent == sympy.Rational(1, 2):
@@ -116,6 +116,11 @@ class AtenPrinter(StrPrinter):
 
     def _print_Or(self, expr: Expr) -> str:
         return " | ".join(f"({self._print(a)})" for a in expr.args)
+
+
+def _of_numbers(expr: Expr) -> bool:
+    """Whether an expression holds no tensor, only numbers of the module."""
+    return bool(expr.free_symbols) and all(isinstance(symbol, Option) for symbol in expr.free_symbols)
 
 
 def _is_postfix(text: str) -> bool:

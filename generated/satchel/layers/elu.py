@@ -29,7 +29,7 @@ def diagonal(curvature: Tensor, input: Tensor, alpha: float) -> Tensor:
 
     curvature [N, J], input [N, J] → [N, J]
     """
-    return curvature * torch.where(input > 0, curvature.new_tensor(1.0), alpha.square() * torch.exp(2 * input))
+    return curvature * torch.where(input > 0, curvature.new_tensor(1.0), alpha**2 * torch.exp(2 * input))
 
 
 @widened

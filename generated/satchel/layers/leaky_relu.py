@@ -29,7 +29,7 @@ def diagonal(curvature: Tensor, input: Tensor, negative_slope: float) -> Tensor:
 
     curvature [N, J], input [N, J] → [N, J]
     """
-    return curvature * torch.where(input > 0, curvature.new_tensor(1.0), negative_slope.square())
+    return curvature * torch.where(input > 0, curvature.new_tensor(1.0), negative_slope**2)
 
 
 @widened

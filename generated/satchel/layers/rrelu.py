@@ -29,7 +29,7 @@ def diagonal(curvature: Tensor, input: Tensor, lower: float, upper: float) -> Te
 
     curvature [N, J], input [N, J] → [N, J]
     """
-    return curvature * torch.where(input > 0, curvature.new_tensor(1.0), torch.square(lower / 2 + upper / 2))
+    return curvature * torch.where(input > 0, curvature.new_tensor(1.0), (lower / 2 + upper / 2) ** 2)
 
 
 @widened
