@@ -134,8 +134,12 @@ class Case:
         with torch.no_grad():
             return target_for(self.criterion(), self.arranged(self.network.model()(self.network.input())))
 
+    def more(self) -> tuple[Tensor, ...]:
+        """What the loss takes besides a target."""
+        return ()
+
     def contributions(self, output: Tensor) -> Tensor:
-        return contributions(self.criterion(), self.target())(self.arranged(output))
+        return contributions(self.criterion(), self.target(), more=self.more())(self.arranged(output))
 
     def unit(self) -> float:
         return self.network.shape[0] if self.reduction == "mean" else 1.0
@@ -145,7 +149,7 @@ class Case:
 
 
 @cache
-def _reference(case: Case) -> Reference:
+def _reference(case: Any) -> Reference:
     return Reference(case.network.model(), [case.network.input()], [case.contributions], case.unit())
 
 

@@ -20,15 +20,22 @@ Outputs = tuple[Tensor, ...]
 Contributions = Callable[..., Tensor]
 
 
-def contributions(criterion: nn.Module, target: Tensor, weight: float = 1.0) -> Contributions:
-    """Output → [N], sample n's contribution to ``weight * criterion(output, target)``."""
-    plain = copy.copy(criterion)
+def contributions(
+    criterion: nn.Module, target: Tensor, weight: float = 1.0, more: Sequence[Tensor] = ()
+) -> Contributions:
+    """Output → [N], sample n's contribution to ``weight * criterion(output, target, *more)``: its share of the terms' sum."""
+    reduced = copy.deepcopy(criterion).double()
+    plain = copy.copy(reduced)
     plain.reduction = "none"  # type: ignore[assignment]
+    given = [t.double() if t.is_floating_point() else t for t in (target, *more)]
 
     def per_sample(output: Tensor) -> Tensor:
-        terms = plain(output, target.double() if target.is_floating_point() else target)
-        share = weight / terms.numel() if criterion.reduction == "mean" else weight
-        return share * terms.reshape(len(terms), -1).sum(1)
+        terms = plain(output, *given)
+        share = 1.0
+        if criterion.reduction != "sum":  # 1 / what the reduction divides by
+            with torch.no_grad():
+                share = reduced(output, *given) / terms.sum()
+        return weight * share * terms.reshape(len(terms), -1).sum(1)
 
     return per_sample
 

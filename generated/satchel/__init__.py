@@ -12,7 +12,9 @@ ConvTranspose3d, ELU, Embedding, EmbeddingBagMean, EmbeddingBagSum, Flatten, GEL
 Hardshrink, Hardsigmoid, Hardswish, Hardtanh, Identity, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d,
 LayerNorm, LeakyReLU, Linear, LogSigmoid, LogSoftmax, Mish, PReLU, PReLUShared, RMSNorm, RReLU, ReLU, ReLU6,
 SELU, SiLU, Sigmoid, Softmax, Softmin, Softplus, Softshrink, Softsign, Tanh, Tanhshrink, Threshold.
-Losses: CrossEntropyLoss, MSELoss.
+Losses: BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, CrossEntropyLossProbabilities, CrossEntropyLossWeighted,
+GaussianNLLLoss, HuberLoss, KLDivLoss, KLDivLossOfLogarithms, L1Loss, MSELoss, NLLLoss, PoissonNLLLoss,
+PoissonNLLLossRate, SmoothL1Loss, SmoothL1LossSharp, SoftMarginLoss.
 """
 
 from .registry import REGISTRY

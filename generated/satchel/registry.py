@@ -74,8 +74,23 @@ from .layers.softsign import LAYER as SOFTSIGN
 from .layers.tanh import LAYER as TANH
 from .layers.tanhshrink import LAYER as TANHSHRINK
 from .layers.threshold import LAYER as THRESHOLD
+from .losses.bce_loss import LOSS as BCE_LOSS
+from .losses.bce_with_logits_loss import LOSS as BCE_WITH_LOGITS_LOSS
 from .losses.cross_entropy_loss import LOSS as CROSS_ENTROPY_LOSS
+from .losses.cross_entropy_loss_probabilities import LOSS as CROSS_ENTROPY_LOSS_PROBABILITIES
+from .losses.cross_entropy_loss_weighted import LOSS as CROSS_ENTROPY_LOSS_WEIGHTED
+from .losses.gaussian_nll_loss import LOSS as GAUSSIAN_NLL_LOSS
+from .losses.huber_loss import LOSS as HUBER_LOSS
+from .losses.kl_div_loss import LOSS as KL_DIV_LOSS
+from .losses.kl_div_loss_of_logarithms import LOSS as KL_DIV_LOSS_OF_LOGARITHMS
+from .losses.l1_loss import LOSS as L1_LOSS
 from .losses.mse_loss import LOSS as MSE_LOSS
+from .losses.nll_loss import LOSS as NLL_LOSS
+from .losses.poisson_nll_loss import LOSS as POISSON_NLL_LOSS
+from .losses.poisson_nll_loss_rate import LOSS as POISSON_NLL_LOSS_RATE
+from .losses.smooth_l1_loss import LOSS as SMOOTH_L1_LOSS
+from .losses.smooth_l1_loss_sharp import LOSS as SMOOTH_L1_LOSS_SHARP
+from .losses.soft_margin_loss import LOSS as SOFT_MARGIN_LOSS
 from .runtime.rules import Composite, Registry
 
 REGISTRY = Registry(
@@ -172,8 +187,23 @@ REGISTRY = Registry(
         torch.nn.ZeroPad3d,
     ),
     losses=(
+        BCE_LOSS,
+        BCE_WITH_LOGITS_LOSS,
         CROSS_ENTROPY_LOSS,
+        CROSS_ENTROPY_LOSS_PROBABILITIES,
+        CROSS_ENTROPY_LOSS_WEIGHTED,
+        GAUSSIAN_NLL_LOSS,
+        HUBER_LOSS,
+        KL_DIV_LOSS,
+        KL_DIV_LOSS_OF_LOGARITHMS,
+        L1_LOSS,
         MSE_LOSS,
+        NLL_LOSS,
+        POISSON_NLL_LOSS,
+        POISSON_NLL_LOSS_RATE,
+        SMOOTH_L1_LOSS,
+        SMOOTH_L1_LOSS_SHARP,
+        SOFT_MARGIN_LOSS,
     ),
     extensions=(
         BatchDiagGGNExact,

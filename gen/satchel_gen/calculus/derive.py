@@ -64,9 +64,10 @@ def jacobian(statement: Statement, name: str, at: Sequence[Index], wrt: Sequence
 
 def _partial(factor: Expr, read: Indexed) -> Expr:
     """∂ factor / ∂ read, of a real number. A jump has the derivative 0, as torch's kinks do, not a Dirac delta."""
-    slot = sympy.Dummy(real=True)
-    partial = factor.xreplace({read: slot}).diff(slot)
-    return partial.replace(sympy.DiracDelta, lambda *_: sympy.Integer(0)).xreplace({slot: read})
+    slots = {r: sympy.Dummy(real=True) for r in reads(factor)}
+    partial = factor.xreplace(slots).diff(slots[read])
+    found = partial.replace(sympy.DiracDelta, lambda *_: sympy.Integer(0))
+    return found.xreplace({slot: r for r, slot in slots.items()})
 
 
 def vjp(statements: Sequence[Statement], wrt: Indexed, cotangent: Expr, fresh: Fresh | None = None) -> list[Derived]:

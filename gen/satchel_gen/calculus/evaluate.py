@@ -10,7 +10,7 @@ import numpy as np
 import sympy
 from numpy.typing import NDArray
 
-from ..notation import Equal, Extent, Index, LogSumExp, base_name, reads
+from ..notation import Equal, Extent, Index, LogSumExp, Option, base_name, reads
 from .derive import Statement
 from .terms import Term, terms
 
@@ -72,10 +72,11 @@ def _pointwise(
     slots = {read: sympy.Symbol(f"read{k}", real=True) for k, read in enumerate(accessed)}
     values = {slots[r]: tensors[str(r.base)][tuple(grid[i] for i in r.indices)] for r in accessed}
     expr = expr.xreplace({e: sympy.Integer(_extent(e.args[0], extents)) for e in expr.atoms(Extent)})
+    expr = expr.xreplace({o: sympy.sympify(tensors[o.name].item()) for o in expr.atoms(Option)})
     masks = {}
     for k, equal in enumerate(sorted(expr.atoms(Equal), key=str)):
-        left, right = (grid[a] if isinstance(a, Index) else values[slots[a]] for a in equal.args)
-        masks[sympy.Symbol(f"mask{k}")] = (left == right).astype(float)
+        left, right = (grid[a] if isinstance(a, Index) else values.get(slots.get(a), a) for a in equal.args)
+        masks[sympy.Symbol(f"mask{k}")] = np.equal(left, right).astype(float)
         expr = expr.xreplace({equal: sympy.Symbol(f"mask{k}")})
     expr = expr.xreplace(slots)
     names = [*values, *masks]

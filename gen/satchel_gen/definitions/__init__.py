@@ -24,8 +24,9 @@ from ..notation import (
     softplus,
     tensors,
 )
+from .distributions import Bernoulli, Categorical, Laplace, NoDistribution, Normal, Poisson
 from .model import (
-    Categorical,
+    Classes,
     Composite,
     DefinitionError,
     Example,
@@ -33,7 +34,6 @@ from .model import (
     Layer,
     Loss,
     NodeCall,
-    Normal,
     Passing,
     Quantity,
     Refused,
@@ -93,7 +93,8 @@ def _modules(folder: str) -> list[ModuleType]:
 
 
 __all__ = [
-    "NDIM", "Categorical", "Composite", "DefinitionError", "Definitions", "Equal", "Example", "Feature", "Index", "Layer",
-    "Length", "LogSumExp", "Loss", "NodeCall", "Normal", "Option", "Passing", "Quantity", "Refused", "Statement", "Sum",
-    "activation", "extent", "indices", "load", "options", "sigmoid", "softplus", "tensors", "z",
+    "NDIM", "Bernoulli", "Categorical", "Classes", "Composite", "DefinitionError", "Definitions", "Equal", "Example", "Feature",
+    "Index", "Laplace", "Layer", "Length", "LogSumExp", "Loss", "NoDistribution", "NodeCall", "Normal", "Option", "Passing",
+    "Poisson", "Quantity", "Refused", "Statement", "Sum", "activation", "extent", "indices", "load", "options", "sigmoid",
+    "softplus", "tensors", "z",
 ]  # fmt: skip

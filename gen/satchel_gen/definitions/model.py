@@ -13,7 +13,8 @@ import sympy
 from sympy import Expr, Indexed, IndexedBase, Symbol
 
 from ..calculus.derive import Statement
-from ..notation import Access, Equal, Extent, Index, IndexSum, LogSumExp, Option, indices, reads, tensors
+from ..notation import ONE, Access, Equal, Extent, Index, IndexSum, LogSumExp, Option, indices, reads, tensors
+from .distributions import Distribution, NoDistribution
 
 
 class DefinitionError(ValueError):
@@ -59,25 +60,6 @@ class Refused:
     shape: tuple[int, ...]
     mentions: str
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Categorical:
-    """ŷ ~ p over the values of an index; `probabilities` is indexed like the loss's input."""
-
-    probabilities: Expr
-    over: Index
-
-
-@dataclass(frozen=True)
-class Normal:
-    """ŷ ~ N(mean, variance), elementwise."""
-
-    mean: Expr
-    variance: Expr
-
-
-Distribution = Categorical | Normal
 
 
 class _Validated:
@@ -282,19 +264,38 @@ class Composite(_Validated):
 
 
 @dataclass(frozen=True)
-class Loss(_Validated):
-    """A negative log-likelihood: its terms ℓ as statements (the last one), and the distribution that it comes from.
+class Classes:
+    """Targets are integers 0 ≤ y < extent of `over`, or the number `ignored`, which counts for nothing."""
 
-    `reduction="mean"` divides by the number of terms. `domain` bounds the target, where it is an integer: [lower, upper).
+    over: Index
+    ignored: Expr
+
+
+@dataclass(frozen=True)
+class Loss(_Validated):
+    """A loss: its terms ℓ(f, y) as statements (the last one), up to what the input does not move, and where it comes from.
+
+    Where ℓ is `weight` times the negative log-likelihood of a `distribution`, the weight may depend on the target.
+    `operands` are further tensors: attributes of the module of that name, or where `arguments` says so the arguments of its
+    forward function. One with the input's axes is broadcast to them; one that is absent (None) is 1.
+    `reductions` gives what Σℓ is divided by; "mean": by default the number of terms.
+    `support` is where the input lies, `domain` where the target does (for checks and tests, but for classes, which bind).
+    `when` are attributes that tell variants of one module apart; a target made of classes does so by itself.
     """
 
     name: str
     input: Indexed
     target: Indexed
     statements: tuple[Statement, ...]
-    distribution: Distribution
+    distribution: Distribution | NoDistribution
+    weight: Expr = ONE
+    operands: tuple[Indexed, ...] = ()
+    arguments: tuple[str, ...] = ()
     module: str = ""
-    domain: tuple[Expr, Expr] | None = None
+    reductions: Mapping[str, Expr] = dataclasses.field(default_factory=dict)
+    support: sympy.Set = sympy.S.Reals
+    domain: sympy.Set | Classes = sympy.S.Reals
+    when: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     examples: tuple[Example, ...] = (Example((3,)),)
     refused: tuple[Refused, ...] = ()
@@ -302,8 +303,10 @@ class Loss(_Validated):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "module", self.module or f"torch.nn.{self.name}")
-        known = {str(t.base): tuple(t.indices) for t in (self.input, self.target)}
+        known = {str(t.base): tuple(t.indices) for t in (self.input, self.target, *self.operands)}
         self._check_statements(self.statements, known, self.input.indices[0])
+        count = sympy.Mul(*(Extent(i) for i in self.terms.indices))
+        object.__setattr__(self, "reductions", {"mean": count, "sum": sympy.Integer(1), **self.reductions})
 
     @property
     def terms(self) -> Indexed:
@@ -312,6 +315,12 @@ class Loss(_Validated):
     @property
     def batch(self) -> Index:
         return self.input.indices[0]
+
+    @property
+    def outcomes(self) -> tuple[Index, ...]:
+        """The axes of a target that is drawn."""
+        drawn = self.distribution
+        return drawn.axes(tuple(self.input.indices)) if isinstance(drawn, Distribution) else ()
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,7 @@ class AtenPrinter(StrPrinter):
     def _print_Pow(self, expr: Expr) -> str:
         base, exponent = expr.args
         text = self._print(base)
-        numbers = base.free_symbols and all(isinstance(s, Option) or s in self.scalars for s in base.free_symbols)
-        scalar = bool(base.is_number or isinstance(base, Extent) or numbers)
+        scalar = bool(base.is_number or isinstance(base, Extent) or _of_numbers(base, self.scalars))
         if scalar and exponent == sympy.Rational(1, 2):
             return f"math.sqrt({text})"
         if scalar and exponent.is_Integer and exponent > 0:
@@ -137,6 +136,11 @@ def _repeated(expr: Expr) -> list[Expr]:
         if type(part).__name__ in _FUNCTIONS and part.atoms(sympy.Indexed):
             counts[part] = counts.get(part, 0) + 1
     return sorted((call for call, count in counts.items() if count > 1), key=lambda call: (call.count_ops(), str(call)))
+
+
+def _of_numbers(expr: Expr, scalars: frozenset[Expr]) -> bool:
+    """Whether an expression holds no tensor, only numbers of the module."""
+    return bool(expr.free_symbols) and all(isinstance(s, Option) or s in scalars for s in expr.free_symbols)
 
 
 def _is_postfix(text: str) -> bool:

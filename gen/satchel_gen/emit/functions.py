@@ -10,7 +10,8 @@ from sympy import Expr
 
 from ..calculus.derive import Statement
 from ..calculus.terms import Term, terms
-from ..definitions.model import Loss, Normal
+from ..definitions.distributions import Distribution
+from ..definitions.model import Classes, Loss
 from ..formula import render, render_formula, wrapped
 from ..lowering.composed import Stage
 from ..lowering.losses import LossRule, LoweredLoss
@@ -18,7 +19,7 @@ from ..lowering.plan import Axes, Map, Node, extent_symbol, leaf, plan
 from ..lowering.rules import LoweredRule
 from ..lowering.squares import Variant
 from ..notation import Extent, LogSumExp, Option, index_atoms, reads
-from .aten import Body, unpack_extents
+from .aten import AtenPrinter, Body, unpack_extents
 
 
 @dataclass(frozen=True)
@@ -247,18 +248,99 @@ def _choice(rule: LoweredRule, variant: Variant, body: Body) -> Choice:
 
 def loss_function(rule: LossRule) -> Function:
     """A rule of a loss: its intermediates, then one elementwise expression."""
-    arguments = {str(t.base): tuple(t.indices) for t in (*rule.explicit, *rule.operands)}
-    body = Body(dict(arguments))
-    for statement in rule.intermediates:
-        _emit_statement(body, statement)
-    result = body(_elementwise(rule.expr, rule.axes))
-    if set(rule.axes) - index_atoms(rule.expr):
-        result = f"({result}).expand({', '.join(body.scalar(Extent(i)) for i in rule.axes)})"
-    if rule.columns > 1:
-        result = f"({result}).flatten(0, {rule.columns - 1})"
-    lines = unpack_extents(body.extents, arguments) + body.lines
+    body, arguments = _loss_body(rule)
+    result = _loss_value(body, rule, rule.expr)
     formula = f"{rule.name}[{', '.join(i.name for i in rule.axes)}] = {render(rule.expr)}"
-    return Function(rule.name, formula, shapes_line(arguments, rule.axes), tuple(arguments), tuple(lines), result)
+    return _loss_function(rule, rule.name, formula, shapes_line(arguments, rule.axes), result, body, arguments)
+
+
+def divisor_function(rule: LossRule) -> Function:
+    """What a reduction divides by, where that depends on the targets."""
+    body, arguments = _loss_body(rule)
+    (term,) = terms(rule.expr)
+    result = body(plan(term, ()))
+    return _loss_function(
+        rule, rule.name, f"{rule.name} = {render(rule.expr)}", shapes_line(arguments, ()), result, body, arguments
+    )
+
+
+def radicand_function(rule: LossRule) -> Function:
+    """Whether what a factor takes the square root of is negative anywhere."""
+    body, arguments = _loss_body(rule)
+    result = f"({body(_elementwise(rule.expr, rule.axes))} < 0).any()"
+    name, formula = rule.name.replace("radicand", "undefined"), f"any {render(rule.expr)} < 0"
+    return _loss_function(rule, name, formula, shapes_line(arguments, ()), result, body, arguments)
+
+
+def sample_function(lowered: LoweredLoss) -> Function | None:
+    """Draws from the loss's distribution."""
+    rule, drawn = lowered.sample, lowered.loss.distribution
+    if rule is None or not isinstance(drawn, Distribution):
+        return None
+    body, arguments = _loss_body(rule)
+    given = [_loss_value(body, rule, e) if reads(e) else AtenPrinter({}).doprint(e) for e in rule.exprs]
+    result = f"{drawn.sampler}({', '.join(given)}, mc_samples, generator)"
+    shapes = f"{shapes_line(arguments, ())[:-2]}[M, {shape(lowered.loss.outcomes)[1:]}"
+    return _loss_function(rule, "sample", f"ŷ ~ {drawn}", shapes, result, body, arguments)
+
+
+def violation_function(loss: Loss) -> Function | None:
+    """Whether a class is none."""
+    if not isinstance(loss.domain, Classes):
+        return None
+    name, ignored = str(loss.target.base), loss.domain.ignored
+    arguments = {name: tuple(loss.target.indices), str(loss.input.base): tuple(loss.input.indices)}
+    body = Body(dict(arguments))
+    count = body.scalar(Extent(loss.domain.over))
+    formula = f"any target outside 0 ≤ y < {count} that is not {ignored}"
+    result = f"((({name} < 0) | ({name} >= {count})) & ({name} != {ignored})).any()"
+    numbers = {o.attribute: "int" for o in ignored.atoms(Option)}
+    lines = tuple(unpack_extents(body.extents, arguments))
+    return Function("violation", formula, shapes_line(arguments, ()), tuple(arguments), lines, result, numbers=numbers)
+
+
+def _loss_body(rule: LossRule) -> tuple[Body, dict[str, Axes]]:
+    """The function's body with the intermediates of the rule."""
+    arguments = {str(t.base): tuple(t.indices) for t in (*rule.explicit, *rule.operands)}
+    first = {
+        str(t.base): tuple(t.indices) for t in rule.operands
+    }  # masks take the dtype of the input, not of what is drawn
+    body = Body(first | arguments)
+    sums = {s.target: s.value for s in rule.intermediates if isinstance(s.value, LogSumExp)}
+    stable = {s.name: text for s in rule.intermediates if (text := _softmax(s.value, sums)) is not None}
+    values = (*rule.exprs, *(s.value for s in rule.intermediates if s.name not in stable))
+    read = {str(r.base) for value in values for r in reads(value)}
+    for statement in rule.intermediates:
+        if statement.name in stable:
+            body.lines.append(f"{statement.name} = {stable[statement.name]}")
+        elif statement.name in read:
+            _emit_statement(body, statement)
+    return body, arguments
+
+
+def _softmax(value: Expr, sums: Mapping[Expr, LogSumExp]) -> str | None:
+    """exp(f − log Σ exp f), which loses the digits of large f unless it is shifted before it is summed."""
+    for target, total in sums.items():
+        if value == sympy.exp(total.body - target):
+            return _logsumexp(total).replace("torch.logsumexp", "torch.softmax")
+    return None
+
+
+def _loss_value(body: Body, rule: LossRule, expr: Expr) -> str:
+    if expr == 0:
+        return f"torch.zeros_like({rule.operands[0].base})[None]"
+    result = body(_elementwise(expr, rule.axes))
+    if set(rule.axes) - index_atoms(expr):
+        result = f"({result}).expand({', '.join(body.scalar(Extent(i)) for i in rule.axes)})"
+    return f"({result}).flatten(0, {rule.columns - 1})" if rule.columns > 1 else result
+
+
+def _loss_function(
+    rule: LossRule, name: str, formula: str, shapes: str, result: str, body: Body, arguments: Mapping[str, Axes]
+) -> Function:
+    lines = unpack_extents(body.extents, arguments) + body.lines
+    numbers = {o.attribute: _kind(o) for o in rule.numbers}
+    return Function(name, formula, shapes, tuple(arguments), tuple(lines), result, numbers=numbers)
 
 
 def _elementwise(expr: Expr, axes: Axes) -> Node:
@@ -286,42 +368,3 @@ def _logsumexp(value: LogSumExp) -> str:
 def _as_terms(statement: Statement) -> Sequence[Term]:
     found = terms(statement.value)
     return [Term(statement.value)] if all(not t.sums for t in found) else found
-
-
-def sample_function(lowered: LoweredLoss) -> Function:
-    """Draws from the loss's distribution."""
-    rule, loss = lowered.draws, lowered.loss
-    arguments = {str(t.base): tuple(t.indices) for t in rule.operands}
-    body = Body(dict(arguments))
-    for statement in rule.intermediates:
-        _emit_statement(body, statement)
-    value = body(_elementwise(rule.expr, rule.axes))
-    if isinstance(loss.distribution, Normal):
-        result = f"normal({value}, math.sqrt({loss.distribution.variance}), mc_samples, generator)"
-        formula = f"ŷ ~ N({render(loss.distribution.mean)}, {render(loss.distribution.variance)})"
-    else:
-        result = f"categorical({value}, mc_samples, generator)"
-        formula = f"ŷ ~ p = {render(loss.distribution.probabilities)}"
-    shapes = f"{shapes_line(arguments, ())[:-2]}[M, {shape(tuple(loss.target.indices))[1:]}"
-    return Function("sample", formula, shapes, tuple(arguments), tuple(body.lines), result)
-
-
-def violation_function(loss: Loss) -> Function | None:
-    """Whether a target lies outside its domain."""
-    if loss.domain is None:
-        return None
-    lower, upper = loss.domain
-    name = str(loss.target.base)
-    arguments = {name: tuple(loss.target.indices), str(loss.input.base): tuple(loss.input.indices)}
-    body = Body(dict(arguments))
-    low, high = body.scalar(lower), body.scalar(upper)
-    lines = tuple(unpack_extents(body.extents, arguments))
-    formula = f"any target outside {low} ≤ y < {high}"
-    return Function(
-        "violation",
-        formula,
-        shapes_line(arguments, ()),
-        tuple(arguments),
-        lines,
-        f"(({name} < {low}) | ({name} >= {high})).any()",
-    )

@@ -69,8 +69,11 @@ def _loss_files(loss: Loss) -> dict[str, str]:
     lowered = lower_loss(loss)
     context = contexts.loss_context(lowered)
     name, header = contexts.module_name(lowered.loss), HEADER.format(source=_source(loss))
-    code = render_kernels(context.module, context.formula, loss_kernels(lowered))
-    return {f"losses/{name}.py": header + _render("loss.py.jinja", loss=context), f"kernels/{name}.py": header + code}
+    files = {f"losses/{name}.py": header + _render("loss.py.jinja", loss=context)}
+    programs = loss_kernels(lowered)
+    if programs:
+        files[f"kernels/{name}.py"] = header + render_kernels(context.module, context.formula, programs)
+    return files
 
 
 def _feature_files(feature: Feature) -> dict[str, str]:

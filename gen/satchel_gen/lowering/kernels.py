@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -14,7 +15,7 @@ from sympy import Expr, Indexed
 
 from ..calculus.terms import Term
 from ..formula import render, render_formula
-from ..notation import Index, LogSumExp, base_name, index_atoms, reads
+from ..notation import Index, IndexSum, LogSumExp, base_name, index_atoms, reads
 from .losses import LossRule, LoweredLoss
 from .plan import Axes, Contract, Leaf, Map, Node, leaves
 from .programs import Contraction, Gram, Pointwise, Program, Read, Reduce, Row, Stage
@@ -163,56 +164,61 @@ def _squared_sum(rule: LoweredRule, doc: str) -> Reduce:
 
 
 def loss_kernels(loss: LoweredLoss) -> list[Program]:
-    """gradient, exact_factor and mc_factor of a loss."""
-    return [_loss_kernel(loss, rule) for rule in loss.rules]
+    """The programs of the loss's rules that have one: no numbers of the module, and no condition on an intermediate."""
+    found = (_loss_kernel(loss, rule) for rule in loss.rules if rule.expr != 0 and not rule.numbers)
+    return [program for program in found if program is not None]
 
 
-def _loss_kernel(loss: LoweredLoss, rule: LossRule) -> Program:
+def _loss_kernel(loss: LoweredLoss, rule: LossRule) -> Program | None:
     equal = {i.name: base_name(i) for i in rule.axes if i in loss.columns}
     doc = f"{rule.name}[{', '.join(names(rule.axes))}] = {render(rule.expr)}"
     signature = tuple(str(t.base) for t in (*rule.explicit, *rule.operands))
-    stages, expr = [], rule.expr
+    stages: dict[str, LogSumExp | IndexSum] = {}
+    expr = rule.expr
     for statement in reversed(rule.intermediates):
-        if isinstance(statement.value, LogSumExp):
-            stages.append((statement, statement.value))
+        if isinstance(statement.value, LogSumExp | IndexSum):
+            stages = {statement.name: statement.value, **stages}
             continue
         for read in [r for r in reads(expr) if str(r.base) == statement.name]:
+            if any(condition.has(read) for condition in expr.atoms(sympy.core.relational.Relational)):
+                return None  # SymPy would solve it for another variable, which rounds differently
             expr = expr.xreplace({read: statement.value.xreplace(dict(zip(statement.axes, read.indices, strict=True)))})
-    accesses, symbols = _program_reads(expr, [s.name for s, _ in stages], loss)
+    accesses, symbols = _program_reads((expr, *(value.body for value in stages.values())), list(stages), rule, loss)
     expr = expr.xreplace(symbols)
+    common = {
+        "name": rule.name,
+        "doc": doc,
+        "out": names(rule.axes),
+        "equal": equal,
+        "columns": rule.columns,
+        "signature": signature,
+        "reads": accesses,
+        "expr": expr,
+    }
     if not stages:
-        return Pointwise(
-            name=rule.name,
-            doc=doc,
-            out=names(rule.axes),
-            equal=equal,
-            columns=rule.columns,
-            signature=signature,
-            reads=accesses,
-            expr=expr,
-        )
-    (_, value) = stages[0]
-    (row,) = value.over
-    reductions = tuple(
-        Stage(s.name, "logsumexp", v.body.xreplace({v.body: sympy.Symbol(str(v.body.base), real=True)}))
-        for s, v in stages
-    )
-    return Row(
-        name=rule.name, doc=doc, out=names(rule.axes), equal=equal, columns=rule.columns, signature=signature,
-        reads=accesses, row=row.name,
-        stages=reductions, expr=expr,
-    )  # fmt: skip
+        return Pointwise(**common)
+    rows = {index for value in stages.values() for index in value.over}
+    if len(rows) > 1:
+        return None
+    kinds = {LogSumExp: "logsumexp", IndexSum: "sum"}
+    reductions = tuple(Stage(name, kinds[type(value)], value.body.xreplace(symbols)) for name, value in stages.items())
+    return Row(**common, row=rows.pop().name, stages=reductions)
 
 
 def _program_reads(
-    expr: Expr, stages: list[str], loss: LoweredLoss
+    exprs: Sequence[Expr], stages: list[str], rule: LossRule, loss: LoweredLoss
 ) -> tuple[tuple[Read, ...], dict[Indexed, sympy.Symbol]]:
     """The accesses of a loss's rule, its input at the output's own indices first; a second access has a name of its own."""
     own = names(loss.loss.input.indices)
     found: list[Read] = []
     symbols: dict[Indexed, sympy.Symbol] = {}
-    accessed = sorted(reads(expr), key=lambda r: (str(r.base) != str(loss.loss.input.base), names(r.indices) != own))
-    for read in accessed:
+    accesses = {read for expr in exprs for read in reads(expr)}
+    present = {str(read.base) for read in accesses}
+    accesses |= {operand for operand in rule.operands if str(operand.base) not in present}  # for its extents
+    ordered = sorted(
+        accesses, key=lambda r: (str(r.base) != str(loss.loss.input.base), names(r.indices) != own, str(r))
+    )
+    for read in ordered:
         name = str(read.base)
         if name in stages:
             symbols[read] = sympy.Symbol(name, real=True)
@@ -220,7 +226,7 @@ def _program_reads(
         alias = f"{name}_column" if any(r.tensor == name for r in found) else ""
         found.append(Read(name, names(read.indices), alias=alias))
         symbols[read] = sympy.Symbol(alias or name, real=True)
-    return tuple(found) or (Read(str(loss.loss.input.base), own),), symbols
+    return tuple(found), symbols
 
 
 def names(axes: Axes) -> tuple[str, ...]:

@@ -1,75 +1,124 @@
-"""The rules of a loss: gradient, exact factor, Monte-Carlo factor, draws and the target's domain."""
+"""The rules of a loss: gradient, exact factor, Monte-Carlo factor, draws, what a mean divides by, and what must not be negative."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import sympy
 from sympy import Expr, Indexed, IndexedBase
 
 from ..calculus.derive import Statement
-from ..calculus.likelihood import Likelihood, likelihood
-from ..definitions.model import Categorical, Loss
-from ..notation import reads
+from ..calculus.likelihood import Likelihood, likelihood, options
+from ..definitions.distributions import Categorical, Distribution
+from ..definitions.model import Loss
+from ..notation import IndexSum, Option, index_atoms, reads, sigmoid, softplus
 from .plan import Axes
 
 
 @dataclass(frozen=True)
 class LossRule:
-    """`name[axes] = expr`, after the intermediates that it reads. The first `columns` axes are returned as one."""
+    """`name[axes] = exprs`, after the intermediates that they read. The first `columns` axes are returned as one."""
 
     name: str
     axes: Axes
-    expr: Expr
+    exprs: tuple[Expr, ...]
     intermediates: tuple[Statement, ...]
     explicit: tuple[Indexed, ...]
     operands: tuple[Indexed, ...]
+    numbers: tuple[Option, ...]
     columns: int
+
+    @property
+    def expr(self) -> Expr:
+        (expr,) = self.exprs
+        return expr
 
 
 @dataclass(frozen=True)
 class LoweredLoss:
+    """`sample` gives the parameters that outcomes are drawn with; `divisors` are the reductions that depend on the targets.
+
+    `radicands` are what the factors of these names take a square root of, where that is not known to be positive or zero.
+    """
+
     loss: Loss
     derived: Likelihood
     rules: tuple[LossRule, ...]
-    draws: LossRule  # the parameter that targets are drawn with: probabilities, or the mean
+    sample: LossRule | None
+    divisors: dict[str, LossRule]
+    radicands: dict[str, LossRule]
 
     @property
     def columns(self) -> Axes:
         return self.derived.columns
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return tuple(sorted(option.attribute for option in options(self.loss)))
 
 
 def lower_loss(loss: Loss) -> LoweredLoss:
     derived = likelihood(loss)
     axes = tuple(loss.input.indices)
     named = _intermediates(loss)
-    sampled = IndexedBase("sampled")[(derived.draws, *loss.target.indices)]
+    sampled = IndexedBase("sampled")[(derived.draws, *loss.outcomes)]
 
-    def rule(name: str, out: Axes, expr: Expr, *explicit: Indexed) -> LossRule:
-        expr = _folded(expr, named, loss)
-        needed = _needed(expr, named)
-        read = {str(r.base) for e in (expr, *(s.value for s in needed)) for r in reads(e)}
+    def rule(name: str, out: Axes, *given: Expr, explicit: tuple[Indexed, ...] = ()) -> LossRule:
+        exprs = tuple(_folded(expr, named, loss) for expr in given)
+        needed = _needed(exprs, named)
+        values = (*exprs, *(s.value for s in needed))
+        read = {str(r.base) for value in values for r in reads(value)}
         read.add(str(loss.input.base))  # a constant factor still has the input's extents
-        operands = tuple(t for t in (loss.input, loss.target) if str(t.base) in read)
-        return LossRule(name, out, expr, needed, explicit, operands, sum(i in derived.columns for i in out) or 1)
+        operands = tuple(t for t in (loss.input, loss.target, *loss.operands) if str(t.base) in read)
+        numbers = tuple(sorted({o for value in values for o in value.atoms(Option)}, key=str))
+        columns = sum(i in (*derived.columns, derived.draws) for i in out)
+        return LossRule(name, out, exprs, needed, explicit, operands, numbers, columns)
 
-    if isinstance(loss.distribution, Categorical):
-        over = loss.distribution.over
-        draws = rule("sample", (*(i for i in axes if i != over), over), loss.distribution.probabilities)
-    else:
-        draws = rule("sample", axes, loss.distribution.mean)
-    rules = (
+    rules = [
         rule("gradient", axes, derived.gradient),
         rule("exact_factor", (*derived.columns, *axes), derived.exact_factor),
-        rule("mc_factor", (derived.draws, *axes), derived.mc_factor, sampled),
-    )
-    return LoweredLoss(loss, derived, rules, draws)
+    ]
+    sample = None
+    if isinstance(loss.distribution, Distribution) and derived.mc_factor is not None:
+        mixed = tuple(i for i in axes if i not in loss.outcomes)
+        sample = rule("sample", (*loss.outcomes, *mixed), *loss.distribution.parameters)
+        rules.append(rule("mc_factor", (derived.draws, *axes), derived.mc_factor, explicit=(sampled,)))
+    divisors = {
+        name: rule(f"{name}_divisor", (), divisor)
+        for name, divisor in loss.reductions.items()
+        if isinstance(divisor, IndexSum)
+    }
+
+    roots = {"exact_factor": derived.height, "mc_factor": loss.weight if sample is not None else sympy.Integer(1)}
+    radicands = {
+        factor: rule(f"{factor}_radicand", tuple(i for i in axes if i in index_atoms(root)), root)
+        for factor, root in roots.items()
+        if not _is_nonnegative(root, loss)
+    }
+    return LoweredLoss(loss, derived, tuple(rules), sample, divisors, radicands)
+
+
+def _is_nonnegative(expr: Expr, loss: Loss) -> bool:
+    """Whether an expression of real numbers is known not to be negative, by its form."""
+    sums = {s.name: s.value for s in loss.statements if isinstance(s.value, IndexSum)}
+
+    def slot(read: Indexed) -> sympy.Symbol:
+        value = sums.get(str(read.base))
+        known = value is not None and _is_nonnegative(value.body, loss)
+        return sympy.Symbol(str(read), real=True, nonnegative=known or None)
+
+    functions = {e: sympy.Symbol(str(e), positive=True) for e in expr.atoms(sigmoid, softplus)}
+    numbers = {o: sympy.Symbol(o.name, positive=True) for o in expr.atoms(Option)}
+    real = expr.xreplace(functions)
+    return bool(real.xreplace({r: slot(r) for r in reads(real)} | numbers).is_nonnegative)
 
 
 def _intermediates(loss: Loss) -> tuple[Statement, ...]:
     """The loss's named intermediates, and the probabilities of its outcomes by name."""
     named = loss.statements[:-1]
     if isinstance(loss.distribution, Categorical):
-        named += (Statement(IndexedBase("probabilities")[tuple(loss.input.indices)], loss.distribution.probabilities),)
+        (probabilities,) = loss.distribution.parameters
+        named += (Statement(IndexedBase("probabilities")[tuple(loss.input.indices)], probabilities),)
     return named
 
 
@@ -84,9 +133,9 @@ def _folded(expr: Expr, named: tuple[Statement, ...], loss: Loss) -> Expr:
     return expr
 
 
-def _needed(expr: Expr, named: tuple[Statement, ...]) -> tuple[Statement, ...]:
-    """The intermediates that `expr` reads, and those that they read, in order."""
-    wanted = {str(r.base) for r in reads(expr)}
+def _needed(exprs: tuple[Expr, ...], named: tuple[Statement, ...]) -> tuple[Statement, ...]:
+    """The intermediates that expressions read, and those that they read, in order."""
+    wanted = {str(r.base) for expr in exprs for r in reads(expr)}
     kept: list[Statement] = []
     for statement in reversed(named):
         if statement.name in wanted:

@@ -103,7 +103,7 @@ class Pass:
         """Walk below a loss, and start curvature."""
         if loss.edge is None or gradient is None:
             return
-        self.reductions.add(loss.options.get("reduction", "mean"))
+        self.reductions.add(loss.options["reduction"])
         if len(self.reductions) > 1 or "none" in self.reductions:
             self._refuse_table5("of any layer")
         plan = walk([loss.edge], self._is_wanted)
@@ -111,13 +111,13 @@ class Pass:
         curved = self.demand.features(layers, *CURVATURE)
         with torch.no_grad():
             if curved:
-                curvature.check_loss(loss, curved)
+                curvature.check_loss(loss, self.demand, layers)
             samples = self._possible_samples(plan, loss.input_shape, bool(curved))
             plan = self._survey(plan, {loss.edge: loss.input_shape}, samples)
             if curved:
                 start = curvature.Start(loss, gradient)
                 curvature.check_plan(plan, self.demand, start.samples, self.flags)
-                self.flags += start.flags(curved)
+                self.flags += start.flags(self.demand, layers)
                 self._promise(loss, plan, start.gradient(), curved)
                 self.context.log(f"{loss.where}: {', '.join(curved)} over {len(plan.steps)} nodes")
                 curvature.run(start, plan, self.demand, self.harvest.accumulate)
@@ -224,7 +224,9 @@ class Pass:
             if any(need.curvature for need in extension.needs(layer))
         ]
         if curved:
-            raise LossNotExtended(record.where, name, curved, [loss.name for loss in registry().losses])
+            raise LossNotExtended(
+                record.where, name, curved, sorted({loss.module.__name__ for loss in registry().losses})
+            )
 
     def _refuse_table5(self, name: str) -> None:
         for extension in self.demand.extensions:
@@ -257,8 +259,9 @@ class Pass:
 
     def _unit(self) -> float | None:
         """The unit u of ∇ℓ_n = u g_n, where the extended losses agree on one."""
-        known = {"mean": float(self.samples or 0), "sum": 1.0}
-        return known.get(next(iter(self.reductions))) if len(self.reductions) == 1 else None
+        known = {"sum": 1.0, "none": None}
+        mean = float(self.samples or 0)
+        return known.get(next(iter(self.reductions)), mean) if len(self.reductions) == 1 else None
 
     def _is_wanted(self, parameter: Tensor) -> bool:
         key = id(parameter)

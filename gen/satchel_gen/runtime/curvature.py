@@ -15,12 +15,15 @@ from torch import Tensor
 
 from .averaged import averaged_quantities, needed_bytes, start_of, sweep_averaged
 from .axes import canonical_shape, extents
-from .demand import SECOND_ORDER, Demand, Source
+from .demand import CURVATURE, SECOND_ORDER, Demand, Source
 from .errors import (
     BatchAxisLost,
     MemoryLimit,
+    NegativeCurvature,
     NegativeScale,
+    NoLikelihood,
     NotTwiceDifferentiable,
+    OperandDifferentiated,
     SequentialReuse,
     SharedByKinds,
     TargetRefused,
@@ -32,7 +35,7 @@ from .hessian import UNLIMITED, HessianSweep, residuals_of
 from .mixed import mixed_terms
 from .plan import Call, Plan, Step
 from .record import Edge, LossRecord
-from .rules import Need, registry
+from .rules import Layer, Need, registry
 from .second import is_twice_differentiable
 from .settings import current
 from .subsampling import quantities_of
@@ -56,18 +59,39 @@ class Start:
         self.samples = loss.input_shape[0]
         shape = canonical_shape(self.definition.input_axes, loss.input_shape)
         assert shape is not None
-        sizes = extents(self.definition.input_axes, shape)
-        terms = prod(sizes[axis] for axis in self.definition.elements)
-        scale = gradient.detach().reshape(())
-        self.valid = (scale >= 0) & scale.isfinite()
-        self.scale = scale / max(terms, 1) if loss.options.get("reduction", "mean") == "mean" else scale
+        self.sizes = extents(self.definition.input_axes, shape)
+        arriving = gradient.detach().reshape(()) if gradient.ndim == 0 else self._by_term(gradient.detach())
+        self.valid = ((arriving >= 0) & arriving.isfinite()).all()
+        self.scale = arriving / self._divisor(loss.options["reduction"])
 
-    def flags(self, features: list[str]) -> list[Flag]:
+    def _by_term(self, gradient: Tensor) -> Tensor:
+        """The gradient of each term, without a reduction, along the axes of the input."""
+        terms = self.definition.elements
+        return gradient.reshape([size if axis in terms else 1 for axis, size in self.sizes.items()])
+
+    def _divisor(self, reduction: str) -> Tensor | int:
+        """What the reduction divides by, 1 / c."""
+        divisor = self.definition.reductions.get(reduction, ())
+        if isinstance(divisor, tuple):
+            return max(prod(self.sizes[axis] for axis in divisor), 1)
+        return evaluate(divisor, self.definition, self.loss.operand)
+
+    def flags(self, demand: Demand, layers: Sequence[Layer]) -> list[Flag]:
         """What can only be known from values: read once, when the pass ends."""
-        found: list[Flag] = [(~self.valid, NegativeScale(self.loss.where, features))]
-        if self.definition.violation is not None:
-            violated = evaluate(self.definition.violation, self.definition, self.loss.operand)
-            found.append((violated, TargetRefused(self.loss.where, self.definition.violation_text)))
+        definition, where = self.definition, self.loss.where
+        found: list[Flag] = [(~self.valid, NegativeScale(where, demand.features(layers, *CURVATURE)))]
+        if definition.violation is not None:
+            violated = evaluate(definition.violation, definition, self.loss.operand)
+            found.append((violated, TargetRefused(where, definition.violation_text)))
+        factors = (
+            (definition.exact_factor_undefined, ("exact", "averaged")),
+            (definition.mc_factor_undefined, ("mc",)),
+        )
+        for undefined, kinds in factors:
+            features = demand.features(layers, *kinds)
+            if features and undefined is not None:
+                error = NegativeCurvature(where, features)
+                found.append((evaluate(undefined, definition, self.loss.operand), error))
         return found
 
     def exact(self) -> Tensor:
@@ -75,9 +99,11 @@ class Start:
         return self._factor(evaluate(self.definition.exact_factor, self.definition, self.loss.operand))
 
     def monte_carlo(self, source: Source) -> Tensor:
-        """[M, *edge], the gradients at targets drawn from the loss's distribution."""
+        """[M, *edge], the scores at targets drawn from the loss's distribution."""
+        rule = self.definition.mc_factor
+        assert rule is not None, "a loss without one is refused before"
         drawn = self._drawn(source.mc_samples or 1, source.generator)
-        return self._factor(evaluate(self.definition.mc_factor, self.definition, self.loss.operand, drawn))
+        return self._factor(evaluate(rule, self.definition, self.loss.operand, drawn))
 
     def gradient(self) -> Tensor:
         """δ [*edge] = c g ∇Σℓ."""
@@ -102,13 +128,19 @@ class Start:
 
         # Not `evaluate`: random numbers come from torch on every backend.
         rule = self.definition.sample
+        assert rule is not None
         return rule.aten(mc_samples, generator, *map(operand, rule.operands)).to(here)
 
 
-def check_loss(loss: LossRecord, features: list[str]) -> None:
-    """Refuse options and targets that the definition does not cover."""
-    for option, supported in loss.definition.options.items():
+def check_loss(loss: LossRecord, demand: Demand, layers: Sequence[Layer]) -> None:
+    """Refuse options and targets that the definition does not cover, and features that it does not define."""
+    features, sampled = demand.features(layers, *CURVATURE), demand.features(layers, "mc")
+    for option, supported in {"reduction": (*loss.definition.reductions, "none"), **loss.definition.options}.items():
         refuse_option(loss.where, option, loss.options[option], supported, features)
+    if sampled and loss.definition.mc_factor is None:
+        raise NoLikelihood(loss.where, sampled, loss.definition.no_likelihood)
+    if loss.differentiated:
+        raise OperandDifferentiated(loss.where, loss.differentiated, features)
     definition, target = loss.definition, loss.tensor("target")
     shape, other = (
         canonical_shape(axes, shape)

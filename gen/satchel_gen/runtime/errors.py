@@ -263,3 +263,30 @@ class NegativeScale(SatchelError, ValueError):
 class TargetRefused(SatchelError, ValueError):
     def __init__(self, loss: str, reason: str) -> None:
         super().__init__(loss, reason, "Fix the targets, or use a loss whose definition covers them")
+
+
+class NoLikelihood(SatchelError, NotImplementedError):
+    def __init__(self, loss: str, features: Iterable[str], reason: str) -> None:
+        super().__init__(
+            f"{loss}, {_listed(features)}",
+            f"the loss is not the negative log-likelihood of a distribution that targets can be drawn from: {reason}",
+            "Use a feature of the exact curvature, such as DiagGGNExact or KFLR",
+        )
+
+
+class NegativeCurvature(SatchelError, ValueError):
+    def __init__(self, loss: str, features: Iterable[str]) -> None:
+        super().__init__(
+            f"{loss}, {_listed(features)}",
+            "at these targets and weights the loss is not convex in its input; negative curvature has no square root",
+            "Use weights that are not negative, and targets in the range that the loss is made for",
+        )
+
+
+class OperandDifferentiated(SatchelError, NotImplementedError):
+    def __init__(self, loss: str, tensors: Sequence[str], features: Iterable[str]) -> None:
+        super().__init__(
+            f"{loss}, {_listed(features)}",
+            f"its {' and '.join(map(repr, tensors))} requires a gradient, too; curvature is that in the input alone",
+            "Pass it detached, or use a first-order feature",
+        )

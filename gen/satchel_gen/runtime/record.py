@@ -195,6 +195,7 @@ class LossRecord(_Kept):
 
     definition: Loss
     input_shape: tuple[int, ...] = ()
+    differentiated: list[str] = field(default_factory=list)  # what else requires a gradient
 
     @property
     def where(self) -> str:
@@ -206,7 +207,18 @@ class LossRecord(_Kept):
             return canonical(self.tensor("input"), self.definition.input_axes)
         if name == "target":
             return canonical(self.tensor("target"), self.definition.target_axes)
+        if name in self.definition.operands:
+            return self._broadcast(name, self.definition.operands[name])
         return self.options[name]
+
+    def _broadcast(self, name: str, axes: tuple[str, ...]) -> Tensor:
+        """A tensor over all of its axes; 1 where it is absent."""
+        x, inputs = self.tensor("input"), self.definition.input_axes
+        tensor = self.tensor(name) if name in self.tensors else x.new_ones(())
+        if axes == inputs:
+            return canonical(tensor.expand(x.shape), inputs)
+        sizes = extents(inputs, self.operand("input").shape)
+        return tensor.expand([sizes[axis] for axis in axes])
 
 
 Entry: TypeAlias = Mark | Record | LossRecord

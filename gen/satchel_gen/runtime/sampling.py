@@ -14,8 +14,29 @@ def categorical(probabilities: Tensor, samples: int, generator: torch.Generator 
     return drawn.to(rows.device).T.reshape(samples, *probabilities.shape[:-1])
 
 
-def normal(mean: Tensor, deviation: float, samples: int, generator: torch.Generator | None) -> Tensor:
-    """Draws [samples, *shape] ~ N(mean, deviation²), elementwise."""
+def normal(mean: Tensor, variance: Tensor | float, samples: int, generator: torch.Generator | None) -> Tensor:
+    """Draws [samples, *shape] ~ N(mean, variance), elementwise."""
     device = mean.device if generator is None else generator.device
     noise = torch.randn((samples, *mean.shape), dtype=mean.dtype, device=device, generator=generator)
-    return mean + deviation * noise.to(mean.device)
+    return mean + noise.to(mean.device) * variance**0.5
+
+
+def laplace(mean: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+    """Draws [samples, *shape] from densities exp(−|y − mean|) / 2."""
+    device = mean.device if generator is None else generator.device
+    distance = torch.empty((samples, *mean.shape), dtype=mean.dtype, device=device).exponential_(generator=generator)
+    sign = torch.randint(0, 2, distance.shape, dtype=mean.dtype, device=device, generator=generator) * 2 - 1
+    return mean + (distance * sign).to(mean.device)
+
+
+def bernoulli(probability: Tensor, other: int, samples: int, generator: torch.Generator | None) -> Tensor:
+    """Draws [samples, *shape] of 1 with `probability`, else `other`."""
+    device = probability.device if generator is None else generator.device
+    expanded = probability.to(device).expand(samples, *probability.shape)
+    return (torch.bernoulli(expanded, generator=generator) * (1 - other) + other).to(probability.device)
+
+
+def poisson(rate: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+    """Counts [samples, *shape] with the given rates."""
+    device = rate.device if generator is None else generator.device
+    return torch.poisson(rate.to(device).expand(samples, *rate.shape), generator=generator).to(rate.device)

@@ -3,7 +3,8 @@
 """Triton kernels of torch.nn.CrossEntropyLoss.
 
     lse[n, r] = logsumexp_{k} input[n, k, r]
-loss[n, r] = lse[n, r] − (Σ_{k} [k = target[n, r]] input[n, k, r])
+total[n, r] = Σ_{k} [k = target[n, r]]
+loss[n, r] = lse[n, r] total[n, r] − (Σ_{k} [k = target[n, r]] input[n, k, r])
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..runtime.triton_launch import ROW_LANES, ROW_STEPS, accumulator, splits, t
 def gradient_kernel(
     input_ptr, target_ptr, out_ptr, rows, K, R, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROW: tl.constexpr
 ):
-    """gradient[n, k, r] = probabilities[n, k, r] − [k = target[n, r]]"""
+    """gradient[n, k, r] = probabilities[n, k, r] total[n, r] − [k = target[n, r]]"""
     row = tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
     lane = tl.arange(0, BLOCK_K)[:, None]
     row_inside = row < rows
@@ -40,19 +41,24 @@ def gradient_kernel(
         input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
         lse_sum = lse_sum + tl.sum(tl.where(inside, tl.exp(input - lse_max), 0.0), axis=0, keep_dims=True)
     lse_tail = tl.log(lse_sum)
+    total = tl.full((1, BLOCK_ROW), 0.0, dtype=COMPUTE)
+    for start in range(0, K, BLOCK_K):
+        k_index = start + lane
+        inside = (k_index < K) & row_inside
+        total = total + tl.sum(tl.where(inside, (k_index == target).to(COMPUTE), 0.0), axis=0, keep_dims=True)
     for start in range(0, K, BLOCK_K):
         k_index = start + lane
         inside = (k_index < K) & row_inside
         input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
         tl.store(
             out_ptr + n * K * R + k_index * R + r,
-            tl.exp(input - lse_max - lse_tail) - (k_index == target).to(COMPUTE),
+            total * tl.exp(input - lse_max - lse_tail) - (k_index == target).to(COMPUTE),
             mask=inside,
         )
 
 
 def gradient(input: Tensor, target: Tensor) -> Tensor:
-    """gradient[n, k, r] = probabilities[n, k, r] − [k = target[n, r]]
+    """gradient[n, k, r] = probabilities[n, k, r] total[n, r] − [k = target[n, r]]
 
     input [N, K, R], target [N, R] -> [N, K, R].
     """
@@ -70,14 +76,25 @@ def gradient(input: Tensor, target: Tensor) -> Tensor:
 
 @triton.jit
 def exact_factor_kernel(
-    input_ptr, out_ptr, columns, rows, N, K, R, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROW: tl.constexpr
+    input_ptr,
+    target_ptr,
+    out_ptr,
+    columns,
+    rows,
+    N,
+    K,
+    R,
+    COMPUTE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
 ):
-    """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r]"""
+    """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r] √total[n, r]"""
     row = tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
     lane = tl.arange(0, BLOCK_K)[:, None]
     row_inside = row < rows
     n = tl.cast(row // R, tl.int64)
     r = tl.cast(row % R, tl.int64)
+    target = tl.load(target_ptr + row, mask=row_inside, other=0)
     lse_max = tl.full((1, BLOCK_ROW), float("-inf"), dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
         k_index = start + lane
@@ -91,12 +108,17 @@ def exact_factor_kernel(
         input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
         lse_sum = lse_sum + tl.sum(tl.where(inside, tl.exp(input - lse_max), 0.0), axis=0, keep_dims=True)
     lse_tail = tl.log(lse_sum)
+    total = tl.full((1, BLOCK_ROW), 0.0, dtype=COMPUTE)
+    for start in range(0, K, BLOCK_K):
+        k_index = start + lane
+        inside = (k_index < K) & row_inside
+        total = total + tl.sum(tl.where(inside, (k_index == target).to(COMPUTE), 0.0), axis=0, keep_dims=True)
     for index in range(tl.program_id(1), columns, tl.num_programs(1)):
         column = tl.cast(index, tl.int64)
         k2 = tl.cast(index // R, tl.int64)
         r2 = tl.cast(index % R, tl.int64)
         input_column = tl.load(input_ptr + n * K * R + k2 * R + r, mask=row_inside, other=0).to(COMPUTE)
-        fixed = tl.exp(0.5 * input_column - 0.5 * lse_max - 0.5 * lse_tail) * (r2 == r).to(COMPUTE)
+        fixed = tl.sqrt(total) * tl.exp(0.5 * input_column - 0.5 * lse_max - 0.5 * lse_tail) * (r2 == r).to(COMPUTE)
         for start in range(0, K, BLOCK_K):
             k_index = start + lane
             inside = (k_index < K) & row_inside
@@ -108,20 +130,20 @@ def exact_factor_kernel(
             )
 
 
-def exact_factor(input: Tensor) -> Tensor:
-    """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r]
+def exact_factor(input: Tensor, target: Tensor) -> Tensor:
+    """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r] √total[n, r]
 
-    input [N, K, R] -> [K * R, N, K, R].
+    input [N, K, R], target [N, R] -> [K * R, N, K, R].
     """
-    input = input.contiguous()
+    input, target = input.contiguous(), target.contiguous()
     N, K, R = input.shape
     rows = N * R
     columns = K * R
-    dtype = accumulator(input)
+    dtype = accumulator(input, target)
     out = torch.empty((K * R, N, K, R), dtype=dtype, device=input.device)
     blocks = triton.cdiv(rows, ROW_LANES)
     exact_factor_kernel[(blocks, splits(blocks, columns))](
-        input, out, columns, rows, N, K, R, COMPUTE=triton_type(dtype), BLOCK_K=ROW_STEPS, BLOCK_ROW=ROW_LANES
+        input, target, out, columns, rows, N, K, R, COMPUTE=triton_type(dtype), BLOCK_K=ROW_STEPS, BLOCK_ROW=ROW_LANES
     )
     return out
 
@@ -130,6 +152,7 @@ def exact_factor(input: Tensor) -> Tensor:
 def mc_factor_kernel(
     sampled_ptr,
     input_ptr,
+    target_ptr,
     out_ptr,
     columns,
     rows,
@@ -141,13 +164,14 @@ def mc_factor_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) / √(M)"""
+    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) √total[n, r] / √(M)"""
     row = tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
     lane = tl.arange(0, BLOCK_K)[:, None]
     row_inside = row < rows
     n = tl.cast(row // R, tl.int64)
     r = tl.cast(row % R, tl.int64)
     fixed = tl.rsqrt(tl.cast(M, COMPUTE))
+    target = tl.load(target_ptr + row, mask=row_inside, other=0)
     lse_max = tl.full((1, BLOCK_ROW), float("-inf"), dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
         k_index = start + lane
@@ -161,35 +185,42 @@ def mc_factor_kernel(
         input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
         lse_sum = lse_sum + tl.sum(tl.where(inside, tl.exp(input - lse_max), 0.0), axis=0, keep_dims=True)
     lse_tail = tl.log(lse_sum)
+    total = tl.full((1, BLOCK_ROW), 0.0, dtype=COMPUTE)
+    for start in range(0, K, BLOCK_K):
+        k_index = start + lane
+        inside = (k_index < K) & row_inside
+        total = total + tl.sum(tl.where(inside, (k_index == target).to(COMPUTE), 0.0), axis=0, keep_dims=True)
     for m in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         sampled = tl.load(sampled_ptr + m * N * R + n * R + r, mask=row_inside, other=0)
+        fixed_2 = fixed * tl.sqrt(total)
         for start in range(0, K, BLOCK_K):
             k_index = start + lane
             inside = (k_index < K) & row_inside
             input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
             tl.store(
                 out_ptr + m * N * K * R + n * K * R + k_index * R + r,
-                fixed * (tl.exp(input - lse_max - lse_tail) - (k_index == sampled).to(COMPUTE)),
+                fixed_2 * (tl.exp(input - lse_max - lse_tail) - (k_index == sampled).to(COMPUTE)),
                 mask=inside,
             )
 
 
-def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
-    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) / √(M)
+def mc_factor(sampled: Tensor, input: Tensor, target: Tensor) -> Tensor:
+    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) √total[n, r] / √(M)
 
-    sampled [M, N, R], input [N, K, R] -> [M, N, K, R].
+    sampled [M, N, R], input [N, K, R], target [N, R] -> [M, N, K, R].
     """
-    sampled, input = sampled.contiguous(), input.contiguous()
+    sampled, input, target = sampled.contiguous(), input.contiguous(), target.contiguous()
     M, N, R = sampled.shape
     K = input.shape[1]
     rows = N * R
     columns = M
-    dtype = accumulator(sampled, input)
+    dtype = accumulator(sampled, input, target)
     out = torch.empty((M, N, K, R), dtype=dtype, device=input.device)
     blocks = triton.cdiv(rows, ROW_LANES)
     mc_factor_kernel[(blocks, splits(blocks, columns))](
         sampled,
         input,
+        target,
         out,
         columns,
         rows,

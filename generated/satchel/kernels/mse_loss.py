@@ -17,7 +17,7 @@ from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, splits, triton
 
 @triton.jit
 def gradient_kernel(input_ptr, target_ptr, out_ptr, size, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
-    """gradient[n, j] = 2 input[n, j] − 2 target[n, j]"""
+    """gradient[n, j] = 2 (input[n, j] − target[n, j])"""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = lane < size - start
@@ -27,7 +27,7 @@ def gradient_kernel(input_ptr, target_ptr, out_ptr, size, COMPUTE: tl.constexpr,
 
 
 def gradient(input: Tensor, target: Tensor) -> Tensor:
-    """gradient[n, j] = 2 input[n, j] − 2 target[n, j]
+    """gradient[n, j] = 2 (input[n, j] − target[n, j])
 
     input [N, J], target [N, J] -> [N, J].
     """

@@ -2,8 +2,11 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """torch.nn.CrossEntropyLoss
 
-lse[n, r] = logsumexp_{k} input[n, k, r]
-loss[n, r] = lse[n, r] − (Σ_{k} [k = target[n, r]] input[n, k, r])
+    lse[n, r] = logsumexp_{k} input[n, k, r]
+    total[n, r] = Σ_{k} [k = target[n, r]]
+    loss[n, r] = lse[n, r] total[n, r] − (Σ_{k} [k = target[n, r]] input[n, k, r])
+
+Monte-Carlo features estimate the Fisher of Categorical(exp(input[n, k, r] − lse[n, r])), weighted by total[n, r], which is ∇²ℓ.
 """
 
 from __future__ import annotations
@@ -20,66 +23,86 @@ from ..runtime.sampling import categorical
 
 @widened
 def gradient(input: Tensor, target: Tensor) -> Tensor:
-    """gradient[n, k, r] = probabilities[n, k, r] − [k = target[n, r]]
+    """gradient[n, k, r] = probabilities[n, k, r] total[n, r] − [k = target[n, r]]
 
     input [N, K, R], target [N, R] → [N, K, R]
     """
     K = input.shape[1]
-    lse = torch.logsumexp(input, 1)
-    probabilities = torch.exp(input - lse[:, None, :])
-    classes = torch.arange(K, device=probabilities.device)
-    return probabilities - (target[:, None, :] == classes[:, None]).to(probabilities.dtype)
+    classes = torch.arange(K, device=input.device)
+    total = (target[:, :, None] == classes).to(input.dtype).sum(2)
+    probabilities = torch.softmax(input, 1)
+    classes2 = torch.arange(K, device=probabilities.device)
+    return total[:, None, :] * probabilities - (target[:, None, :] == classes2[:, None]).to(probabilities.dtype)
 
 
 @widened
-def exact_factor(input: Tensor) -> Tensor:
-    """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r]
+def exact_factor(input: Tensor, target: Tensor) -> Tensor:
+    """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r] √total[n, r]
 
-    input [N, K, R] → [K, R, N, K, R]
+    input [N, K, R], target [N, R] → [K, R, N, K, R]
     """
     _, K, R = input.shape
-    lse = torch.logsumexp(input, 1)
-    probabilities = torch.exp(input - lse[:, None, :])
+    classes = torch.arange(K, device=input.device)
+    total = (target[:, :, None] == classes).to(input.dtype).sum(2)
+    probabilities = torch.softmax(input, 1)
     eye = torch.eye(K, dtype=probabilities.dtype, device=probabilities.device)
     eye2 = torch.eye(R, dtype=probabilities.dtype, device=probabilities.device)
     return (
-        torch.sqrt(probabilities.permute(1, 0, 2)[:, None, :, None, :])
+        torch.sqrt(total[:, None, :])
+        * torch.sqrt(probabilities.permute(1, 0, 2)[:, None, :, None, :])
         * (eye[:, None, None, :, None] - probabilities)
         * eye2[:, None, None, :]
     ).flatten(0, 1)
 
 
 @widened
-def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
-    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) / √(M)
+def mc_factor(sampled: Tensor, input: Tensor, target: Tensor) -> Tensor:
+    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) √total[n, r] / √(M)
 
-    sampled [M, N, R], input [N, K, R] → [M, N, K, R]
+    sampled [M, N, R], input [N, K, R], target [N, R] → [M, N, K, R]
     """
     M = sampled.shape[0]
     K = input.shape[1]
-    lse = torch.logsumexp(input, 1)
-    probabilities = torch.exp(input - lse[:, None, :])
-    classes = torch.arange(K, device=probabilities.device)
-    return (probabilities - (sampled[:, :, None, :] == classes[:, None]).to(probabilities.dtype)) / math.sqrt(M)
+    classes = torch.arange(K, device=input.device)
+    total = (target[:, :, None] == classes).to(input.dtype).sum(2)
+    probabilities = torch.softmax(input, 1)
+    classes2 = torch.arange(K, device=probabilities.device)
+    return (
+        torch.sqrt(total[:, None, :])
+        * (probabilities - (sampled[:, :, None, :] == classes2[:, None]).to(probabilities.dtype))
+        / math.sqrt(M)
+    )
 
 
 @widened
 def violation(target: Tensor, input: Tensor) -> Tensor:
-    """any target outside 0 ≤ y < K
+    """any target outside 0 ≤ y < K that is not -100
 
     target [N, R], input [N, K, R] → []
     """
     K = input.shape[1]
-    return ((target < 0) | (target >= K)).any()
+    return (((target < 0) | (target >= K)) & (target != -100)).any()
 
 
+@widened
+def mean_divisor(input: Tensor, target: Tensor) -> Tensor:
+    """mean_divisor = Σ_{n,r} total[n, r]
+
+    input [N, K, R], target [N, R] → []
+    """
+    K = input.shape[1]
+    classes = torch.arange(K, device=input.device)
+    total = (target[:, :, None] == classes).to(input.dtype).sum(2)
+    return total.sum((0, 1))
+
+
+@widened
 def sample(mc_samples: int, generator: torch.Generator | None, input: Tensor) -> Tensor:
-    """ŷ ~ p = exp(input[n, k, r] − lse[n, r])
+    """ŷ ~ Categorical(exp(input[n, k, r] − lse[n, r]))
 
     input [N, K, R] → [M, N, R]
     """
-    lse = torch.logsumexp(input, 1)
-    probabilities = torch.exp(input - lse[:, None, :])
+    probabilities = torch.softmax(input, 1)
     return categorical(probabilities.permute(0, 2, 1), mc_samples, generator)
 
 
@@ -87,7 +110,9 @@ LOSS = Loss(
     name="CrossEntropyLoss",
     module=torch.nn.CrossEntropyLoss,
     formula=(
-        "lse[n, r] = logsumexp_{k} input[n, k, r]; loss[n, r] = lse[n, r] − (Σ_{k} [k = target[n, r]] input[n, k, r])"
+        "lse[n, r] = logsumexp_{k} input[n, k, r]; "
+        "total[n, r] = Σ_{k} [k = target[n, r]]; "
+        "loss[n, r] = lse[n, r] total[n, r] − (Σ_{k} [k = target[n, r]] input[n, k, r])"
     ),
     kernels="cross_entropy_loss",
     input_axes=("n", "k", "r*"),
@@ -95,10 +120,15 @@ LOSS = Loss(
     elements=("n", "r"),
     columns=("k", "r"),
     gradient=Rule(gradient, ("input", "target"), kernel="gradient"),
-    exact_factor=Rule(exact_factor, ("input",), kernel="exact_factor"),
-    sample=Rule(sample, ("input",)),
-    mc_factor=Rule(mc_factor, ("input",), kernel="mc_factor"),
+    exact_factor=Rule(exact_factor, ("input", "target"), kernel="exact_factor"),
+    mc_factor=Rule(mc_factor, ("input", "target"), kernel="mc_factor"),
     violation=Rule(violation, ("target", "input")),
-    violation_text="target outside 0 ≤ y < K, K the number of classes",
-    options={"reduction": ("mean", "sum"), "weight": (None,), "ignore_index": (-100,), "label_smoothing": (0.0,)},
+    sample=Rule(sample, ("input",)),
+    reductions={
+        "mean": Rule(mean_divisor, ("input", "target")),
+        "sum": (),
+    },
+    violation_text="target outside 0 ≤ y < K, K the number of classes, and not the ignored -100",
+    classes=True,
+    when={"weight": None, "label_smoothing": 0.0, "ignore_index": -100},
 )

@@ -2,7 +2,9 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """torch.nn.MSELoss
 
-loss[n, j] = (input[n, j] − target[n, j])²
+    loss[n, j] = (input[n, j] − target[n, j])²
+
+Monte-Carlo features estimate the Fisher of N(input[n, j], 1/2), which is ∇²ℓ.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from ..runtime.sampling import normal
 
 @widened
 def gradient(input: Tensor, target: Tensor) -> Tensor:
-    """gradient[n, j] = 2 input[n, j] − 2 target[n, j]
+    """gradient[n, j] = 2 (input[n, j] − target[n, j])
 
     input [N, J], target [N, J] → [N, J]
     """
-    return 2 * input - 2 * target
+    return 2 * (input - target)
 
 
 @widened
@@ -47,12 +49,13 @@ def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
     return (2 * input - 2 * sampled) / math.sqrt(M)
 
 
+@widened
 def sample(mc_samples: int, generator: torch.Generator | None, input: Tensor) -> Tensor:
     """ŷ ~ N(input[n, j], 1/2)
 
     input [N, J] → [M, N, J]
     """
-    return normal(input, math.sqrt(1 / 2), mc_samples, generator)
+    return normal(input, 1 / 2, mc_samples, generator)
 
 
 LOSS = Loss(
@@ -66,7 +69,10 @@ LOSS = Loss(
     columns=("j",),
     gradient=Rule(gradient, ("input", "target"), kernel="gradient"),
     exact_factor=Rule(exact_factor, ("input",), kernel="exact_factor"),
-    sample=Rule(sample, ("input",)),
     mc_factor=Rule(mc_factor, ("input",), kernel="mc_factor"),
-    options={"reduction": ("mean", "sum")},
+    sample=Rule(sample, ("input",)),
+    reductions={
+        "mean": ("j", "n"),
+        "sum": (),
+    },
 )

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,8 +53,7 @@ class Recorder:
             if isinstance(definition, Layer) and _plain_parameters(module, definition):
                 return self._layer(definition, reference, _argument(args, kwargs, 0, "input"), output)
             if isinstance(definition, Loss):
-                target = _argument(args, kwargs, 1, "target")
-                return self._loss(definition, reference, _argument(args, kwargs, 0, "input"), target, output)
+                return self._loss(module, inspect.signature(module.forward).bind(*args, **kwargs).arguments, output)
         if registry().is_piecewise_linear(module) and isinstance(output, Tensor):
             own = list(_between(output, _argument(args, kwargs, 0, "input")))
             for node in own:
@@ -112,19 +112,25 @@ class Recorder:
         record.keep(**{name: buffer for name in layer.buffers if (buffer := module._buffers[name]) is not None})  # type: ignore[union-attr]
         _attach(node, record)
 
-    def _loss(self, loss: Loss, reference: weakref.ref[nn.Module], x: Tensor, target: Tensor, output: Tensor) -> None:
-        node, module = _node(output), reference()
+    def _loss(self, module: nn.Module, arguments: Mapping[str, Any], output: Tensor) -> None:
+        x, target, *_ = arguments.values()
+        loss, node = registry().loss(module, target), _node(output)
+        operands = {name: _argument_over(x, arguments[name]) for name in loss.arguments}
+        attributes = {name: getattr(module, name) for name in loss.operands if name not in loss.arguments}
+        operands |= {name: value for name, value in attributes.items() if value is not None}
+        wanted = dict.fromkeys(["reduction", *loss.options, *loss.numbers])
         record = LossRecord(
             name=self.name,
-            module=reference,
-            options={name: getattr(module, name) for name in loss.options},
+            module=weakref.ref(module),
+            options={name: getattr(module, name) for name in wanted},
             node_shape=tuple(output.shape),
             output_nr=output.output_nr,
             edge=_edge(x),
             definition=loss,
             input_shape=tuple(x.shape),
+            differentiated=[name for name, t in {"target": target, **operands}.items() if t.requires_grad],
         )
-        record.keep(input=alias(x), target=alias(target))
+        record.keep(input=alias(x), target=alias(target), **{name: alias(t) for name, t in operands.items()})
         _attach(node, record)
 
 
@@ -141,6 +147,12 @@ class _Arrival:
 def _attach(node: Node, entry: Entry) -> None:
     if attach(node, entry):
         node.register_prehook(_Arrival(entries(node)))
+
+
+def _argument_over(x: Tensor, value: Any) -> Tensor:
+    """A number as a tensor; a tensor that only lacks the last axis of `x` with that axis, as torch takes a variance."""
+    tensor = value if isinstance(value, Tensor) else x.new_tensor(value)
+    return tensor.unsqueeze(-1) if 0 < tensor.ndim < x.ndim and tensor.shape == x.shape[:-1] else tensor
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Tensor:

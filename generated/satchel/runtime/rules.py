@@ -121,14 +121,17 @@ class Composite:
 
 @dataclass(frozen=True)
 class Loss:
-    """A negative log-likelihood Σ ℓ(f, y), times c (1 for a sum, 1 / number of terms for a mean).
+    """A loss Σ ℓ(f, y), times c: 1 over what its reduction divides by.
 
     gradient:      () → ∂/∂f Σℓ [*input]
     exact_factor:  () → S [V, *input] with S Sᵀ = ∂²(Σℓ)/∂f²
-    sample:        (mc_samples, generator) → ŷ [M, *target]
-    mc_factor:     (ŷ) → ∂/∂f Σℓ(f, ŷ_m) / √M [M, *input]
-    violation:     () → whether a target lies outside the domain
-    `elements` are the axes whose extents multiply to the number of terms, `columns` those that multiply to V.
+    sample:        (mc_samples, generator) → ŷ [M, *outcomes]; None, and why, where the loss is no likelihood
+    mc_factor:     (ŷ) → √weight · score(ŷ_m) / √M [M, *input], of the distribution that ŷ is drawn from
+    …_undefined:   () → whether what that factor is the square root of is negative; None: it cannot be
+    violation:     () → whether a target is none of the classes
+    `elements` are the axes of the terms ℓ, `columns` those whose extents multiply to V. `reductions` gives the divisor of each:
+    axes whose extents multiply to it, or a rule. `operands` are further tensors with their axes, attributes of the module or
+    `arguments` of its forward function; `when` and `classes` (integer targets) tell variants of one module apart.
     """
 
     name: str
@@ -141,10 +144,19 @@ class Loss:
     columns: tuple[str, ...]
     gradient: Rule
     exact_factor: Rule
-    sample: Rule
-    mc_factor: Rule
+    reductions: Mapping[str, Rule | tuple[str, ...]]
+    sample: Rule | None = None
+    mc_factor: Rule | None = None
+    exact_factor_undefined: Rule | None = None
+    mc_factor_undefined: Rule | None = None
     violation: Rule | None = None
     violation_text: str = ""
+    no_likelihood: str = ""
+    classes: bool = False
+    operands: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _EMPTY)
+    arguments: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    when: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: _EMPTY)
 
 
@@ -215,21 +227,23 @@ class Registry:
         if "forward" in vars(module):  # patched on the instance: it may compute anything
             return None
         for definition in self._by_forward.get(type(module).forward, ()):
-            if all(getattr(module, name) == value for name, value in _when(definition).items()):
+            if all(getattr(module, name) == value for name, value in definition.when.items()):
                 return definition
         return None
+
+    def loss(self, module: nn.Module, target: Tensor) -> Loss:
+        """The variant of a loss for a target of classes, or of numbers; the only one there is, where the target fits none."""
+        variants = [loss for loss in self._by_forward[type(module).forward] if isinstance(loss, Loss)]
+        fits = [loss for loss in variants if all(getattr(module, name) == v for name, v in loss.when.items())]
+        return next((loss for loss in fits if loss.classes is not target.is_floating_point()), fits[0])
 
     def composite(self, module: nn.Module) -> Composite | None:
         forward = type(module).forward
         return next((composite for composite in self.composites if composite.module.forward is forward), None)
 
 
-def _when(definition: Layer | Loss) -> Mapping[str, Any]:
-    return definition.when if isinstance(definition, Layer) else _EMPTY
-
-
 def _asks(definition: Layer | Loss) -> int:
-    return -len(_when(definition))
+    return -len(definition.when)
 
 
 _installed: Registry | None = None

@@ -13,6 +13,5 @@ MSE_LOSS = Loss(
     target=y[n, j],
     statements=(Statement(loss[n, j], (f[n, j] - y[n, j]) ** 2),),
     distribution=Normal(mean=f[n, j], variance=Rational(1, 2)),
-    options={"reduction": ("mean", "sum")},
     examples=(Example((3,)), Example((2, 3))),
 )
