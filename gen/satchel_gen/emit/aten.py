@@ -69,11 +69,12 @@ class AtenPrinter(StrPrinter):
     def _print_Pow(self, expr: Expr) -> str:
         base, exponent = expr.args
         text = self._print(base)
-        scalar = base.is_number or isinstance(base, Extent) or base in self.scalars
+        number = all(isinstance(symbol, Option) for symbol in base.free_symbols)  # or numbers of the module
+        scalar = number or isinstance(base, Extent) or base in self.scalars
         if scalar and exponent == sympy.Rational(1, 2):
             return f"math.sqrt({text})"
         if scalar and exponent.is_Integer and exponent > 0:
-            return f"{text}**{exponent}"
+            return f"{self.parenthesize(base, 70)}**{exponent}"
         if exponent == 2:
             return f"{text}.square()" if _is_postfix(text) else f"torch.square({text})"
         if exponent == sympy.Rational(1, 2):

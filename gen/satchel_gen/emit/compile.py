@@ -159,14 +159,17 @@ def _configured(kernel: Any, dtype: str) -> tuple[Any, dict[str, Any], int]:
 
 
 def _signature(kernel: Any, dtype: str, constants: Mapping[str, Any]) -> dict[str, str]:
-    """The type of each argument: sums are written in the accumulation type, and indices are 64-bit integers."""
+    """The type of each argument: sums are written in the accumulation type, indices are 64-bit, numbers as they state."""
     integers = _integer_pointers(kernel.src)
     summed = "BLOCK_LANE" in constants or "BLOCK_M" in constants
     wide = DTYPES["float64" if dtype == "float64" else "float32"]
     signature: dict[str, str] = {}
-    for name in kernel.arg_names:
+    for parameter in kernel.params:
+        name = parameter.name
         if name in constants:
             signature[name] = "constexpr"
+        elif parameter.annotation_type:
+            signature[name] = parameter.annotation_type
         elif name in integers:
             signature[name] = "*i64"
         elif name.endswith("_ptr"):

@@ -17,7 +17,7 @@ from ..lowering.losses import LossRule, LoweredLoss
 from ..lowering.plan import Axes, Map, Node, extent_symbol, leaf, plan
 from ..lowering.rules import LoweredRule
 from ..lowering.squares import Variant
-from ..notation import Extent, LogSumExp, Option, index_atoms, reads
+from ..notation import Extent, LogSumExp, index_atoms, reads
 from .aten import Body, unpack_extents
 
 
@@ -89,7 +89,7 @@ def rule_functions(rule: LoweredRule) -> list[Function]:
     formula = "\n    ".join(render_formula(f) for f in (*(stage.formula for stage in rule.stages), rule.formula))
     shapes = shapes_line(rule.arguments, rule.formula.axes)
     arguments = tuple(rule.arguments)
-    numbers = dict.fromkeys(rule.shapes, "tuple[int, ...]") | {o.attribute: _kind(o) for o in rule.components}
+    numbers = dict.fromkeys(rule.shapes, "tuple[int, ...]") | {o.attribute: o.kind for o in rule.components}
     if len(rule.variants) == 1:
         return [replace(_straight(rule, formula, shapes, rule.variants[0].tree), numbers=numbers)]
     programs = [replace(_program(rule, variant), numbers=numbers) for variant in rule.variants]
@@ -100,11 +100,6 @@ def rule_functions(rule: LoweredRule) -> list[Function]:
         note="The cheapest program for the shapes.", choices=choices, numbers=numbers,
     )  # fmt: skip
     return [*programs, entry]
-
-
-def _kind(option: Option) -> str:
-    number = "int" if option.is_integer else "float"
-    return number if option.part is None else f"tuple[{number}, ...]"
 
 
 def _straight(rule: LoweredRule, formula: str, shapes: str, tree: Node) -> Function:

@@ -14,7 +14,7 @@ from sympy import Expr, Indexed
 
 from ..formula import render, render_formula
 from ..calculus.terms import Term
-from ..notation import Index, LogSumExp, base_name, index_atoms, reads
+from ..notation import Equal, Index, LogSumExp, base_name, index_atoms, reads
 from .losses import LossRule, LoweredLoss
 from .plan import Axes, Contract, Leaf, Map, Node, leaves
 from .programs import Contraction, Gram, Pointwise, Program, Read, Reduce, Row, Stage
@@ -39,7 +39,11 @@ def layer_kernels(layer: LoweredLayer) -> list[KernelRule]:
 
 
 def _kernel(rule: LoweredRule) -> KernelRule | None:
-    if rule.stages or rule.numbers or len(rule.formula.terms) > 1 or any(leaf.windows for leaf in _leaves(rule)):
+    if rule.stages:
+        return None
+    if _is_elementwise(rule):
+        return _pointwise(rule)
+    if rule.numbers or len(rule.formula.terms) > 1 or any(leaf.windows for leaf in _leaves(rule)):
         return None
     (term,) = rule.formula.terms
     if (
@@ -53,19 +57,34 @@ def _kernel(rule: LoweredRule) -> KernelRule | None:
     (variant,) = rule.variants
     tree = variant.tree
     doc = render_formula(rule.formula)
-    if isinstance(tree, Map) and rule.operands and not term.deltas and not term.sums:
-        accesses = {read: Read(str(read.base), names(read.indices)) for read in reads(term.factor)}
-        ordered = tuple(dict.fromkeys(accesses[r] for name in rule.arguments for r in accesses if str(r.base) == name))
-        expr = term.factor.xreplace({r: sympy.Symbol(str(r.base), real=True) for r in accesses})
-        return KernelRule(
-            rule, Pointwise(name=rule.name, doc=doc, out=names(rule.formula.axes), reads=ordered, expr=expr)
-        )
     if isinstance(tree, Contract) and any(map(_is_square, (tree.left, tree.right))):
         program = _contraction(rule, rule.name, doc, tree)
         return KernelRule(rule, program) if program is not None else None
     if term.square is not None:
         return KernelRule(rule, _squared_sum(rule, doc))
     return None
+
+
+def _is_elementwise(rule: LoweredRule) -> bool:
+    """Whether every element comes from one element of each tensor, and from more than one tensor."""
+    accessed = {read for term in rule.formula.terms for read in reads(term.factor)}
+    aligned = len(accessed) == len({read.base for read in accessed})
+    simple = all(not (term.sums or term.deltas or term.square or term.factor.has(Equal)) for term in rule.formula.terms)
+    return bool(rule.operands) and aligned and simple and not any(leaf.windows for leaf in _leaves(rule))
+
+
+def _pointwise(rule: LoweredRule) -> KernelRule:
+    expr = sympy.Add(*(term.factor for term in rule.formula.terms))
+    accesses = {str(read.base): read for read in reads(expr)}
+    program = Pointwise(
+        name=rule.name,
+        doc=render_formula(rule.formula),
+        out=names(rule.formula.axes),
+        reads=tuple(Read(name, names(accesses[name].indices)) for name in rule.arguments),
+        expr=expr.xreplace({read: sympy.Symbol(name, real=True) for name, read in accesses.items()}),
+        options=rule.components,
+    )
+    return KernelRule(rule, program)
 
 
 def _is_matrix_product(term: Term) -> bool:

@@ -12,7 +12,148 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import REDUCE_LANES, REDUCE_ROWS, accumulator, splits, triton_type
+from ..runtime.triton_launch import POINTWISE_BLOCK, REDUCE_LANES, REDUCE_ROWS, accumulator, splits, triton_type
+
+
+@triton.jit
+def vjp_kernel(
+    factor_ptr,
+    running_var_ptr,
+    weight_ptr,
+    out_ptr,
+    columns,
+    size,
+    S,
+    eps: tl.float64,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """vjp[v, n, c, s] = factor[v, n, c, s] weight[c] / √(running_var[c] + eps)"""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    inside = lane < size - start
+    element = start + lane
+    c = element // S
+    eps = tl.full((), eps, COMPUTE)
+    running_var = tl.load(running_var_ptr + c, mask=inside, other=0).to(COMPUTE)
+    weight = tl.load(weight_ptr + c, mask=inside, other=0).to(COMPUTE)
+    fixed = weight * tl.rsqrt(eps + running_var)
+    for column in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
+        base = column * size + start
+        factor = tl.load(factor_ptr + base + lane, mask=inside, other=0).to(COMPUTE)
+        tl.store(out_ptr + base + lane, factor * fixed, mask=inside)
+
+
+def vjp(factor: Tensor, running_var: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """vjp[v, n, c, s] = factor[v, n, c, s] weight[c] / √(running_var[c] + eps)
+
+    factor [V, N, C, S], running_var [C], weight [C] -> [V, N, C, S].
+    """
+    factor, running_var, weight = factor.contiguous(), running_var.contiguous(), weight.contiguous()
+    V, N, C, S = factor.shape
+    size = C * S
+    columns = V * N
+    dtype = accumulator(factor, running_var, weight)
+    out = torch.empty((V, N, C, S), dtype=dtype, device=factor.device)
+    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    vjp_kernel[(blocks, splits(blocks, columns))](
+        factor, running_var, weight, out, columns, size, S, eps, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
+    )
+    return out
+
+
+@triton.jit
+def diagonal_kernel(
+    curvature_ptr,
+    running_var_ptr,
+    weight_ptr,
+    out_ptr,
+    columns,
+    size,
+    S,
+    eps: tl.float64,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """diagonal[n, c, s] = curvature[n, c, s] weight[c]² / (running_var[c] + eps)"""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    inside = lane < size - start
+    element = start + lane
+    c = element // S
+    eps = tl.full((), eps, COMPUTE)
+    running_var = tl.load(running_var_ptr + c, mask=inside, other=0).to(COMPUTE)
+    weight = tl.load(weight_ptr + c, mask=inside, other=0).to(COMPUTE)
+    fixed = weight * weight / (eps + running_var)
+    for n in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
+        base = n * size + start
+        curvature = tl.load(curvature_ptr + base + lane, mask=inside, other=0).to(COMPUTE)
+        tl.store(out_ptr + base + lane, curvature * fixed, mask=inside)
+
+
+def diagonal(curvature: Tensor, running_var: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """diagonal[n, c, s] = curvature[n, c, s] weight[c]² / (running_var[c] + eps)
+
+    curvature [N, C, S], running_var [C], weight [C] -> [N, C, S].
+    """
+    curvature, running_var, weight = curvature.contiguous(), running_var.contiguous(), weight.contiguous()
+    N, C, S = curvature.shape
+    size = C * S
+    columns = N
+    dtype = accumulator(curvature, running_var, weight)
+    out = torch.empty((N, C, S), dtype=dtype, device=curvature.device)
+    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    diagonal_kernel[(blocks, splits(blocks, columns))](
+        curvature, running_var, weight, out, columns, size, S, eps, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
+    )
+    return out
+
+
+@triton.jit
+def mean_vjp_kernel(
+    rows_ptr,
+    running_var_ptr,
+    weight_ptr,
+    out_ptr,
+    columns,
+    size,
+    S,
+    eps: tl.float64,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """mean_vjp[e, c, s] = rows[e, c, s] weight[c] / √(running_var[c] + eps)"""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    inside = lane < size - start
+    element = start + lane
+    c = element // S
+    eps = tl.full((), eps, COMPUTE)
+    running_var = tl.load(running_var_ptr + c, mask=inside, other=0).to(COMPUTE)
+    weight = tl.load(weight_ptr + c, mask=inside, other=0).to(COMPUTE)
+    fixed = weight * tl.rsqrt(eps + running_var)
+    for e in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
+        base = e * size + start
+        rows_value = tl.load(rows_ptr + base + lane, mask=inside, other=0).to(COMPUTE)
+        tl.store(out_ptr + base + lane, fixed * rows_value, mask=inside)
+
+
+def mean_vjp(rows: Tensor, running_var: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """mean_vjp[e, c, s] = rows[e, c, s] weight[c] / √(running_var[c] + eps)
+
+    rows [E, C, S], running_var [C], weight [C] -> [E, C, S].
+    """
+    rows, running_var, weight = rows.contiguous(), running_var.contiguous(), weight.contiguous()
+    E, C, S = rows.shape
+    size = C * S
+    columns = E
+    dtype = accumulator(rows, running_var, weight)
+    out = torch.empty((E, C, S), dtype=dtype, device=rows.device)
+    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    mean_vjp_kernel[(blocks, splits(blocks, columns))](
+        rows, running_var, weight, out, columns, size, S, eps, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
+    )
+    return out
 
 
 @triton.jit
@@ -26,11 +167,11 @@ def bias_sum_of_squares_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * C * S + c[None, :] * S
+        factor_tile = factor_ptr + step[:, None] * C * S + c[None, :] * S
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(S):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
+            part += tl.load(factor_tile, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += 1
         total += part * part
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * C + c, tl.sum(total, axis=0), mask=c_inside)
 
@@ -65,11 +206,11 @@ def bias_squared_norm_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * N * C * S + n * C * S + c[None, :] * S
+        factor_tile = factor_ptr + step[:, None] * N * C * S + n * C * S + c[None, :] * S
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(S):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
+            part += tl.load(factor_tile, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += 1
         total += part * part
     tl.store(
         out_ptr + (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2), tl.sum(total)
@@ -105,12 +246,12 @@ def bias_signed_sum_of_squares_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * C * S + c[None, :] * S
+        factor_tile = factor_ptr + step[:, None] * C * S + c[None, :] * S
         weight = tl.load(sign_ptr + step, mask=step_inside, other=0).to(COMPUTE)
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(S):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
+            part += tl.load(factor_tile, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += 1
         total += weight[:, None] * part * part
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * C + c, tl.sum(total, axis=0), mask=c_inside)
 

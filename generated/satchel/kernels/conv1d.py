@@ -27,11 +27,11 @@ def bias_sum_of_squares_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * G * O * W + g * O * W + o[None, :] * W
+        factor_tile = factor_ptr + step[:, None] * G * O * W + g * O * W + o[None, :] * W
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(W):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
+            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += 1
         total += part * part
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * G * O + g * O + o, tl.sum(total, axis=0), mask=o_inside)
 
@@ -68,13 +68,11 @@ def bias_squared_norm_kernel(
         step_inside = step < steps
         v = step // G
         g = step % G
-        factortile_offset = (
-            factor_ptr + v[:, None] * N * G * O * W + n * G * O * W + g[:, None] * O * W + o[:, None] * W + w[:, None]
-        )
+        factor_tile = factor_ptr + v[:, None] * N * G * O * W + n * G * O * W + g[:, None] * O * W + o[None, :] * W
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(W):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
+            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += 1
         total += part * part
     tl.store(
         out_ptr + (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2), tl.sum(total)
@@ -120,12 +118,12 @@ def bias_signed_sum_of_squares_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * G * O * W + g * O * W + o[None, :] * W
+        factor_tile = factor_ptr + step[:, None] * G * O * W + g * O * W + o[None, :] * W
         weight = tl.load(sign_ptr + step, mask=step_inside, other=0).to(COMPUTE)
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(W):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
+            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += 1
         total += weight[:, None] * part * part
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * G * O + g * O + o, tl.sum(total, axis=0), mask=o_inside)
 

@@ -31,11 +31,11 @@ def bias_sum_of_squares_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * C * S + c[None, :] * S
+        factor_tile = factor_ptr + step[:, None] * C * S + c[None, :] * S
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(S):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
+            part += tl.load(factor_tile, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += 1
         total += part * part
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * C + c, tl.sum(total, axis=0), mask=c_inside)
 
@@ -70,11 +70,11 @@ def bias_squared_norm_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * N * C * S + n * C * S + c[None, :] * S
+        factor_tile = factor_ptr + step[:, None] * N * C * S + n * C * S + c[None, :] * S
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(S):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
+            part += tl.load(factor_tile, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += 1
         total += part * part
     tl.store(
         out_ptr + (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2), tl.sum(total)
@@ -110,12 +110,12 @@ def bias_signed_sum_of_squares_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * C * S + c[None, :] * S
+        factor_tile = factor_ptr + step[:, None] * C * S + c[None, :] * S
         weight = tl.load(sign_ptr + step, mask=step_inside, other=0).to(COMPUTE)
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(S):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
+            part += tl.load(factor_tile, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += 1
         total += weight[:, None] * part * part
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * C + c, tl.sum(total, axis=0), mask=c_inside)
 

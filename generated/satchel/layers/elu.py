@@ -29,7 +29,7 @@ def diagonal(curvature: Tensor, input: Tensor, alpha: float) -> Tensor:
 
     curvature [N, J], input [N, J] → [N, J]
     """
-    return curvature * torch.where(input > 0, curvature.new_tensor(1.0), alpha.square() * torch.exp(2 * input))
+    return curvature * torch.where(input > 0, curvature.new_tensor(1.0), alpha**2 * torch.exp(2 * input))
 
 
 @widened
@@ -66,14 +66,14 @@ LAYER = Layer(
     name="ELU",
     module=torch.nn.ELU,
     formula=("output[n, j] = (input[n, j] if input[n, j] > 0, else alpha (exp(input[n, j]) − 1))"),
-    kernels="",
+    kernels="elu",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input", "alpha")),
-    diagonal=Rule(diagonal, ("input", "alpha")),
+    vjp=Rule(vjp, ("input", "alpha"), kernel="vjp"),
+    diagonal=Rule(diagonal, ("input", "alpha"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "alpha")),
     sandwich=Rule(sandwich, ("input", "alpha")),
-    residual=Rule(residual, ("input", "alpha")),
+    residual=Rule(residual, ("input", "alpha"), kernel="residual"),
     hessian=None,
     elementwise=True,
     mixed=False,

@@ -29,7 +29,7 @@ def diagonal(curvature: Tensor, input: Tensor, negative_slope: float) -> Tensor:
 
     curvature [N, J], input [N, J] → [N, J]
     """
-    return curvature * torch.where(input > 0, curvature.new_tensor(1.0), negative_slope.square())
+    return curvature * torch.where(input > 0, curvature.new_tensor(1.0), negative_slope**2)
 
 
 @widened
@@ -57,11 +57,11 @@ LAYER = Layer(
     name="LeakyReLU",
     module=torch.nn.LeakyReLU,
     formula=("output[n, j] = (input[n, j] if input[n, j] > 0, else negative_slope input[n, j])"),
-    kernels="",
+    kernels="leaky_relu",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input", "negative_slope")),
-    diagonal=Rule(diagonal, ("input", "negative_slope")),
+    vjp=Rule(vjp, ("input", "negative_slope"), kernel="vjp"),
+    diagonal=Rule(diagonal, ("input", "negative_slope"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "negative_slope")),
     sandwich=Rule(sandwich, ("input", "negative_slope")),
     residual=None,

@@ -29,7 +29,7 @@ def diagonal(curvature: Tensor, input: Tensor, lower: float, upper: float) -> Te
 
     curvature [N, J], input [N, J] → [N, J]
     """
-    return curvature * torch.where(input > 0, curvature.new_tensor(1.0), torch.square(lower / 2 + upper / 2))
+    return curvature * torch.where(input > 0, curvature.new_tensor(1.0), (lower / 2 + upper / 2) ** 2)
 
 
 @widened
@@ -57,11 +57,11 @@ LAYER = Layer(
     name="RReLU",
     module=torch.nn.RReLU,
     formula=("output[n, j] = (input[n, j] if input[n, j] > 0, else (1/2 lower + 1/2 upper) input[n, j])"),
-    kernels="",
+    kernels="rrelu",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input", "lower", "upper")),
-    diagonal=Rule(diagonal, ("input", "lower", "upper")),
+    vjp=Rule(vjp, ("input", "lower", "upper"), kernel="vjp"),
+    diagonal=Rule(diagonal, ("input", "lower", "upper"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "lower", "upper")),
     sandwich=Rule(sandwich, ("input", "lower", "upper")),
     residual=None,
