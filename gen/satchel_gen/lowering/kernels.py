@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 from sympy import Expr, Indexed
@@ -16,7 +16,7 @@ from ..formula import render, render_formula
 from ..calculus.terms import Term
 from ..notation import Equal, Index, LogSumExp, base_name, index_atoms, reads
 from .losses import LossRule, LoweredLoss
-from .plan import Axes, Contract, Leaf, Map, Node, leaves
+from .plan import Axes, Contract, Leaf, Map, Node, Window, leaf, leaves
 from .programs import Contraction, Gram, Pointwise, Program, Read, Reduce, Row, Stage
 from .rules import LoweredLayer, LoweredRule
 from .squares import Variant
@@ -43,7 +43,10 @@ def _kernel(rule: LoweredRule) -> KernelRule | None:
         return None
     if _is_elementwise(rule):
         return _pointwise(rule)
-    if rule.numbers or len(rule.formula.terms) > 1 or any(leaf.windows for leaf in _leaves(rule)):
+    if any(leaf.windows for leaf in _leaves(rule)):
+        program = _windowed(rule)
+        return KernelRule(rule, program) if program is not None else None
+    if rule.numbers or len(rule.formula.terms) > 1:
         return None
     (term,) = rule.formula.terms
     if (
@@ -61,7 +64,8 @@ def _kernel(rule: LoweredRule) -> KernelRule | None:
         program = _contraction(rule, rule.name, doc, tree)
         return KernelRule(rule, program) if program is not None else None
     if term.square is not None:
-        return KernelRule(rule, _squared_sum(rule, doc))
+        reduction = _squared_sum(rule, doc)
+        return KernelRule(rule, reduction) if reduction is not None else None
     return None
 
 
@@ -98,6 +102,61 @@ def _is_matrix_product(term: Term) -> bool:
 
 def _leaves(rule: LoweredRule) -> list[Leaf]:
     return [leaf for variant in rule.variants for leaf in leaves(variant.tree)]
+
+
+def _windowed(rule: LoweredRule) -> Contraction | None:
+    """A product with a tensor that is read through windows, squared before or after its sum: neither patches nor individual
+    products are stored. A plain product is a convolution, which the vendor's library computes best."""
+    (term,) = rule.formula.terms
+    product = term if term.square is None else term.square
+    parts = sympy.Mul.make_args(product.factor)
+    operands = [_operand(part) for part in parts]
+    squared = term.square is not None or any(o is not None and o.square for o in operands)
+    if not squared or len(operands) != 2 or None in operands:
+        return None
+    plain, windowed = _on_lattice(*sorted((o for o in operands if o is not None), key=lambda o: len(o.windows)))
+    places = {w.place for o in operands if o is not None for w in o.windows}
+    if not places <= product.sums or any(w.divisor != 1 for w in windowed.windows):
+        return None
+    outer = {i.name for i in (term.sums | product.sums) - places}
+    steps = {axis for axis in outer if axis == "v" or axis in plain.walked and axis in windowed.walked}
+    weight = term.factor if term.square is not None and term.factor != 1 else None
+    return Contraction(
+        name=rule.name,
+        doc=render_formula(rule.formula),
+        out=names(rule.formula.axes),
+        a=plain,
+        b=windowed,
+        sums=tuple(w.place.name for w in windowed.windows),
+        accumulate=tuple(i.name for i in next(iter(rule.arguments.values())) if i.name in steps),
+        within=tuple(axis for axis in (*plain.walked, *windowed.walked) if axis in outer - steps),
+        square_epilogue=term.square is not None,
+        weight=None if weight is None else _operand(weight),
+        signature=tuple(rule.arguments),
+        shapes={name: names(axes) for name, axes in rule.shapes.items()},
+        options=rule.components,
+    )
+
+
+def _on_lattice(plain: Read, windowed: Read) -> tuple[Read, Read]:
+    """Σ_w a[w] b[(w + p − d·k) / s] as Σ_h b[h] a[s·h + d·k − p]: fractions are zero, and need not be walked."""
+    places = tuple(w.place for w in windowed.windows)
+    if all(w.divisor == 1 for w in windowed.windows) or plain.axes[-len(places) :] != names(places):
+        return plain, windowed
+    if any(w.step != 1 for w in windowed.windows):
+        return plain, windowed
+    one = sympy.Integer(1)
+    turned = [Window(w.place, w.axis, w.tap, w.divisor, -w.reach, -w.offset, one) for w in windowed.windows]
+    return replace(windowed, windows=()), replace(plain, windows=tuple(turned))
+
+
+def _operand(part: Expr) -> Read | None:
+    """One access of a tensor, perhaps squared."""
+    base, exponent = part.as_base_exp()
+    if not isinstance(base, Indexed) or exponent not in (1, 2):
+        return None
+    found = leaf(base)
+    return Read(found.name, names(found.stored), square=exponent == 2, windows=found.windows)
 
 
 def _squared_product(rule: LoweredRule) -> KernelRule:
@@ -160,10 +219,13 @@ def _is_square(node: Node) -> bool:
     )
 
 
-def _squared_sum(rule: LoweredRule, doc: str) -> Reduce:
+def _squared_sum(rule: LoweredRule, doc: str) -> Reduce | None:
+    """Where the summed axes lie innermost, torch's own sum reads the tensor as fast as memory allows: no kernel."""
     (term,) = rule.formula.terms
     assert term.square is not None
     (read,) = reads(term.square.factor)
+    if read.indices[-1] in term.square.sums:
+        return None
     weight = next((Read(str(r.base), names(r.indices)) for r in reads(term.factor)), None)
     return Reduce(
         name=rule.name,

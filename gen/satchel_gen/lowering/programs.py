@@ -107,17 +107,21 @@ class Pointwise(Program):
 
 @dataclass(frozen=True, kw_only=True)
 class Contraction(Program):
-    """out = Σ_accumulate weight · g(Σ_sums a·b), where g squares (square_epilogue) or is the identity."""
+    """out = Σ_{accumulate, within} weight · g(Σ_sums a·b), where g squares (square_epilogue) or is the identity.
+
+    `accumulate` is summed step by step in one tile, `within` over the elements of the tiles.
+    """
 
     a: Read
     b: Read
     sums: Axes
     accumulate: Axes = ()
+    within: Axes = ()
     square_epilogue: bool = False
     weight: Read | None = None
 
     def __post_init__(self) -> None:
-        self.require_known((*self.out, *self.sums, *self.accumulate))
+        self.require_known((*self.out, *self.sums, *self.accumulate, *self.within))
         self.require(bool(self.sums), "a contraction sums at least one axis before its epilogue")
         self.require(
             all(axis in self.a.walked and axis in self.b.walked for axis in self.sums),

@@ -12,135 +12,438 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import REDUCE_LANES, REDUCE_ROWS, accumulator, splits, triton_type
+from ..runtime.triton_launch import (
+    MATRIX_TILES,
+    SMALLEST_TILE,
+    accumulator,
+    check_spans,
+    fitting,
+    precision,
+    splits,
+    triton_type,
+)
 
 
+@triton.autotune(
+    configs=MATRIX_TILES,
+    key=["O", "C", "KW", "W", "COMPUTE", "PRECISION"],
+    prune_configs_by={"early_config_prune": fitting},
+)
 @triton.jit
-def bias_sum_of_squares_kernel(
-    factor_ptr, out_ptr, G, O, W, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
+def weight_sum_of_squares_kernel(
+    factor_ptr,
+    input_ptr,
+    out_ptr,
+    G,
+    O,
+    C,
+    N,
+    steps,
+    KW: tl.constexpr,
+    W: tl.constexpr,
+    IW: tl.constexpr,
+    dilation_0: tl.constexpr,
+    padding_0: tl.constexpr,
+    stride_0: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """bias_sum_of_squares[g, o] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w])²"""
-    g = tl.program_id(0).to(tl.int64)
-    o = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
+    """weight_sum_of_squares[g, o, c, kw] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]])²"""
+    g = (tl.program_id(0) % G).to(tl.int64)
+    part = tl.program_id(0) // G
+    o = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ckw = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_inside = o < O
-    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
-        step = start + tl.arange(0, BLOCK_ROW)
-        step_inside = step < steps
-        factor_tile = factor_ptr + step[:, None] * G * O * W + g * O * W + o[None, :] * W
-        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for _ in range(W):
-            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factor_tile += 1
-        total += part * part
-    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * G * O + g * O + o, tl.sum(total, axis=0), mask=o_inside)
+    ckw_inside = ckw < C * KW
+    c = ckw // KW
+    kw = ckw % KW
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+    for index in range(part, steps, tl.num_programs(0) // G):
+        step = tl.cast(index, tl.int64)
+        n = tl.cast(index % N, tl.int64)
+        factor_start = factor_ptr + step * G * O * W + g * O * W
+        input_start = input_ptr + n * G * C * IW + g * C * IW
+        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+        for w_start in range(0, W, BLOCK_K):
+            w = w_start + tl.arange(0, BLOCK_K)
+            w_inside = w < W
+            factor = tl.load(
+                factor_start + (o[:, None] * W + w[None, :]), mask=o_inside[:, None] & w_inside[None, :], other=0
+            ).to(COMPUTE)
+            iw = (w * stride_0)[:, None] + (kw * dilation_0 - padding_0)[None, :]
+            input = tl.load(
+                input_start + (c[None, :] * IW + iw),
+                mask=w_inside[:, None] & ckw_inside[None, :] & (iw >= 0) & (iw < IW),
+                other=0,
+            ).to(COMPUTE)
+            product = tl.dot(factor, input, product, input_precision=PRECISION, out_dtype=COMPUTE)
+        total += product * product
+    out_start = out_ptr + part.to(tl.int64) * G * O * C * KW + g * O * C * KW
+    out_tile = o[:, None] * C * KW + ckw[None, :]
+    tl.store(out_start + out_tile, total, mask=o_inside[:, None] & ckw_inside[None, :])
 
 
-def bias_sum_of_squares(factor: Tensor) -> Tensor:
-    """bias_sum_of_squares[g, o] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w])²
+def weight_sum_of_squares(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_sum_of_squares[g, o, c, kw] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]])²
 
-    factor [V, N, G, O, W] -> [G, O].
+    factor [V, N, G, O, W], input [N, G, C, IW] -> [G, O, C, KW].
     """
-    factor = factor.contiguous()
+    factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, W = factor.shape
-    steps = V * N
-    dtype = accumulator(factor)
-    lanes = triton.cdiv(O, REDUCE_LANES)
-    parts = splits(lanes * G, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((parts, G, O), dtype=dtype, device=factor.device)
-    bias_sum_of_squares_kernel[(G, lanes, parts)](
-        factor, out, G, O, W, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
+    *_, C, IW = input.shape
+    KW = weight_shape[3]
+    check_spans(O * W, C * IW, O * C * KW)
+    dtype = accumulator(factor, input)
+    parts = splits(G * triton.cdiv(O, 64) * triton.cdiv(C * KW, 64), V * N)
+    out = torch.empty((parts, G, O, C, KW), dtype=dtype, device=factor.device)
+    weight_sum_of_squares_kernel[
+        lambda meta: (parts * G, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(C * KW, meta["BLOCK_N"]))
+    ](
+        factor,
+        input,
+        out,
+        G,
+        O,
+        C,
+        N,
+        V * N,
+        KW,
+        W,
+        IW,
+        dilation[0],
+        padding[0],
+        stride[0],
+        COMPUTE=triton_type(dtype),
+        PRECISION=precision(factor, input),
     )
     return out[0] if parts == 1 else out.sum(0)
 
 
+@triton.autotune(
+    configs=MATRIX_TILES,
+    key=["O", "C", "KW", "W", "COMPUTE", "PRECISION"],
+    prune_configs_by={"early_config_prune": fitting},
+    reset_to_zero=["out_ptr"],
+)
 @triton.jit
-def bias_squared_norm_kernel(
-    factor_ptr, out_ptr, N, G, O, W, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
+def weight_squared_norm_kernel(
+    factor_ptr,
+    input_ptr,
+    out_ptr,
+    N,
+    G,
+    O,
+    C,
+    steps,
+    tiles,
+    W: tl.constexpr,
+    KW: tl.constexpr,
+    IW: tl.constexpr,
+    dilation_0: tl.constexpr,
+    padding_0: tl.constexpr,
+    stride_0: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """bias_squared_norm[n] = Σ_{g,o,v} (Σ_{w} factor[v, n, g, o, w])²"""
-    n = tl.program_id(0).to(tl.int64)
-    o = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
+    """weight_squared_norm[n] = Σ_{c,g,kw,o,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]])²"""
+    n = (tl.program_id(0) % N).to(tl.int64)
+    part = tl.program_id(0) // N
+    o = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ckw = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_inside = o < O
-    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
-        step = start + tl.arange(0, BLOCK_ROW)
-        step_inside = step < steps
-        v = step // G
-        g = step % G
-        factor_tile = factor_ptr + v[:, None] * N * G * O * W + n * G * O * W + g[:, None] * O * W + o[None, :] * W
-        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for _ in range(W):
-            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factor_tile += 1
-        total += part * part
+    ckw_inside = ckw < C * KW
+    c = ckw // KW
+    kw = ckw % KW
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+    for index in range(part, steps, tl.num_programs(0) // N):
+        v = tl.cast(index // G, tl.int64)
+        g = tl.cast(index % G, tl.int64)
+        factor_start = factor_ptr + v * N * G * O * W + n * G * O * W + g * O * W
+        input_start = input_ptr + n * G * C * IW + g * C * IW
+        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+        for w_start in range(0, W, BLOCK_K):
+            w = w_start + tl.arange(0, BLOCK_K)
+            w_inside = w < W
+            factor = tl.load(
+                factor_start + (o[:, None] * W + w[None, :]), mask=o_inside[:, None] & w_inside[None, :], other=0
+            ).to(COMPUTE)
+            iw = (w * stride_0)[:, None] + (kw * dilation_0 - padding_0)[None, :]
+            input = tl.load(
+                input_start + (c[None, :] * IW + iw),
+                mask=w_inside[:, None] & ckw_inside[None, :] & (iw >= 0) & (iw < IW),
+                other=0,
+            ).to(COMPUTE)
+            product = tl.dot(factor, input, product, input_precision=PRECISION, out_dtype=COMPUTE)
+        total += product * product
     tl.store(
-        out_ptr + (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2), tl.sum(total)
+        out_ptr + (part.to(tl.int64) * N + n) * tiles + tl.program_id(1) * tl.num_programs(2) + tl.program_id(2),
+        tl.sum(total),
     )
 
 
-def bias_squared_norm(factor: Tensor) -> Tensor:
-    """bias_squared_norm[n] = Σ_{g,o,v} (Σ_{w} factor[v, n, g, o, w])²
+def weight_squared_norm(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_squared_norm[n] = Σ_{c,g,kw,o,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]])²
 
-    factor [V, N, G, O, W] -> [N].
+    factor [V, N, G, O, W], input [N, G, C, IW] -> [N].
     """
-    factor = factor.contiguous()
+    factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, W = factor.shape
-    steps = V * G
-    dtype = accumulator(factor)
-    lanes = triton.cdiv(O, REDUCE_LANES)
-    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((N, lanes, parts), dtype=dtype, device=factor.device)
-    bias_squared_norm_kernel[(N, lanes, parts)](
-        factor, out, N, G, O, W, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
+    *_, C, IW = input.shape
+    KW = weight_shape[3]
+    check_spans(O * W, C * IW)
+    dtype = accumulator(factor, input)
+    parts = splits(N * triton.cdiv(O, 64) * triton.cdiv(C * KW, 64), V * G)
+    tiles = triton.cdiv(O, SMALLEST_TILE) * triton.cdiv(C * KW, SMALLEST_TILE)
+    out = torch.zeros((parts, N, tiles), dtype=dtype, device=factor.device)
+    weight_squared_norm_kernel[
+        lambda meta: (parts * N, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(C * KW, meta["BLOCK_N"]))
+    ](
+        factor,
+        input,
+        out,
+        N,
+        G,
+        O,
+        C,
+        V * G,
+        tiles,
+        W,
+        KW,
+        IW,
+        dilation[0],
+        padding[0],
+        stride[0],
+        COMPUTE=triton_type(dtype),
+        PRECISION=precision(factor, input),
     )
-    return out.sum((-2, -1))
+    return out.sum((0, -1))
 
 
+@triton.autotune(
+    configs=MATRIX_TILES,
+    key=["O", "C", "KW", "W", "COMPUTE", "PRECISION"],
+    prune_configs_by={"early_config_prune": fitting},
+)
 @triton.jit
-def bias_signed_sum_of_squares_kernel(
+def weight_signed_sum_of_squares_kernel(
     factor_ptr,
     sign_ptr,
+    input_ptr,
     out_ptr,
     G,
     O,
-    W,
+    C,
+    N,
     steps,
+    KW: tl.constexpr,
+    W: tl.constexpr,
+    IW: tl.constexpr,
+    dilation_0: tl.constexpr,
+    padding_0: tl.constexpr,
+    stride_0: tl.constexpr,
     COMPUTE: tl.constexpr,
-    BLOCK_ROW: tl.constexpr,
-    BLOCK_LANE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """bias_signed_sum_of_squares[g, o] = Σ_{n,v} sign[v, n] (Σ_{w} factor[v, n, g, o, w])²"""
-    g = tl.program_id(0).to(tl.int64)
-    o = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
+    """weight_signed_sum_of_squares[g, o, c, kw] = Σ_{n,v} sign[v, n] (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]])²"""
+    g = (tl.program_id(0) % G).to(tl.int64)
+    part = tl.program_id(0) // G
+    o = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ckw = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_inside = o < O
-    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
-        step = start + tl.arange(0, BLOCK_ROW)
-        step_inside = step < steps
-        factor_tile = factor_ptr + step[:, None] * G * O * W + g * O * W + o[None, :] * W
-        weight = tl.load(sign_ptr + step, mask=step_inside, other=0).to(COMPUTE)
-        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for _ in range(W):
-            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factor_tile += 1
-        total += weight[:, None] * part * part
-    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * G * O + g * O + o, tl.sum(total, axis=0), mask=o_inside)
+    ckw_inside = ckw < C * KW
+    c = ckw // KW
+    kw = ckw % KW
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+    for index in range(part, steps, tl.num_programs(0) // G):
+        step = tl.cast(index, tl.int64)
+        n = tl.cast(index % N, tl.int64)
+        factor_start = factor_ptr + step * G * O * W + g * O * W
+        input_start = input_ptr + n * G * C * IW + g * C * IW
+        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+        for w_start in range(0, W, BLOCK_K):
+            w = w_start + tl.arange(0, BLOCK_K)
+            w_inside = w < W
+            factor = tl.load(
+                factor_start + (o[:, None] * W + w[None, :]), mask=o_inside[:, None] & w_inside[None, :], other=0
+            ).to(COMPUTE)
+            iw = (w * stride_0)[:, None] + (kw * dilation_0 - padding_0)[None, :]
+            input = tl.load(
+                input_start + (c[None, :] * IW + iw),
+                mask=w_inside[:, None] & ckw_inside[None, :] & (iw >= 0) & (iw < IW),
+                other=0,
+            ).to(COMPUTE)
+            product = tl.dot(factor, input, product, input_precision=PRECISION, out_dtype=COMPUTE)
+        weight = tl.load(sign_ptr + step).to(COMPUTE)
+        total += weight * product * product
+    out_start = out_ptr + part.to(tl.int64) * G * O * C * KW + g * O * C * KW
+    out_tile = o[:, None] * C * KW + ckw[None, :]
+    tl.store(out_start + out_tile, total, mask=o_inside[:, None] & ckw_inside[None, :])
 
 
-def bias_signed_sum_of_squares(factor: Tensor, sign: Tensor) -> Tensor:
-    """bias_signed_sum_of_squares[g, o] = Σ_{n,v} sign[v, n] (Σ_{w} factor[v, n, g, o, w])²
+def weight_signed_sum_of_squares(
+    factor: Tensor,
+    sign: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_signed_sum_of_squares[g, o, c, kw] = Σ_{n,v} sign[v, n] (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]])²
 
-    factor [V, N, G, O, W], sign [V, N] -> [G, O].
+    factor [V, N, G, O, W], sign [V, N], input [N, G, C, IW] -> [G, O, C, KW].
     """
-    factor, sign = factor.contiguous(), sign.contiguous()
+    factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
     V, N, G, O, W = factor.shape
-    steps = V * N
-    dtype = accumulator(factor, sign)
-    lanes = triton.cdiv(O, REDUCE_LANES)
-    parts = splits(lanes * G, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((parts, G, O), dtype=dtype, device=factor.device)
-    bias_signed_sum_of_squares_kernel[(G, lanes, parts)](
-        factor, sign, out, G, O, W, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
+    *_, C, IW = input.shape
+    KW = weight_shape[3]
+    check_spans(O * W, C * IW, O * C * KW)
+    dtype = accumulator(factor, sign, input)
+    parts = splits(G * triton.cdiv(O, 64) * triton.cdiv(C * KW, 64), V * N)
+    out = torch.empty((parts, G, O, C, KW), dtype=dtype, device=factor.device)
+    weight_signed_sum_of_squares_kernel[
+        lambda meta: (parts * G, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(C * KW, meta["BLOCK_N"]))
+    ](
+        factor,
+        sign,
+        input,
+        out,
+        G,
+        O,
+        C,
+        N,
+        V * N,
+        KW,
+        W,
+        IW,
+        dilation[0],
+        padding[0],
+        stride[0],
+        COMPUTE=triton_type(dtype),
+        PRECISION=precision(factor, input),
+    )
+    return out[0] if parts == 1 else out.sum(0)
+
+
+@triton.autotune(
+    configs=MATRIX_TILES,
+    key=["O", "C", "KW", "W", "COMPUTE", "PRECISION"],
+    prune_configs_by={"early_config_prune": fitting},
+)
+@triton.jit
+def weight_diagonal_sum_kernel(
+    curvature_ptr,
+    input_ptr,
+    out_ptr,
+    G,
+    O,
+    C,
+    steps,
+    KW: tl.constexpr,
+    W: tl.constexpr,
+    IW: tl.constexpr,
+    dilation_0: tl.constexpr,
+    padding_0: tl.constexpr,
+    stride_0: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """weight_diagonal_sum[g, o, c, kw] = Σ_{n,w} curvature[n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]]²"""
+    g = (tl.program_id(0) % G).to(tl.int64)
+    part = tl.program_id(0) // G
+    o = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ckw = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_inside = o < O
+    ckw_inside = ckw < C * KW
+    c = ckw // KW
+    kw = ckw % KW
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+    for step in range(part.to(tl.int64), steps, tl.num_programs(0) // G):
+        curvature_start = curvature_ptr + step * G * O * W + g * O * W
+        input_start = input_ptr + step * G * C * IW + g * C * IW
+        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+        for w_start in range(0, W, BLOCK_K):
+            w = w_start + tl.arange(0, BLOCK_K)
+            w_inside = w < W
+            curvature = tl.load(
+                curvature_start + (o[:, None] * W + w[None, :]), mask=o_inside[:, None] & w_inside[None, :], other=0
+            ).to(COMPUTE)
+            iw = (w * stride_0)[:, None] + (kw * dilation_0 - padding_0)[None, :]
+            input = tl.load(
+                input_start + (c[None, :] * IW + iw),
+                mask=w_inside[:, None] & ckw_inside[None, :] & (iw >= 0) & (iw < IW),
+                other=0,
+            ).to(COMPUTE)
+            product = tl.dot(curvature, input * input, product, input_precision=PRECISION, out_dtype=COMPUTE)
+        total += product
+    out_start = out_ptr + part.to(tl.int64) * G * O * C * KW + g * O * C * KW
+    out_tile = o[:, None] * C * KW + ckw[None, :]
+    tl.store(out_start + out_tile, total, mask=o_inside[:, None] & ckw_inside[None, :])
+
+
+def weight_diagonal_sum(
+    curvature: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_diagonal_sum[g, o, c, kw] = Σ_{n,w} curvature[n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]]²
+
+    curvature [N, G, O, W], input [N, G, C, IW] -> [G, O, C, KW].
+    """
+    curvature, input = curvature.contiguous(), input.contiguous()
+    N, G, O, W = curvature.shape
+    *_, C, IW = input.shape
+    KW = weight_shape[3]
+    check_spans(O * W, C * IW, O * C * KW)
+    dtype = accumulator(curvature, input)
+    parts = splits(G * triton.cdiv(O, 64) * triton.cdiv(C * KW, 64), N)
+    out = torch.empty((parts, G, O, C, KW), dtype=dtype, device=curvature.device)
+    weight_diagonal_sum_kernel[
+        lambda meta: (parts * G, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(C * KW, meta["BLOCK_N"]))
+    ](
+        curvature,
+        input,
+        out,
+        G,
+        O,
+        C,
+        N,
+        KW,
+        W,
+        IW,
+        dilation[0],
+        padding[0],
+        stride[0],
+        COMPUTE=triton_type(dtype),
+        PRECISION=precision(curvature, input, squared=True),
     )
     return out[0] if parts == 1 else out.sum(0)

@@ -12,155 +12,598 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import REDUCE_LANES, REDUCE_ROWS, accumulator, splits, triton_type
+from ..runtime.triton_launch import (
+    MATRIX_TILES,
+    SMALLEST_TILE,
+    accumulator,
+    check_spans,
+    fitting,
+    precision,
+    splits,
+    triton_type,
+)
 
 
+@triton.autotune(
+    configs=MATRIX_TILES,
+    key=["C", "O", "KD", "KH", "KW", "ID", "IH", "IW", "COMPUTE", "PRECISION"],
+    prune_configs_by={"early_config_prune": fitting},
+)
 @triton.jit
-def bias_sum_of_squares_kernel(
-    factor_ptr, out_ptr, G, O, DHW, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
+def weight_sum_of_squares_kernel(
+    factor_ptr,
+    input_ptr,
+    out_ptr,
+    G,
+    C,
+    O,
+    N,
+    steps,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    ID: tl.constexpr,
+    IH: tl.constexpr,
+    IW: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    dilation_0: tl.constexpr,
+    dilation_1: tl.constexpr,
+    dilation_2: tl.constexpr,
+    padding_0: tl.constexpr,
+    padding_1: tl.constexpr,
+    padding_2: tl.constexpr,
+    stride_0: tl.constexpr,
+    stride_1: tl.constexpr,
+    stride_2: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """bias_sum_of_squares[g, o] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w])²"""
-    g = tl.program_id(0).to(tl.int64)
-    o = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
-    o_inside = o < O
-    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
-        step = start + tl.arange(0, BLOCK_ROW)
-        step_inside = step < steps
-        factor_tile = factor_ptr + step[:, None] * G * O * DHW + g * O * DHW + o[None, :] * DHW
-        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for _ in range(DHW):
-            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factor_tile += 1
-        total += part * part
-    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * G * O + g * O + o, tl.sum(total, axis=0), mask=o_inside)
+    """weight_sum_of_squares[g, c, o, kd, kh, kw] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]])²"""
+    g = (tl.program_id(0) % G).to(tl.int64)
+    part = tl.program_id(0) // G
+    c = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    okdkhkw = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c_inside = c < C
+    okdkhkw_inside = okdkhkw < O * KD * KH * KW
+    o = okdkhkw // (KD * KH * KW)
+    kd = okdkhkw // (KH * KW) % KD
+    kh = okdkhkw // KW % KH
+    kw = okdkhkw % KW
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+    for index in range(part, steps, tl.num_programs(0) // G):
+        step = tl.cast(index, tl.int64)
+        n = tl.cast(index % N, tl.int64)
+        input_start = input_ptr + n * G * C * ID * IH * IW + g * C * ID * IH * IW
+        factor_start = factor_ptr + step * G * O * D * H * W + g * O * D * H * W
+        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+        for idihiw_start in range(0, ID * IH * IW, BLOCK_K):
+            idihiw = idihiw_start + tl.arange(0, BLOCK_K)
+            idihiw_inside = idihiw < ID * IH * IW
+            id = idihiw // (IH * IW)
+            ih = idihiw // IW % IH
+            iw = idihiw % IW
+            input = tl.load(
+                input_start + (c[:, None] * ID * IH * IW + idihiw[None, :]),
+                mask=c_inside[:, None] & idihiw_inside[None, :],
+                other=0,
+            ).to(COMPUTE)
+            d = (id * stride_0)[:, None] + (kd * dilation_0 - padding_0)[None, :]
+            h = (ih * stride_1)[:, None] + (kh * dilation_1 - padding_1)[None, :]
+            w = (iw * stride_2)[:, None] + (kw * dilation_2 - padding_2)[None, :]
+            factor = tl.load(
+                factor_start + (o[None, :] * D * H * W + d * H * W + h * W + w),
+                mask=idihiw_inside[:, None]
+                & okdkhkw_inside[None, :]
+                & (d >= 0)
+                & (d < D)
+                & (h >= 0)
+                & (h < H)
+                & (w >= 0)
+                & (w < W),
+                other=0,
+            ).to(COMPUTE)
+            product = tl.dot(input, factor, product, input_precision=PRECISION, out_dtype=COMPUTE)
+        total += product * product
+    out_start = out_ptr + part.to(tl.int64) * G * C * O * KD * KH * KW + g * C * O * KD * KH * KW
+    out_tile = c[:, None] * O * KD * KH * KW + okdkhkw[None, :]
+    tl.store(out_start + out_tile, total, mask=c_inside[:, None] & okdkhkw_inside[None, :])
 
 
-def bias_sum_of_squares(factor: Tensor) -> Tensor:
-    """bias_sum_of_squares[g, o] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w])²
+def weight_sum_of_squares(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_sum_of_squares[g, c, o, kd, kh, kw] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]])²
 
-    factor [V, N, G, O, D, H, W] -> [G, O].
+    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] -> [G, C, O, KD, KH, KW].
     """
-    factor = factor.contiguous()
+    factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, D, H, W = factor.shape
-    steps = V * N
-    dtype = accumulator(factor)
-    lanes = triton.cdiv(O, REDUCE_LANES)
-    parts = splits(lanes * G, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((parts, G, O), dtype=dtype, device=factor.device)
-    bias_sum_of_squares_kernel[(G, lanes, parts)](
-        factor, out, G, O, D * H * W, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
+    *_, C, ID, IH, IW = input.shape
+    *_, KD, KH, KW = weight_shape
+    check_spans(C * ID * IH * IW, O * D * H * W, C * O * KD * KH * KW)
+    dtype = accumulator(factor, input)
+    parts = splits(G * triton.cdiv(C, 64) * triton.cdiv(O * KD * KH * KW, 64), V * N)
+    out = torch.empty((parts, G, C, O, KD, KH, KW), dtype=dtype, device=input.device)
+    weight_sum_of_squares_kernel[
+        lambda meta: (parts * G, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
+    ](
+        factor,
+        input,
+        out,
+        G,
+        C,
+        O,
+        N,
+        V * N,
+        KD,
+        KH,
+        KW,
+        ID,
+        IH,
+        IW,
+        D,
+        H,
+        W,
+        dilation[0],
+        dilation[1],
+        dilation[2],
+        padding[0],
+        padding[1],
+        padding[2],
+        stride[0],
+        stride[1],
+        stride[2],
+        COMPUTE=triton_type(dtype),
+        PRECISION=precision(input, factor),
     )
     return out[0] if parts == 1 else out.sum(0)
 
 
+@triton.autotune(
+    configs=MATRIX_TILES,
+    key=["C", "O", "KD", "KH", "KW", "ID", "IH", "IW", "COMPUTE", "PRECISION"],
+    prune_configs_by={"early_config_prune": fitting},
+    reset_to_zero=["out_ptr"],
+)
 @triton.jit
-def bias_squared_norm_kernel(
-    factor_ptr, out_ptr, N, G, O, DHW, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
+def weight_squared_norm_kernel(
+    factor_ptr,
+    input_ptr,
+    out_ptr,
+    N,
+    G,
+    C,
+    O,
+    steps,
+    tiles,
+    ID: tl.constexpr,
+    IH: tl.constexpr,
+    IW: tl.constexpr,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    dilation_0: tl.constexpr,
+    dilation_1: tl.constexpr,
+    dilation_2: tl.constexpr,
+    padding_0: tl.constexpr,
+    padding_1: tl.constexpr,
+    padding_2: tl.constexpr,
+    stride_0: tl.constexpr,
+    stride_1: tl.constexpr,
+    stride_2: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """bias_squared_norm[n] = Σ_{g,o,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w])²"""
-    n = tl.program_id(0).to(tl.int64)
-    o = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
-    o_inside = o < O
-    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
-        step = start + tl.arange(0, BLOCK_ROW)
-        step_inside = step < steps
-        v = step // G
-        g = step % G
-        factor_tile = (
-            factor_ptr + v[:, None] * N * G * O * DHW + n * G * O * DHW + g[:, None] * O * DHW + o[None, :] * DHW
-        )
-        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for _ in range(DHW):
-            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factor_tile += 1
-        total += part * part
+    """weight_squared_norm[n] = Σ_{c,g,kd,kh,kw,o,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]])²"""
+    n = (tl.program_id(0) % N).to(tl.int64)
+    part = tl.program_id(0) // N
+    c = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    okdkhkw = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c_inside = c < C
+    okdkhkw_inside = okdkhkw < O * KD * KH * KW
+    o = okdkhkw // (KD * KH * KW)
+    kd = okdkhkw // (KH * KW) % KD
+    kh = okdkhkw // KW % KH
+    kw = okdkhkw % KW
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+    for index in range(part, steps, tl.num_programs(0) // N):
+        v = tl.cast(index // G, tl.int64)
+        g = tl.cast(index % G, tl.int64)
+        input_start = input_ptr + n * G * C * ID * IH * IW + g * C * ID * IH * IW
+        factor_start = factor_ptr + v * N * G * O * D * H * W + n * G * O * D * H * W + g * O * D * H * W
+        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+        for idihiw_start in range(0, ID * IH * IW, BLOCK_K):
+            idihiw = idihiw_start + tl.arange(0, BLOCK_K)
+            idihiw_inside = idihiw < ID * IH * IW
+            id = idihiw // (IH * IW)
+            ih = idihiw // IW % IH
+            iw = idihiw % IW
+            input = tl.load(
+                input_start + (c[:, None] * ID * IH * IW + idihiw[None, :]),
+                mask=c_inside[:, None] & idihiw_inside[None, :],
+                other=0,
+            ).to(COMPUTE)
+            d = (id * stride_0)[:, None] + (kd * dilation_0 - padding_0)[None, :]
+            h = (ih * stride_1)[:, None] + (kh * dilation_1 - padding_1)[None, :]
+            w = (iw * stride_2)[:, None] + (kw * dilation_2 - padding_2)[None, :]
+            factor = tl.load(
+                factor_start + (o[None, :] * D * H * W + d * H * W + h * W + w),
+                mask=idihiw_inside[:, None]
+                & okdkhkw_inside[None, :]
+                & (d >= 0)
+                & (d < D)
+                & (h >= 0)
+                & (h < H)
+                & (w >= 0)
+                & (w < W),
+                other=0,
+            ).to(COMPUTE)
+            product = tl.dot(input, factor, product, input_precision=PRECISION, out_dtype=COMPUTE)
+        total += product * product
     tl.store(
-        out_ptr + (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2), tl.sum(total)
+        out_ptr + (part.to(tl.int64) * N + n) * tiles + tl.program_id(1) * tl.num_programs(2) + tl.program_id(2),
+        tl.sum(total),
     )
 
 
-def bias_squared_norm(factor: Tensor) -> Tensor:
-    """bias_squared_norm[n] = Σ_{g,o,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w])²
+def weight_squared_norm(
+    factor: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_squared_norm[n] = Σ_{c,g,kd,kh,kw,o,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]])²
 
-    factor [V, N, G, O, D, H, W] -> [N].
+    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] -> [N].
     """
-    factor = factor.contiguous()
+    factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, D, H, W = factor.shape
-    steps = V * G
-    dtype = accumulator(factor)
-    lanes = triton.cdiv(O, REDUCE_LANES)
-    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((N, lanes, parts), dtype=dtype, device=factor.device)
-    bias_squared_norm_kernel[(N, lanes, parts)](
+    *_, C, ID, IH, IW = input.shape
+    *_, KD, KH, KW = weight_shape
+    check_spans(C * ID * IH * IW, O * D * H * W)
+    dtype = accumulator(factor, input)
+    parts = splits(N * triton.cdiv(C, 64) * triton.cdiv(O * KD * KH * KW, 64), V * G)
+    tiles = triton.cdiv(C, SMALLEST_TILE) * triton.cdiv(O * KD * KH * KW, SMALLEST_TILE)
+    out = torch.zeros((parts, N, tiles), dtype=dtype, device=input.device)
+    weight_squared_norm_kernel[
+        lambda meta: (parts * N, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
+    ](
         factor,
+        input,
         out,
         N,
         G,
+        C,
         O,
-        D * H * W,
-        steps,
+        V * G,
+        tiles,
+        ID,
+        IH,
+        IW,
+        KD,
+        KH,
+        KW,
+        D,
+        H,
+        W,
+        dilation[0],
+        dilation[1],
+        dilation[2],
+        padding[0],
+        padding[1],
+        padding[2],
+        stride[0],
+        stride[1],
+        stride[2],
         COMPUTE=triton_type(dtype),
-        BLOCK_ROW=REDUCE_ROWS,
-        BLOCK_LANE=REDUCE_LANES,
+        PRECISION=precision(input, factor),
     )
-    return out.sum((-2, -1))
+    return out.sum((0, -1))
 
 
+@triton.autotune(
+    configs=MATRIX_TILES,
+    key=["C", "O", "KD", "KH", "KW", "ID", "IH", "IW", "COMPUTE", "PRECISION"],
+    prune_configs_by={"early_config_prune": fitting},
+)
 @triton.jit
-def bias_signed_sum_of_squares_kernel(
+def weight_signed_sum_of_squares_kernel(
     factor_ptr,
     sign_ptr,
+    input_ptr,
     out_ptr,
     G,
+    C,
     O,
-    DHW,
+    N,
     steps,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    ID: tl.constexpr,
+    IH: tl.constexpr,
+    IW: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    dilation_0: tl.constexpr,
+    dilation_1: tl.constexpr,
+    dilation_2: tl.constexpr,
+    padding_0: tl.constexpr,
+    padding_1: tl.constexpr,
+    padding_2: tl.constexpr,
+    stride_0: tl.constexpr,
+    stride_1: tl.constexpr,
+    stride_2: tl.constexpr,
     COMPUTE: tl.constexpr,
-    BLOCK_ROW: tl.constexpr,
-    BLOCK_LANE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """bias_signed_sum_of_squares[g, o] = Σ_{n,v} sign[v, n] (Σ_{d,h,w} factor[v, n, g, o, d, h, w])²"""
-    g = tl.program_id(0).to(tl.int64)
-    o = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
-    o_inside = o < O
-    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
-        step = start + tl.arange(0, BLOCK_ROW)
-        step_inside = step < steps
-        factor_tile = factor_ptr + step[:, None] * G * O * DHW + g * O * DHW + o[None, :] * DHW
-        weight = tl.load(sign_ptr + step, mask=step_inside, other=0).to(COMPUTE)
-        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for _ in range(DHW):
-            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factor_tile += 1
-        total += weight[:, None] * part * part
-    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * G * O + g * O + o, tl.sum(total, axis=0), mask=o_inside)
+    """weight_signed_sum_of_squares[g, c, o, kd, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]])²"""
+    g = (tl.program_id(0) % G).to(tl.int64)
+    part = tl.program_id(0) // G
+    c = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    okdkhkw = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c_inside = c < C
+    okdkhkw_inside = okdkhkw < O * KD * KH * KW
+    o = okdkhkw // (KD * KH * KW)
+    kd = okdkhkw // (KH * KW) % KD
+    kh = okdkhkw // KW % KH
+    kw = okdkhkw % KW
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+    for index in range(part, steps, tl.num_programs(0) // G):
+        step = tl.cast(index, tl.int64)
+        n = tl.cast(index % N, tl.int64)
+        input_start = input_ptr + n * G * C * ID * IH * IW + g * C * ID * IH * IW
+        factor_start = factor_ptr + step * G * O * D * H * W + g * O * D * H * W
+        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+        for idihiw_start in range(0, ID * IH * IW, BLOCK_K):
+            idihiw = idihiw_start + tl.arange(0, BLOCK_K)
+            idihiw_inside = idihiw < ID * IH * IW
+            id = idihiw // (IH * IW)
+            ih = idihiw // IW % IH
+            iw = idihiw % IW
+            input = tl.load(
+                input_start + (c[:, None] * ID * IH * IW + idihiw[None, :]),
+                mask=c_inside[:, None] & idihiw_inside[None, :],
+                other=0,
+            ).to(COMPUTE)
+            d = (id * stride_0)[:, None] + (kd * dilation_0 - padding_0)[None, :]
+            h = (ih * stride_1)[:, None] + (kh * dilation_1 - padding_1)[None, :]
+            w = (iw * stride_2)[:, None] + (kw * dilation_2 - padding_2)[None, :]
+            factor = tl.load(
+                factor_start + (o[None, :] * D * H * W + d * H * W + h * W + w),
+                mask=idihiw_inside[:, None]
+                & okdkhkw_inside[None, :]
+                & (d >= 0)
+                & (d < D)
+                & (h >= 0)
+                & (h < H)
+                & (w >= 0)
+                & (w < W),
+                other=0,
+            ).to(COMPUTE)
+            product = tl.dot(input, factor, product, input_precision=PRECISION, out_dtype=COMPUTE)
+        weight = tl.load(sign_ptr + step).to(COMPUTE)
+        total += weight * product * product
+    out_start = out_ptr + part.to(tl.int64) * G * C * O * KD * KH * KW + g * C * O * KD * KH * KW
+    out_tile = c[:, None] * O * KD * KH * KW + okdkhkw[None, :]
+    tl.store(out_start + out_tile, total, mask=c_inside[:, None] & okdkhkw_inside[None, :])
 
 
-def bias_signed_sum_of_squares(factor: Tensor, sign: Tensor) -> Tensor:
-    """bias_signed_sum_of_squares[g, o] = Σ_{n,v} sign[v, n] (Σ_{d,h,w} factor[v, n, g, o, d, h, w])²
+def weight_signed_sum_of_squares(
+    factor: Tensor,
+    sign: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_signed_sum_of_squares[g, c, o, kd, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]])²
 
-    factor [V, N, G, O, D, H, W], sign [V, N] -> [G, O].
+    factor [V, N, G, O, D, H, W], sign [V, N], input [N, G, C, ID, IH, IW] -> [G, C, O, KD, KH, KW].
     """
-    factor, sign = factor.contiguous(), sign.contiguous()
+    factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
     V, N, G, O, D, H, W = factor.shape
-    steps = V * N
-    dtype = accumulator(factor, sign)
-    lanes = triton.cdiv(O, REDUCE_LANES)
-    parts = splits(lanes * G, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((parts, G, O), dtype=dtype, device=factor.device)
-    bias_signed_sum_of_squares_kernel[(G, lanes, parts)](
+    *_, C, ID, IH, IW = input.shape
+    *_, KD, KH, KW = weight_shape
+    check_spans(C * ID * IH * IW, O * D * H * W, C * O * KD * KH * KW)
+    dtype = accumulator(factor, sign, input)
+    parts = splits(G * triton.cdiv(C, 64) * triton.cdiv(O * KD * KH * KW, 64), V * N)
+    out = torch.empty((parts, G, C, O, KD, KH, KW), dtype=dtype, device=input.device)
+    weight_signed_sum_of_squares_kernel[
+        lambda meta: (parts * G, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
+    ](
         factor,
         sign,
+        input,
         out,
         G,
+        C,
         O,
-        D * H * W,
-        steps,
+        N,
+        V * N,
+        KD,
+        KH,
+        KW,
+        ID,
+        IH,
+        IW,
+        D,
+        H,
+        W,
+        dilation[0],
+        dilation[1],
+        dilation[2],
+        padding[0],
+        padding[1],
+        padding[2],
+        stride[0],
+        stride[1],
+        stride[2],
         COMPUTE=triton_type(dtype),
-        BLOCK_ROW=REDUCE_ROWS,
-        BLOCK_LANE=REDUCE_LANES,
+        PRECISION=precision(input, factor),
+    )
+    return out[0] if parts == 1 else out.sum(0)
+
+
+@triton.autotune(
+    configs=MATRIX_TILES,
+    key=["C", "O", "KD", "KH", "KW", "ID", "IH", "IW", "COMPUTE", "PRECISION"],
+    prune_configs_by={"early_config_prune": fitting},
+)
+@triton.jit
+def weight_diagonal_sum_kernel(
+    curvature_ptr,
+    input_ptr,
+    out_ptr,
+    G,
+    C,
+    O,
+    steps,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    ID: tl.constexpr,
+    IH: tl.constexpr,
+    IW: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    dilation_0: tl.constexpr,
+    dilation_1: tl.constexpr,
+    dilation_2: tl.constexpr,
+    padding_0: tl.constexpr,
+    padding_1: tl.constexpr,
+    padding_2: tl.constexpr,
+    stride_0: tl.constexpr,
+    stride_1: tl.constexpr,
+    stride_2: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """weight_diagonal_sum[g, c, o, kd, kh, kw] = Σ_{d,h,n,w} curvature[n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]]²"""
+    g = (tl.program_id(0) % G).to(tl.int64)
+    part = tl.program_id(0) // G
+    c = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    okdkhkw = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c_inside = c < C
+    okdkhkw_inside = okdkhkw < O * KD * KH * KW
+    o = okdkhkw // (KD * KH * KW)
+    kd = okdkhkw // (KH * KW) % KD
+    kh = okdkhkw // KW % KH
+    kw = okdkhkw % KW
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+    for step in range(part.to(tl.int64), steps, tl.num_programs(0) // G):
+        input_start = input_ptr + step * G * C * ID * IH * IW + g * C * ID * IH * IW
+        curvature_start = curvature_ptr + step * G * O * D * H * W + g * O * D * H * W
+        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
+        for idihiw_start in range(0, ID * IH * IW, BLOCK_K):
+            idihiw = idihiw_start + tl.arange(0, BLOCK_K)
+            idihiw_inside = idihiw < ID * IH * IW
+            id = idihiw // (IH * IW)
+            ih = idihiw // IW % IH
+            iw = idihiw % IW
+            input = tl.load(
+                input_start + (c[:, None] * ID * IH * IW + idihiw[None, :]),
+                mask=c_inside[:, None] & idihiw_inside[None, :],
+                other=0,
+            ).to(COMPUTE)
+            d = (id * stride_0)[:, None] + (kd * dilation_0 - padding_0)[None, :]
+            h = (ih * stride_1)[:, None] + (kh * dilation_1 - padding_1)[None, :]
+            w = (iw * stride_2)[:, None] + (kw * dilation_2 - padding_2)[None, :]
+            curvature = tl.load(
+                curvature_start + (o[None, :] * D * H * W + d * H * W + h * W + w),
+                mask=idihiw_inside[:, None]
+                & okdkhkw_inside[None, :]
+                & (d >= 0)
+                & (d < D)
+                & (h >= 0)
+                & (h < H)
+                & (w >= 0)
+                & (w < W),
+                other=0,
+            ).to(COMPUTE)
+            product = tl.dot(input * input, curvature, product, input_precision=PRECISION, out_dtype=COMPUTE)
+        total += product
+    out_start = out_ptr + part.to(tl.int64) * G * C * O * KD * KH * KW + g * C * O * KD * KH * KW
+    out_tile = c[:, None] * O * KD * KH * KW + okdkhkw[None, :]
+    tl.store(out_start + out_tile, total, mask=c_inside[:, None] & okdkhkw_inside[None, :])
+
+
+def weight_diagonal_sum(
+    curvature: Tensor,
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_diagonal_sum[g, c, o, kd, kh, kw] = Σ_{d,h,n,w} curvature[n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]]²
+
+    curvature [N, G, O, D, H, W], input [N, G, C, ID, IH, IW] -> [G, C, O, KD, KH, KW].
+    """
+    curvature, input = curvature.contiguous(), input.contiguous()
+    N, G, O, D, H, W = curvature.shape
+    *_, C, ID, IH, IW = input.shape
+    *_, KD, KH, KW = weight_shape
+    check_spans(C * ID * IH * IW, O * D * H * W, C * O * KD * KH * KW)
+    dtype = accumulator(curvature, input)
+    parts = splits(G * triton.cdiv(C, 64) * triton.cdiv(O * KD * KH * KW, 64), N)
+    out = torch.empty((parts, G, C, O, KD, KH, KW), dtype=dtype, device=input.device)
+    weight_diagonal_sum_kernel[
+        lambda meta: (parts * G, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
+    ](
+        curvature,
+        input,
+        out,
+        G,
+        C,
+        O,
+        N,
+        KD,
+        KH,
+        KW,
+        ID,
+        IH,
+        IW,
+        D,
+        H,
+        W,
+        dilation[0],
+        dilation[1],
+        dilation[2],
+        padding[0],
+        padding[1],
+        padding[2],
+        stride[0],
+        stride[1],
+        stride[2],
+        COMPUTE=triton_type(dtype),
+        PRECISION=precision(input, curvature, squared=True),
     )
     return out[0] if parts == 1 else out.sum(0)

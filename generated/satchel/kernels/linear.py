@@ -83,9 +83,9 @@ def diagonal(curvature: Tensor, weight: Tensor) -> Tensor:
     I = weight.shape[1]
     check_strides(O, I)
     dtype = accumulator(curvature, weight)
-    parts = splits(triton.cdiv((N * R), 64) * triton.cdiv(I, 64), triton.cdiv(O, 16))
+    parts = splits(triton.cdiv(N * R, 64) * triton.cdiv(I, 64), triton.cdiv(O, 16))
     out = torch.empty((parts, N, R, I), dtype=dtype, device=weight.device)
-    diagonal_kernel[lambda meta: (parts, triton.cdiv((N * R), meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))](
+    diagonal_kernel[lambda meta: (parts, triton.cdiv(N * R, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))](
         curvature,
         weight,
         out,
@@ -126,7 +126,7 @@ def weight_sum_of_squares_fused_kernel(
     r = tl.arange(0, BLOCK_K)
     o_inside = o < O - o_start
     i_inside = i < I - i_start
-    factor_tile = r[None, :] * O + o[:, None]
+    factor_tile = o[:, None] + r[None, :] * O
     input_tile = r[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
     for index in range(tl.program_id(0), steps, tl.num_programs(0)):
@@ -194,7 +194,7 @@ def weight_sum_of_squares_separated_kernel(
     n = tl.arange(0, BLOCK_K)
     o_inside = o < O - o_start
     i_inside = i < I - i_start
-    product_value_tile = n[None, :] * O + o[:, None]
+    product_value_tile = o[:, None] + n[None, :] * O
     input_tile = n[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
     product_value_start = product_ptr + part * BLOCK_K * O + o_start
@@ -349,7 +349,7 @@ def weight_signed_sum_of_squares_fused_kernel(
     r = tl.arange(0, BLOCK_K)
     o_inside = o < O - o_start
     i_inside = i < I - i_start
-    factor_tile = r[None, :] * O + o[:, None]
+    factor_tile = o[:, None] + r[None, :] * O
     input_tile = r[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
     for index in range(tl.program_id(0), steps, tl.num_programs(0)):
@@ -418,7 +418,7 @@ def weight_signed_sum_of_squares_separated_kernel(
     n = tl.arange(0, BLOCK_K)
     o_inside = o < O - o_start
     i_inside = i < I - i_start
-    product_value_tile = n[None, :] * O + o[:, None]
+    product_value_tile = o[:, None] + n[None, :] * O
     input_tile = n[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
     product_value_start = product_ptr + part * BLOCK_K * O + o_start
@@ -482,7 +482,7 @@ def weight_diagonal_sum_kernel(
     nr = tl.arange(0, BLOCK_K)
     o_inside = o < O - o_start
     i_inside = i < I - i_start
-    curvature_tile = nr[None, :] * O + o[:, None]
+    curvature_tile = o[:, None] + nr[None, :] * O
     input_tile = nr[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
     curvature_start = curvature_ptr + part * BLOCK_K * O + o_start

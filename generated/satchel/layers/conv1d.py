@@ -432,22 +432,35 @@ LAYER = Layer(
             "per_sample": Rule(weight_per_sample, ("input", "weight_shape", "dilation", "padding", "stride"), lead=2),
             "gradient": Rule(weight_gradient, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0),
             "sum_of_squares": Rule(
-                weight_sum_of_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
+                weight_sum_of_squares,
+                ("input", "weight_shape", "dilation", "padding", "stride"),
+                kernel="weight_sum_of_squares",
+                lead=0,
             ),
-            "squared_norm": Rule(weight_squared_norm, ("input", "weight_shape", "dilation", "padding", "stride")),
+            "squared_norm": Rule(
+                weight_squared_norm,
+                ("input", "weight_shape", "dilation", "padding", "stride"),
+                kernel="weight_squared_norm",
+            ),
             "signed_sum_of_squares": Rule(
-                weight_signed_sum_of_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
+                weight_signed_sum_of_squares,
+                ("input", "weight_shape", "dilation", "padding", "stride"),
+                kernel="weight_signed_sum_of_squares",
+                lead=0,
             ),
             "diagonal_sum": Rule(
-                weight_diagonal_sum, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
+                weight_diagonal_sum,
+                ("input", "weight_shape", "dilation", "padding", "stride"),
+                kernel="weight_diagonal_sum",
+                lead=0,
             ),
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
             "gradient": Rule(bias_gradient, (), lead=0),
-            "sum_of_squares": Rule(bias_sum_of_squares, (), kernel="bias_sum_of_squares", lead=0),
-            "squared_norm": Rule(bias_squared_norm, (), kernel="bias_squared_norm"),
-            "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), kernel="bias_signed_sum_of_squares", lead=0),
+            "sum_of_squares": Rule(bias_sum_of_squares, (), lead=0),
+            "squared_norm": Rule(bias_squared_norm, ()),
+            "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),

@@ -471,7 +471,7 @@ LAYER = Layer(
         "normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]; "
         "output[n, g, c, s] = normalised[n, g, c, s] weight[g, c] + bias[g, c]"
     ),
-    kernels="group_norm",
+    kernels="",
     input_axes=("n", ("g", "c"), "s*"),
     output_axes=("n", ("g", "c"), "s*"),
     parameter_axes={"weight": (("g", "c"),), "bias": (("g", "c"),)},
@@ -495,9 +495,9 @@ LAYER = Layer(
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
             "gradient": Rule(bias_gradient, (), lead=0),
-            "sum_of_squares": Rule(bias_sum_of_squares, (), kernel="bias_sum_of_squares", lead=0),
-            "squared_norm": Rule(bias_squared_norm, (), kernel="bias_squared_norm"),
-            "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), kernel="bias_signed_sum_of_squares", lead=0),
+            "sum_of_squares": Rule(bias_sum_of_squares, (), lead=0),
+            "squared_norm": Rule(bias_squared_norm, ()),
+            "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),

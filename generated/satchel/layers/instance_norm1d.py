@@ -472,7 +472,7 @@ LAYER = Layer(
         "normalised[n, c, s] = centred[n, c, s] rstd[n, c]; "
         "output[n, c, s] = normalised[n, c, s] weight[c] + bias[c]"
     ),
-    kernels="instance_norm1d",
+    kernels="",
     input_axes=("n", "c", "s*"),
     output_axes=("n", "c", "s*"),
     parameter_axes={"weight": ("c",), "bias": ("c",)},
@@ -496,9 +496,9 @@ LAYER = Layer(
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
             "gradient": Rule(bias_gradient, (), lead=0),
-            "sum_of_squares": Rule(bias_sum_of_squares, (), kernel="bias_sum_of_squares", lead=0),
-            "squared_norm": Rule(bias_squared_norm, (), kernel="bias_squared_norm"),
-            "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), kernel="bias_signed_sum_of_squares", lead=0),
+            "sum_of_squares": Rule(bias_sum_of_squares, (), lead=0),
+            "squared_norm": Rule(bias_squared_norm, ()),
+            "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),

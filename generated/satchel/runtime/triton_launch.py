@@ -14,6 +14,7 @@ from torch import Tensor
 HALF = (torch.float16, torch.bfloat16)
 PROGRAMS = 256  # enough to fill a large GPU about twice
 TILE_ROWS = 128  # no tile has more rows
+SMALLEST_TILE = 32  # rows and columns of the smallest matrix tile
 POINTWISE_BLOCK = 1024
 REDUCE_ROWS, REDUCE_LANES = 8, 128
 ROW_STEPS, ROW_LANES = 32, 16
@@ -50,6 +51,15 @@ def check_strides(*strides: int) -> None:
     if max(strides) * TILE_ROWS >= 2**31:
         raise ValueError(
             f"a stride of {max(strides)} elements overflows the 32-bit offsets inside a Triton tile; "
+            f'use backend("aten") for this layer'
+        )
+
+
+def check_spans(*elements: int) -> None:
+    """Offsets from the first element of a sample are 32-bit numbers too: refuse samples that would overflow them."""
+    if max(elements) >= 2**31:
+        raise ValueError(
+            f"a span of {max(elements)} elements overflows the 32-bit offsets inside a Triton tile; "
             f'use backend("aten") for this layer'
         )
 

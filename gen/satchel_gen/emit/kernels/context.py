@@ -92,7 +92,8 @@ def shape_types(program: Program) -> dict[str, str]:
 def number_arguments(program: Program, names: Names) -> dict[str, str]:
     """The kernel's declaration of each number, and what the launcher passes. Unannotated, a float would lose half its bits."""
     return {
-        f"{names.option(option)}: tl.{'int32' if option.is_integer else 'float64'}": str(option) for option in program.options
+        f"{names.option(option)}: tl.{'int32' if option.is_integer else 'float64'}": str(option)
+        for option in program.options
     }
 
 
