@@ -13,11 +13,13 @@ import sympy
 from sympy import Expr, Indexed
 
 from ..formula import render, render_formula
+from ..calculus.instantiate import Formula
 from ..calculus.terms import Term
 from ..notation import Equal, Index, LogSumExp, base_name, index_atoms, reads
+from .composed import Stage as Intermediate
 from .losses import LossRule, LoweredLoss
 from .plan import Axes, Contract, Leaf, Map, Node, Window, leaf, leaves
-from .programs import Contraction, Gram, Pointwise, Program, Read, Reduce, Row, Stage
+from .programs import Contraction, Gram, Pointwise, Program, Read, Reduce, Resident, Row, Stage
 from .rules import LoweredLayer, LoweredRule
 from .squares import Variant
 
@@ -40,12 +42,13 @@ def layer_kernels(layer: LoweredLayer) -> list[KernelRule]:
 
 def _kernel(rule: LoweredRule) -> KernelRule | None:
     if rule.stages:
-        return None
+        program = _resident(rule)
+        return KernelRule(rule, program) if program is not None else None
     if _is_elementwise(rule):
         return _pointwise(rule)
     if any(leaf.windows for leaf in _leaves(rule)):
-        program = _windowed(rule)
-        return KernelRule(rule, program) if program is not None else None
+        product = _windowed(rule)
+        return KernelRule(rule, product) if product is not None else None
     if rule.numbers or len(rule.formula.terms) > 1:
         return None
     (term,) = rule.formula.terms
@@ -102,6 +105,60 @@ def _is_matrix_product(term: Term) -> bool:
 
 def _leaves(rule: LoweredRule) -> list[Leaf]:
     return [leaf for variant in rule.variants for leaf in leaves(variant.tree)]
+
+
+def _resident(rule: LoweredRule) -> Resident | None:
+    """A rule of named intermediates that are sums over one and the same row, or elementwise."""
+    formulas = [*(stage.formula for stage in rule.stages), rule.formula]
+    terms = [term for formula in formulas for term in formula.terms]
+    sums = {term.sums for term in terms if term.sums}
+    sums |= {frozenset(stage.logsumexp.over) for stage in rule.stages if stage.logsumexp is not None}
+    if len(sums) != 1 or any(term.deltas or term.square or term.factor.has(Equal) for term in terms):
+        return None
+    (over,) = sums
+    if any({term.sums for term in formula.terms} not in ({over}, {frozenset()}) for formula in formulas):
+        return None
+    out = names(rule.formula.axes)
+    row = tuple(i.name for i in rule.formula.axes if i in over)
+    own = {formula.name: formula.axes for formula in formulas}
+    accesses = {read for term in terms for read in _bodies(term.factor)}
+    layouts = {str(read.base): names(read.indices) for read in accesses}
+    apart = len(layouts) < len(accesses) or any(own.get(str(r.base), r.indices) != r.indices for r in accesses)
+    partial = any("v" in axes and axes not in (out, out[1:]) for name, axes in layouts.items() if name not in own)
+    together = len(row) == len(over) and row == out[out.index(row[0]) :][: len(row)]
+    if out[0] != "v" or not together or apart or partial:
+        return None
+    return Resident(
+        name=f"{rule.name}_resident",
+        doc="\n    ".join(render_formula(formula) for formula in formulas),
+        out=out,
+        signature=tuple(rule.arguments),
+        options=rule.components,
+        reads=tuple(Read(name, layouts[name]) for name in rule.arguments),
+        row=row,
+        stages=tuple(_staged(stage) for stage in rule.stages),
+        expr=_symbolic(rule.formula),
+    )
+
+
+def _bodies(factor: Expr) -> list[Indexed]:
+    return reads(factor.body if isinstance(factor, LogSumExp) else factor)
+
+
+def _staged(stage: Intermediate) -> Stage:
+    if stage.logsumexp is not None:
+        return Stage(stage.name, "logsumexp", _named(stage.logsumexp.body))
+    summed = any(term.sums for term in stage.formula.terms)
+    return Stage(stage.name, "sum" if summed else "value", _symbolic(stage.formula))
+
+
+def _symbolic(formula: Formula) -> Expr:
+    """The summand of a formula, tensors and intermediates by name."""
+    return _named(sympy.Add(*(term.factor for term in formula.terms)))
+
+
+def _named(expr: Expr) -> Expr:
+    return expr.xreplace({read: sympy.Symbol(str(read.base), real=True) for read in reads(expr)})
 
 
 def _windowed(rule: LoweredRule) -> Contraction | None:

@@ -239,6 +239,11 @@ class Resident(Program):
         return self.reads
 
     @property
+    def value(self) -> str:
+        """The formula of the result, without its intermediates."""
+        return self.doc.splitlines()[-1].strip()
+
+    @property
     def after(self) -> Axes:
         """The axes inside of the row's."""
         return self.out[self.out.index(self.row[-1]) + 1 :]

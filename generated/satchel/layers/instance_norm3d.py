@@ -472,16 +472,16 @@ LAYER = Layer(
         "normalised[n, c, s] = centred[n, c, s] rstd[n, c]; "
         "output[n, c, s] = normalised[n, c, s] weight[c] + bias[c]"
     ),
-    kernels="",
+    kernels="instance_norm3d",
     input_axes=("n", "c", "s*"),
     output_axes=("n", "c", "s*"),
     parameter_axes={"weight": ("c",), "bias": ("c",)},
-    vjp=Rule(vjp, ("input", "weight", "eps")),
+    vjp=Rule(vjp, ("input", "weight", "eps"), kernel="vjp"),
     diagonal=None,
     mean_vjp=None,
     sandwich=None,
     residual=None,
-    hessian=Rule(hessian, ("input", "weight", "eps")),
+    hessian=Rule(hessian, ("input", "weight", "eps"), kernel="hessian"),
     elementwise=False,
     mixed=True,
     parameters={
