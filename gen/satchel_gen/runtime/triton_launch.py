@@ -16,7 +16,7 @@ SMALLEST_TILE = 32  # rows and columns of the smallest matrix tile
 POINTWISE_BLOCK = 1024
 REDUCE_ROWS, REDUCE_LANES = 8, 128
 ROW_STEPS, ROW_LANES = 32, 16
-RESIDENT = 8192  # float32 numbers of the longest row that stays in registers
+RESIDENT = 4096  # float32 numbers of the longest row that stays in registers
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
