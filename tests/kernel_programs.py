@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sympy import Function, Piecewise, Rational, exp, sqrt, symbols, tanh
+from sympy import Function, Integer, Piecewise, Rational, exp, sqrt, symbols, tanh
 
 import satchel_gen
 from satchel_gen.emit.triton import render_kernels
+from satchel_gen.lowering.plan import Window
 from satchel_gen.lowering.programs import (
     Contraction,
     Gram,
@@ -18,10 +19,11 @@ from satchel_gen.lowering.programs import (
     Program,
     Read,
     Reduce,
+    Resident,
     Row,
     Stage,
 )
-from satchel_gen.notation import Equal, Extent
+from satchel_gen.notation import Equal, Extent, Index, Option
 
 v, x, d, f, w, y, W = symbols("v x d f w y W")
 lse, peak, f_v = symbols("lse peak f_v")
@@ -96,6 +98,24 @@ CONTRACTIONS: tuple[Program, ...] = (
     ),
 )  # fmt: skip
 
+_STRIDE, _DILATION, _PADDING = (Option(name, 0, integer=True) for name in ("stride", "dilation", "padding"))
+_WINDOW = Window(Index("i"), Index("r"), Index("k"), _STRIDE, _DILATION, -_PADDING, Integer(1))
+_WINDOWED = {
+    "sums": ("r",), "a": Read("v", ("v", "n", "c", "o", "r")), "b": Read("x", ("n", "c", "m", "i"), windows=(_WINDOW,)),
+    "square_epilogue": True, "shapes": {"weight_shape": ("m", "k")}, "options": (_DILATION, _PADDING, _STRIDE),
+}  # fmt: skip
+
+WINDOWS: tuple[Program, ...] = (
+    Contraction(
+        name="window_squares", doc="out[c, o, m, k] = Σ_{v,n} (Σ_r v[v, n, c, o, r] x[n, c, m, stride r + dilation k − padding])²",
+        out=("c", "o", "m", "k"), accumulate=("v", "n"), **_WINDOWED,
+    ),
+    Contraction(
+        name="window_norm", doc="out[n] = Σ_{v,c,o,m,k} (Σ_r v[v, n, c, o, r] x[n, c, m, stride r + dilation k − padding])²",
+        out=("n",), accumulate=("v", "c"), within=("o", "m", "k"), **_WINDOWED,
+    ),
+)  # fmt: skip
+
 GRAMS: tuple[Program, ...] = (
     Gram(
         name="squared_norm", doc="out[n] = Σ_v Σ_{r,s} (Σ_o v[v, n, r, o] v[v, n, s, o]) (Σ_i x[n, r, i] x[n, s, i])",
@@ -152,7 +172,30 @@ ROWS: tuple[Program, ...] = (
     ),
 )  # fmt: skip
 
-PROGRAMS = (*POINTWISE, *CONTRACTIONS, *GRAMS, *REDUCTIONS, *ROWS)
+eps, mean, square, bar = symbols("eps mean square bar", real=True)
+_f, _v, _W = symbols("f v W", real=True)
+
+RESIDENTS: tuple[Program, ...] = (
+    Resident(
+        name="softmax_vjp", doc="lse[n, r] = log Σ_j exp f[n, j, r]; out[v, n, j, r] = p[n, j, r] (v − Σ_j p v)",
+        out=("v", "n", "j", "r"), row=("j",), reads=(Read("v", ("v", "n", "j", "r")), Read("f", ("n", "j", "r"))),
+        stages=(Stage("lse", "logsumexp", _f), Stage("bar", "sum", exp(_f - symbols("lse", real=True)) * _v)),
+        expr=exp(_f - symbols("lse", real=True)) * (_v - bar),
+    ),
+    Resident(
+        name="scaled_rows", doc="out[v, n, c, j] = v W[c] (f − mean) / √(mean square + eps)", out=("v", "n", "c", "j"),
+        row=("c", "j"), reads=(Read("v", ("v", "n", "c", "j")), Read("f", ("n", "c", "j")), Read("W", ("c",))),
+        options=(Option("eps"),),
+        stages=(
+            Stage("mean", "sum", _f / (Extent("c") * Extent("j"))),
+            Stage("square", "sum", (_f - mean) ** 2 / (Extent("c") * Extent("j"))),
+            Stage("scaled", "value", _v * _W),
+        ),
+        expr=symbols("scaled", real=True) * (_f - mean) * (square + Option("eps")) ** Rational(-1, 2),
+    ),
+)  # fmt: skip
+
+PROGRAMS = (*POINTWISE, *CONTRACTIONS, *WINDOWS, *GRAMS, *REDUCTIONS, *ROWS, *RESIDENTS)
 
 
 def write_package(folder: Path, name: str, programs: tuple[Program, ...], formula: str = "several") -> Path:

@@ -70,6 +70,22 @@ def per_sample(v: Tensor, x: Tensor) -> Tensor:
     return einsum("vnro,nri->vnoi", v, x)
 
 
+NUMBERS = {"stride": (2,), "dilation": (3,), "padding": (4,), "eps": 0.3}
+
+
+def windowed(v: Tensor, x: Tensor, weight_shape: tuple[int, ...], *_: object) -> Tensor:
+    """Σ_r v[v, n, c, o, r] x[n, c, m, 2r + 3k − 4]."""
+    places, taps = v.shape[-1], weight_shape[-1]
+    padded = torch.nn.functional.pad(x, (4, 2 * places + 3 * taps))
+    patches = torch.stack([padded[..., 3 * k : 3 * k + 2 * places : 2] for k in range(taps)], -1)
+    return einsum("vncor,ncmrk->vncomk", v, patches)
+
+
+def scaled_rows(v: Tensor, f: Tensor, W: Tensor, eps: float) -> Tensor:
+    centred = f - f.mean((1, 2), keepdim=True)
+    return v * W[:, None] * centred / (centred.square().mean((1, 2), keepdim=True) + eps).sqrt()
+
+
 REFERENCES: dict[str, Callable[..., Tensor]] = {
     "vjp": lambda v, x: v * (1 - x.tanh() ** 2),
     "diagonal": lambda d, x: d * x.sigmoid() ** 4 / 3,
@@ -96,6 +112,10 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     "softmax_gradient": lambda f, y: softmax(f) - onehot(y, f.shape[1]),
     "softmax_factor": factor,
     "softmax_sampled": lambda y, f: (softmax(f) - onehot(y, f.shape[1])) / y.shape[0] ** 0.5,
+    "window_squares": lambda *given: (windowed(*given) ** 2).sum((0, 1)),
+    "window_norm": lambda *given: (windowed(*given) ** 2).sum((0, 2, 3, 4, 5)),
+    "softmax_vjp": lambda v, f: softmax(f) * (v - (softmax(f) * v).sum(2, keepdim=True)),
+    "scaled_rows": scaled_rows,
     "centred": lambda f: (f - f.mean(1, keepdim=True)) / f.amax(1, keepdim=True),
 }
 
@@ -141,16 +161,18 @@ def transposed(tensor: Tensor) -> Tensor:
 def test_kernel_agrees_with_torch(kernels: ModuleType, program: Program, shape: str, dtype: torch.dtype) -> None:
     tensors = operands(program, SHAPES[shape], dtype)
     given = [transposed(tensors[name]) for name in program.tensors]
-    result = getattr(kernels, program.name)(*given)
+    numbers = [tuple(SHAPES[shape][axis] for axis in axes) for axes in program.shapes.values()]
+    numbers += [NUMBERS[option.attribute] for option in program.options]
+    result = getattr(kernels, program.name)(*given, *numbers)
     wide = [t.double() if t.is_floating_point() else t for t in (tensors[name] for name in program.tensors)]
-    expected = REFERENCES[program.name](*wide)
+    expected = REFERENCES[program.name](*wide, *numbers)
     kept = isinstance(program, (Contraction, Reduce)) or program.name == "squared_norm"
     first = tensors[program.all_reads[0].tensor].dtype
     assert result.dtype == torch.promote_types(first, torch.float32)
     assert result.shape == expected.shape
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5 if kept or dtype == torch.float32 else 1e-2
     # Terms of both signs cancel: the error is measured against the sum of their magnitudes.
-    magnitude = REFERENCES[program.name](*(t.abs() for t in wide)).max().item() / 20 if kept else 1.0
+    magnitude = REFERENCES[program.name](*(t.abs() for t in wide), *numbers).max().item() / 20 if kept else 1.0
     torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance * magnitude)
 
 

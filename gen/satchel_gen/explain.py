@@ -126,4 +126,5 @@ def _loss(loss: Loss) -> Iterator[Part]:
     yield Part("\nEmitted functions", heading=True)
     for rule in lowered.rules:
         yield Part(code(loss_function(rule)), code=True)
-    yield Part(f"  sample: {sample_function(lowered).formula}")
+    sample = sample_function(lowered)
+    yield Part(f"  sample: {sample.formula if sample is not None else 'no distribution'}")

@@ -47,6 +47,12 @@ class Option(Symbol):
         option.attribute, option.part = attribute, part
         return option
 
+    @property
+    def kind(self) -> str:
+        """The type of the attribute."""
+        number = "int" if self.is_integer else "float"
+        return number if self.part is None else f"tuple[{number}, ...]"
+
 
 class Length(Function):
     """The number of components of an option."""

@@ -149,28 +149,40 @@ def _configured(kernel: Any, dtype: str) -> tuple[Any, dict[str, Any], int]:
         kernel, tuned, warps = kernel.fn, dict(configs[0].kwargs), configs[0].num_warps
     launch = importlib.import_module(f"{kernel.fn.__module__.rsplit('.', 2)[0]}.runtime.triton_launch")
     constants["BLOCK"] = launch.POINTWISE_BLOCK
+    rows: dict[str, int] = {}
+    if {"BLOCK", "BLOCK_ROW"} <= set(kernel.arg_names):
+        longest = launch.RESIDENT // 2 if double else launch.RESIDENT
+        rows["BLOCK"], rows["BLOCK_ROW"], warps = launch.row_tile(longest, torch.float64 if double else torch.float32)
     constants["BLOCK_M"] = launch.gram_rows(2**20, torch.float64 if double else torch.float32)
     if "BLOCK_LANE" in kernel.arg_names:
         constants |= {"BLOCK_ROW": launch.REDUCE_ROWS, "BLOCK_LANE": launch.REDUCE_LANES}
     else:
         constants |= {"BLOCK_ROW": launch.ROW_LANES, "BLOCK_K": launch.ROW_STEPS}
-    constants |= tuned
+    constants |= {name: 7 if name.isupper() else 2 for name in _geometry(kernel, constants)}
+    constants |= rows | tuned
     return kernel, {name: value for name, value in constants.items() if name in kernel.arg_names}, warps
 
 
+def _geometry(kernel: Any, constants: Mapping[str, Any]) -> list[str]:
+    """Extents and numbers that are compiled into a kernel."""
+    return [p.name for p in kernel.params if p.is_constexpr and p.name not in {*constants, "BLOCK_N"}]
+
+
 def _signature(kernel: Any, dtype: str, constants: Mapping[str, Any]) -> dict[str, str]:
-    """The type of each argument: sums are written in the accumulation type, and indices are 64-bit integers."""
+    """The type of each argument: results have the accumulation type, indices are 64-bit, numbers as they state."""
     integers = _integer_pointers(kernel.src)
-    summed = "BLOCK_LANE" in constants or "BLOCK_M" in constants
     wide = DTYPES["float64" if dtype == "float64" else "float32"]
     signature: dict[str, str] = {}
-    for name in kernel.arg_names:
+    for parameter in kernel.params:
+        name = parameter.name
         if name in constants:
             signature[name] = "constexpr"
+        elif parameter.annotation_type:
+            signature[name] = parameter.annotation_type
         elif name in integers:
             signature[name] = "*i64"
         elif name.endswith("_ptr"):
-            signature[name] = wide if name == "out_ptr" and summed else DTYPES[dtype]
+            signature[name] = wide if name == "out_ptr" else DTYPES[dtype]
         else:
             signature[name] = "i32"
     return signature

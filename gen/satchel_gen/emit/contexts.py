@@ -21,7 +21,7 @@ from ..lowering.deviations import deviation_variants
 from ..lowering.kernels import KernelRule, layer_kernels, loss_kernels
 from ..lowering.losses import LossRule, LoweredLoss
 from ..lowering.plan import Axes, extent_symbol, plan
-from ..lowering.programs import Program
+from ..lowering.programs import Program, Resident
 from ..lowering.rules import LoweredLayer, LoweredRule
 from ..lowering.squares import Variant
 from ..notation import NDIM, ONE, Centred, Extent, IndexSum, Length, Option, base_name
@@ -37,6 +37,7 @@ from .functions import (
     sample_function,
     violation_function,
 )
+from .kernels.context import signature
 
 AxisNames = tuple[str | tuple[str, ...], ...]
 
@@ -130,6 +131,7 @@ class Dispatcher:
     lines: tuple[str, ...]
     separated: str
     otherwise: str
+    before: tuple[str, ...] = ()  # what `valid` needs
 
 
 def snake(name: str) -> str:
@@ -325,6 +327,8 @@ def layer_programs(lowered: LoweredLayer) -> tuple[list[Program], list[Dispatche
             programs.append(kernel.separated_program)
         if kernel.separated is not None:
             dispatchers.append(_dispatcher(kernel))
+        if isinstance(kernel.program, Resident):
+            dispatchers.append(_within_registers(kernel.rule, kernel.program))
     return programs, dispatchers
 
 
@@ -352,6 +356,26 @@ def _dispatcher(kernel: KernelRule) -> Dispatcher:
         lines=tuple(unpack_extents(body.extents, rule.arguments) + body.lines),
         separated=result,
         otherwise=f"{kernel.program.name}({', '.join(rule.arguments)})",
+    )
+
+
+def _within_registers(rule: LoweredRule, program: Resident) -> Dispatcher:
+    """The kernel where a row fits into registers, else ATen."""
+    body = Body(dict(rule.arguments))
+    axes = {i.name: i for i in rule.formula.axes}
+    elements, stride = (
+        body.scalar(sympy.Mul(*(Extent(axes[a]) for a in part))) for part in (program.row, program.after)
+    )
+    called = ", ".join([*rule.arguments, *rule.numbers])
+    return Dispatcher(
+        name=rule.name,
+        formula=program.value,
+        signature=signature(program),
+        valid=f"resident({elements}, {stride}, {', '.join(rule.arguments)})",
+        lines=(),
+        separated=f"{program.name}({called})",
+        otherwise=f"aten.{rule.name}({called})",
+        before=tuple(unpack_extents(body.extents, rule.arguments)),
     )
 
 

@@ -94,7 +94,7 @@ def rule_functions(rule: LoweredRule) -> list[Function]:
     formula = "\n".join(wrapped(render_formula(f)) for f in (*shown, rule.formula))
     shapes = shapes_line(rule.arguments, rule.formula.axes, rule.formula.groups)
     arguments = tuple(rule.arguments)
-    numbers = dict.fromkeys(rule.shapes, "tuple[int, ...]") | {o.attribute: _kind(o) for o in rule.components}
+    numbers = dict.fromkeys(rule.shapes, "tuple[int, ...]") | {o.attribute: o.kind for o in rule.components}
     if len(rule.variants) == 1:
         return [replace(_straight(rule, formula, shapes), numbers=numbers)]
     programs = [replace(_program(rule, variant), numbers=numbers) for variant in rule.variants]
@@ -105,11 +105,6 @@ def rule_functions(rule: LoweredRule) -> list[Function]:
         note="The cheapest program for the shapes.", choices=choices, numbers=numbers,
     )  # fmt: skip
     return [*programs, entry]
-
-
-def _kind(option: Option) -> str:
-    number = "int" if option.is_integer else "float"
-    return number if option.part is None else f"tuple[{number}, ...]"
 
 
 def _straight(rule: LoweredRule, formula: str, shapes: str) -> Function:
@@ -164,7 +159,7 @@ def _read_by(chain: Sequence[Stage], rule: LoweredRule) -> tuple[dict[str, Axes]
     terms = [term for stage in chain for term in stage.formula.terms]
     read = {str(r.base) for term in terms for r in reads(term.factor)}
     options = {option.attribute for term in terms for option in term.factor.atoms(Option)}
-    numbers = {o.attribute: _kind(o) for o in rule.components if o.attribute in options}
+    numbers = {o.attribute: o.kind for o in rule.components if o.attribute in options}
     return {name: axes for name, axes in rule.arguments.items() if name in read}, numbers
 
 
@@ -339,7 +334,7 @@ def _loss_function(
     rule: LossRule, name: str, formula: str, shapes: str, result: str, body: Body, arguments: Mapping[str, Axes]
 ) -> Function:
     lines = unpack_extents(body.extents, arguments) + body.lines
-    numbers = {o.attribute: _kind(o) for o in rule.numbers}
+    numbers = {o.attribute: o.kind for o in rule.numbers}
     return Function(name, formula, shapes, tuple(arguments), tuple(lines), result, numbers=numbers)
 
 

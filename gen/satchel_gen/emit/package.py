@@ -60,8 +60,8 @@ def _layer_files(layer: Layer) -> dict[str, str]:
     files = {f"layers/{name}.py": header + _render("layer.py.jinja", layer=context)}
     programs, dispatchers = contexts.layer_programs(lowered)
     if programs:
-        code = render_kernels(context.module, context.formula, programs)
-        files[f"kernels/{name}.py"] = header + code + _render("dispatch.jinja", dispatchers=dispatchers)
+        choices = _render("dispatch.jinja", dispatchers=dispatchers)
+        files[f"kernels/{name}.py"] = header + render_kernels(context.module, context.formula, programs, choices, name)
     return files
 
 

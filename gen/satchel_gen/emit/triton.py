@@ -10,13 +10,13 @@ from typing import Any
 
 import jinja2
 
-from ..lowering.programs import Contraction, Gram, Pointwise, Program, Reduce, Row
-from .kernels import contraction, gram, pointwise, reduce, row
+from ..lowering.programs import Contraction, Gram, Pointwise, Program, Reduce, Resident, Row
+from .kernels import contraction, gram, pointwise, reduce, resident, row
 from .triton_expr import STABLE
 
 LAUNCH = (
-    "GRAM_TILES", "MATRIX_TILES", "POINTWISE_BLOCK", "REDUCE_LANES", "REDUCE_ROWS", "ROW_LANES", "ROW_STEPS",
-    "accumulator", "check_strides", "fitting", "gram_rows", "precision", "splits", "triton_type",
+    "GRAM_TILES", "MATRIX_TILES", "POINTWISE_BLOCK", "REDUCE_LANES", "REDUCE_ROWS", "ROW_LANES", "ROW_STEPS", "SMALLEST_TILE",
+    "accumulator", "check_spans", "check_strides", "fitting", "gram_rows", "precision", "resident", "row_tile", "splits", "triton_type",
 )  # fmt: skip
 
 Builder = Callable[[str, Any], dict[str, Any]]
@@ -26,17 +26,23 @@ SHAPES: Mapping[type[Program], tuple[str, Builder]] = {
     Gram: ("gram", gram.gram),
     Reduce: ("reduce", reduce.reduce),
     Row: ("row", row.row),
+    Resident: ("resident", resident.resident),
 }
 
 
-def render_kernels(module: str, formula: str, programs: Sequence[Program]) -> str:
-    """The source of a kernels module, before `ruff format`: a kernel and its launcher for each program."""
+def render_kernels(module: str, formula: str, programs: Sequence[Program], choices: str = "", aten: str = "") -> str:
+    """The source of a kernels module, before `ruff format`: a kernel and its launcher for each program.
+
+    `choices` are functions that choose between them and the module `aten` of the layer.
+    """
     code = [_render(*SHAPES[type(program)], module, program) for program in programs]
-    words = set(re.findall(r"\w+", "\n".join(code)))
+    words = set(re.findall(r"\w+", "\n".join([*code, choices])))
     context = {
         "title": f"Triton kernels of {module}.",
         "formula": formula,
         "programs": code,
+        "choices": choices,
+        "aten": aten if "aten" in words else "",
         "launch_imports": [name for name in LAUNCH if name in words],
         "math_imports": sorted(name for name in STABLE if re.search(rf"(?<![\w.]){name}\(", "\n".join(code))),
     }

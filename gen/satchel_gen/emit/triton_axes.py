@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..lowering.programs import Axes, Program, Read
+from ..notation import Option
 
 Group = tuple[str, ...]
 
@@ -55,6 +56,11 @@ class Names:
     def value(self, read: Read) -> str:
         taken = self.reserved | {self.extent(axis) for r in self.program.all_reads for axis in r.axes}
         return f"{read.symbol}_value" if read.symbol in taken else read.symbol
+
+    def option(self, option: Option) -> str:
+        """The kernel's argument that holds a number of the module."""
+        name = option.attribute if option.part is None else f"{option.attribute}_{option.part}"
+        return f"{name}_option" if name in self.reserved else name
 
     def index(self, group: Group) -> str:
         name = "".join(group)

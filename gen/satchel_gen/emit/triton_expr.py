@@ -62,7 +62,7 @@ class TritonPrinter(Printer):
 
     def statements(self, expr: sympy.Expr, name: str | None = None) -> str:
         """The code of `expr`; common subexpressions become statements, and with `name` so does the value itself."""
-        shared, (rest,) = sympy.cse([expr], symbols=sympy.numbered_symbols("_shared"))
+        shared, (rest,) = sympy.cse([folded(expr)], symbols=sympy.numbered_symbols("_shared"))
         for symbol, value in shared:
             self.values[symbol.name] = self.bind(value)
         code = self._branch(rest)
@@ -271,6 +271,15 @@ class TritonPrinter(Printer):
 
 def _name(argument: sympy.Basic) -> str:
     return str(getattr(argument, "name", argument))
+
+
+def folded(expr: sympy.Expr) -> sympy.Expr:
+    """`expr` with its irrational numbers as literals: a name for one would hold a float32."""
+
+    def irrational(part: sympy.Basic) -> bool:
+        return isinstance(part, sympy.Expr) and bool(part.is_number) and not part.is_Rational and not part.is_infinite
+
+    return expr.replace(irrational, lambda number: number.evalf(30))
 
 
 def hoist(expr: sympy.Expr, inner: frozenset[str], name: Callable[[sympy.Expr], str]) -> sympy.Expr:

@@ -11,17 +11,24 @@ from dataclasses import dataclass, field
 
 import sympy
 
+from ..notation import Option
+from .plan import Window
+
 Axes = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Read:
-    """One access: the axes of a tensor, the name it has in expressions, and whether it is squared on load."""
+    """One access: the axes of a tensor, the name it has in expressions, and whether it is squared on load.
+
+    An axis with a window is read at affine positions; the last axes are.
+    """
 
     tensor: str
     axes: Axes
     square: bool = False
     alias: str = ""
+    windows: tuple[Window, ...] = ()
 
     def __post_init__(self) -> None:
         if len(set(self.axes)) != len(self.axes):
@@ -31,14 +38,26 @@ class Read:
     def symbol(self) -> str:
         return self.alias or self.tensor
 
+    @property
+    def plain(self) -> Axes:
+        """The axes that are read where they are walked."""
+        return self.axes[: len(self.axes) - len(self.windows)]
+
+    @property
+    def walked(self) -> Axes:
+        """The axes of the iteration that this access depends on."""
+        places, taps = ([getattr(w, kind).name for w in self.windows] for kind in ("place", "tap"))
+        return (*self.plain, *places, *taps)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
     """What all shapes share: a function name, its formula, the axes of the result, and the order of its tensors.
 
     `equal` gives an axis that no tensor carries the extent of one that is carried: {"v": "j"} for the columns of a diagonal
-    factor. The first `columns` axes of `out` are returned as one. `signature` orders the launcher's arguments; empty: the
-    tensors in the order of the reads.
+    factor. The first `columns` axes of `out` are returned as one. `signature` orders the launcher's tensors; empty: the order
+    of the reads. After them come `shapes`, of tensors that are not read but carry extents, and `options`, numbers of the
+    module.
     """
 
     name: str
@@ -47,6 +66,8 @@ class Program:
     equal: Mapping[str, str] = field(default_factory=dict)
     columns: int = 1
     signature: tuple[str, ...] = ()
+    shapes: Mapping[str, Axes] = field(default_factory=dict)
+    options: tuple[Option, ...] = ()
 
     @property
     def all_reads(self) -> tuple[Read, ...]:
@@ -64,7 +85,7 @@ class Program:
             raise ValueError(f"program {self.name!r}: {reason}")
 
     def require_known(self, axes: Iterable[str]) -> None:
-        known = {axis for read in self.all_reads for axis in read.axes} | set(self.equal)
+        known = {axis for read in self.all_reads for axis in (*read.axes, *read.walked)} | set(self.equal)
         unknown = [axis for axis in axes if axis not in known]
         self.require(not unknown, f"axes {unknown} are carried by no tensor")
 
@@ -86,20 +107,24 @@ class Pointwise(Program):
 
 @dataclass(frozen=True, kw_only=True)
 class Contraction(Program):
-    """out = Σ_accumulate weight · g(Σ_sums a·b), where g squares (square_epilogue) or is the identity."""
+    """out = Σ_{accumulate, within} weight · g(Σ_sums a·b), where g squares (square_epilogue) or is the identity.
+
+    `accumulate` is summed step by step in one tile, `within` over the elements of the tiles.
+    """
 
     a: Read
     b: Read
     sums: Axes
     accumulate: Axes = ()
+    within: Axes = ()
     square_epilogue: bool = False
     weight: Read | None = None
 
     def __post_init__(self) -> None:
-        self.require_known((*self.out, *self.sums, *self.accumulate))
+        self.require_known((*self.out, *self.sums, *self.accumulate, *self.within))
         self.require(bool(self.sums), "a contraction sums at least one axis before its epilogue")
         self.require(
-            all(axis in self.a.axes and axis in self.b.axes for axis in self.sums),
+            all(axis in self.a.walked and axis in self.b.walked for axis in self.sums),
             f"the inner sums {self.sums} must be axes of both {self.a.tensor!r} and {self.b.tensor!r}",
         )
 
@@ -153,14 +178,14 @@ class Reduce(Program):
 
 @dataclass(frozen=True)
 class Stage:
-    """A named reduction of `expr` over the row axis: kind "max", "sum" or "logsumexp"."""
+    """A named value: `expr` itself, or its reduction over the row by "max", "sum" or "logsumexp"."""
 
     name: str
     kind: str
     expr: sympy.Expr
 
     def __post_init__(self) -> None:
-        if self.kind not in ("max", "sum", "logsumexp"):
+        if self.kind not in ("value", "max", "sum", "logsumexp"):
             raise ValueError(f"stage {self.name!r}: unknown kind {self.kind!r}")
 
 
@@ -185,3 +210,40 @@ class Row(Program):
     @property
     def all_reads(self) -> tuple[Read, ...]:
         return self.reads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resident(Program):
+    """Stages over rows that stay in registers, each tensor loaded once; then out = expr(reads, stages).
+
+    The first axis of `out` numbers columns, `row` are the axes of a row, side by side in `out`, and its other axes number the
+    rows. What depends on no column is computed before the loop over columns.
+    """
+
+    reads: tuple[Read, ...]
+    row: Axes
+    stages: tuple[Stage, ...]
+    expr: sympy.Expr
+
+    def __post_init__(self) -> None:
+        self.require_known((*self.out, *self.row))
+        first = self.out.index(self.row[0])
+        self.require(first > 0, "the first axis of the result numbers columns")
+        self.require(self.out[first : first + len(self.row)] == self.row, f"the axes {self.row} of a row lie apart")
+        for read in self.reads:
+            whole = read.axes in (self.out, self.out[1:])
+            self.require(whole or self.out[0] not in read.axes, f"{read.tensor!r} has columns, but not all other axes")
+
+    @property
+    def all_reads(self) -> tuple[Read, ...]:
+        return self.reads
+
+    @property
+    def value(self) -> str:
+        """The formula of the result, without its intermediates."""
+        return self.doc.splitlines()[-1].strip()
+
+    @property
+    def after(self) -> Axes:
+        """The axes inside of the row's."""
+        return self.out[self.out.index(self.row[-1]) + 1 :]

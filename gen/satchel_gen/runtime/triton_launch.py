@@ -12,9 +12,11 @@ from torch import Tensor
 HALF = (torch.float16, torch.bfloat16)
 PROGRAMS = 256  # enough to fill a large GPU about twice
 TILE_ROWS = 128  # no tile has more rows
+SMALLEST_TILE = 32  # rows and columns of the smallest matrix tile
 POINTWISE_BLOCK = 1024
 REDUCE_ROWS, REDUCE_LANES = 8, 128
 ROW_STEPS, ROW_LANES = 32, 16
+RESIDENT = 4096  # float32 numbers of the longest row that stays in registers
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
@@ -52,9 +54,32 @@ def check_strides(*strides: int) -> None:
         )
 
 
+def check_spans(*elements: int) -> None:
+    """Offsets from the first element of a sample are 32-bit numbers too: refuse samples that would overflow them."""
+    if max(elements) >= 2**31:
+        raise ValueError(
+            f"a span of {max(elements)} elements overflows the 32-bit offsets inside a Triton tile; "
+            f'use backend("aten") for this layer'
+        )
+
+
 def gram_rows(rows: int, dtype: torch.dtype) -> int:
     """The side of a tile of a Gram matrix: no larger than it must be, no smaller than a tensor core takes."""
     return min(32 if dtype == torch.float64 else 64, max(16, triton.next_power_of_2(rows)))
+
+
+def resident(elements: int, stride: int, *tensors: Tensor) -> bool:
+    """Whether a row of some elements, `stride` apart, stays in registers, with 32-bit offsets."""
+    most = RESIDENT // 2 if accumulator(*tensors) == torch.float64 else RESIDENT
+    return elements <= most and elements * stride < 2**31
+
+
+def row_tile(elements: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Elements and rows of a tile of whole rows, and its warps: short rows share a program."""
+    block = triton.next_power_of_2(elements)
+    rows = max(1, 1024 // block)
+    width = 2 if dtype == torch.float64 else 1
+    return block, rows, min(16, max(4, width * block * rows // 256))
 
 
 def tiles(*choices: tuple[dict[str, int], int]) -> list[triton.Config]:

@@ -12,210 +12,145 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import REDUCE_LANES, REDUCE_ROWS, accumulator, splits, triton_type
+from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, splits, triton_type
 
 
 @triton.jit
-def bias_sample_squares_kernel(
-    factor_ptr, out_ptr, N, C, S, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
-):
-    """bias_sample_squares[n, c] = Σ_{v} (Σ_{s} factor[v, n, c, s])²"""
-    n = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
-    c_inside = c < C
-    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
-        step = start + tl.arange(0, BLOCK_ROW)
-        step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * N * C * S + n * C * S + c[None, :] * S
-        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for _ in range(S):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
-        total += part * part
-    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * N * C + n * C + c, tl.sum(total, axis=0), mask=c_inside)
-
-
-def bias_sample_squares(factor: Tensor) -> Tensor:
-    """bias_sample_squares[n, c] = Σ_{v} (Σ_{s} factor[v, n, c, s])²
-
-    factor [V, N, C, S] -> [N, C].
-    """
-    factor = factor.contiguous()
-    V, N, C, S = factor.shape
-    steps = V
-    dtype = accumulator(factor)
-    lanes = triton.cdiv(C, REDUCE_LANES)
-    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((parts, N, C), dtype=dtype, device=factor.device)
-    bias_sample_squares_kernel[(N, lanes, parts)](
-        factor, out, N, C, S, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
-    )
-    return out[0] if parts == 1 else out.sum(0)
-
-
-@triton.jit
-def bias_signed_sample_squares_kernel(
+def vjp_kernel(
     factor_ptr,
-    sign_ptr,
+    running_var_ptr,
+    weight_ptr,
     out_ptr,
-    N,
-    C,
+    columns,
+    size,
     S,
-    steps,
+    eps: tl.float64,
     COMPUTE: tl.constexpr,
-    BLOCK_ROW: tl.constexpr,
-    BLOCK_LANE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """bias_signed_sample_squares[n, c] = Σ_{v} sign[v, n] (Σ_{s} factor[v, n, c, s])²"""
-    n = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
-    c_inside = c < C
-    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
-        step = start + tl.arange(0, BLOCK_ROW)
-        step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * N * C * S + n * C * S + c[None, :] * S
-        weight = tl.load(sign_ptr + step * N + n, mask=step_inside, other=0).to(COMPUTE)
-        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for _ in range(S):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
-        total += weight[:, None] * part * part
-    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * N * C + n * C + c, tl.sum(total, axis=0), mask=c_inside)
+    """vjp[v, n, c, s] = factor[v, n, c, s] weight[c] / √(running_var[c] + eps)"""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    inside = lane < size - start
+    element = start + lane
+    c = element // S
+    eps = tl.full((), eps, COMPUTE)
+    running_var = tl.load(running_var_ptr + c, mask=inside, other=0).to(COMPUTE)
+    weight = tl.load(weight_ptr + c, mask=inside, other=0).to(COMPUTE)
+    fixed = weight * tl.rsqrt(eps + running_var)
+    for column in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
+        base = column * size + start
+        factor = tl.load(factor_ptr + base + lane, mask=inside, other=0).to(COMPUTE)
+        tl.store(out_ptr + base + lane, factor * fixed, mask=inside)
 
 
-def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
-    """bias_signed_sample_squares[n, c] = Σ_{v} sign[v, n] (Σ_{s} factor[v, n, c, s])²
+def vjp(factor: Tensor, running_var: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """vjp[v, n, c, s] = factor[v, n, c, s] weight[c] / √(running_var[c] + eps)
 
-    factor [V, N, C, S], sign [V, N] -> [N, C].
+    factor [V, N, C, S], running_var [C], weight [C] -> [V, N, C, S].
     """
-    factor, sign = factor.contiguous(), sign.contiguous()
+    factor, running_var, weight = factor.contiguous(), running_var.contiguous(), weight.contiguous()
     V, N, C, S = factor.shape
-    steps = V
-    dtype = accumulator(factor, sign)
-    lanes = triton.cdiv(C, REDUCE_LANES)
-    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((parts, N, C), dtype=dtype, device=factor.device)
-    bias_signed_sample_squares_kernel[(N, lanes, parts)](
-        factor, sign, out, N, C, S, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
+    size = C * S
+    columns = V * N
+    dtype = accumulator(factor, running_var, weight)
+    out = torch.empty((V, N, C, S), dtype=dtype, device=factor.device)
+    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    vjp_kernel[(blocks, splits(blocks, columns))](
+        factor, running_var, weight, out, columns, size, S, eps, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
-    return out[0] if parts == 1 else out.sum(0)
+    return out
 
 
 @triton.jit
-def bias_squared_norm_kernel(
-    factor_ptr, out_ptr, N, C, S, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
+def diagonal_kernel(
+    curvature_ptr,
+    running_var_ptr,
+    weight_ptr,
+    out_ptr,
+    columns,
+    size,
+    S,
+    eps: tl.float64,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """bias_squared_norm[n] = Σ_{c,v} (Σ_{s} factor[v, n, c, s])²"""
-    n = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
-    c_inside = c < C
-    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
-        step = start + tl.arange(0, BLOCK_ROW)
-        step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * N * C * S + n * C * S + c[None, :] * S
-        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for _ in range(S):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
-        total += part * part
-    tl.store(
-        out_ptr + (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2), tl.sum(total)
-    )
+    """diagonal[n, c, s] = curvature[n, c, s] weight[c]² / (running_var[c] + eps)"""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    inside = lane < size - start
+    element = start + lane
+    c = element // S
+    eps = tl.full((), eps, COMPUTE)
+    running_var = tl.load(running_var_ptr + c, mask=inside, other=0).to(COMPUTE)
+    weight = tl.load(weight_ptr + c, mask=inside, other=0).to(COMPUTE)
+    fixed = weight * weight / (eps + running_var)
+    for n in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
+        base = n * size + start
+        curvature = tl.load(curvature_ptr + base + lane, mask=inside, other=0).to(COMPUTE)
+        tl.store(out_ptr + base + lane, curvature * fixed, mask=inside)
 
 
-def bias_squared_norm(factor: Tensor) -> Tensor:
-    """bias_squared_norm[n] = Σ_{c,v} (Σ_{s} factor[v, n, c, s])²
+def diagonal(curvature: Tensor, running_var: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """diagonal[n, c, s] = curvature[n, c, s] weight[c]² / (running_var[c] + eps)
 
-    factor [V, N, C, S] -> [N].
+    curvature [N, C, S], running_var [C], weight [C] -> [N, C, S].
     """
-    factor = factor.contiguous()
-    V, N, C, S = factor.shape
-    steps = V
-    dtype = accumulator(factor)
-    lanes = triton.cdiv(C, REDUCE_LANES)
-    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((N, lanes, parts), dtype=dtype, device=factor.device)
-    bias_squared_norm_kernel[(N, lanes, parts)](
-        factor, out, N, C, S, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
+    curvature, running_var, weight = curvature.contiguous(), running_var.contiguous(), weight.contiguous()
+    N, C, S = curvature.shape
+    size = C * S
+    columns = N
+    dtype = accumulator(curvature, running_var, weight)
+    out = torch.empty((N, C, S), dtype=dtype, device=curvature.device)
+    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    diagonal_kernel[(blocks, splits(blocks, columns))](
+        curvature, running_var, weight, out, columns, size, S, eps, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
-    return out.sum((-2, -1))
+    return out
 
 
 @triton.jit
-def bias_sum_of_squares_kernel(
-    factor_ptr, out_ptr, C, S, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
+def mean_vjp_kernel(
+    rows_ptr,
+    running_var_ptr,
+    weight_ptr,
+    out_ptr,
+    columns,
+    size,
+    S,
+    eps: tl.float64,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """bias_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s])²"""
-    c = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
-    c_inside = c < C
-    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
-        step = start + tl.arange(0, BLOCK_ROW)
-        step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * C * S + c[None, :] * S
-        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for _ in range(S):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
-        total += part * part
-    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * C + c, tl.sum(total, axis=0), mask=c_inside)
+    """mean_vjp[e, c, s] = rows[e, c, s] weight[c] / √(running_var[c] + eps)"""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    inside = lane < size - start
+    element = start + lane
+    c = element // S
+    eps = tl.full((), eps, COMPUTE)
+    running_var = tl.load(running_var_ptr + c, mask=inside, other=0).to(COMPUTE)
+    weight = tl.load(weight_ptr + c, mask=inside, other=0).to(COMPUTE)
+    fixed = weight * tl.rsqrt(eps + running_var)
+    for e in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
+        base = e * size + start
+        rows_value = tl.load(rows_ptr + base + lane, mask=inside, other=0).to(COMPUTE)
+        tl.store(out_ptr + base + lane, fixed * rows_value, mask=inside)
 
 
-def bias_sum_of_squares(factor: Tensor) -> Tensor:
-    """bias_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s])²
+def mean_vjp(rows: Tensor, running_var: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """mean_vjp[e, c, s] = rows[e, c, s] weight[c] / √(running_var[c] + eps)
 
-    factor [V, N, C, S] -> [C].
+    rows [E, C, S], running_var [C], weight [C] -> [E, C, S].
     """
-    factor = factor.contiguous()
-    V, N, C, S = factor.shape
-    steps = V * N
-    dtype = accumulator(factor)
-    lanes = triton.cdiv(C, REDUCE_LANES)
-    parts = splits(lanes, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((parts, C), dtype=dtype, device=factor.device)
-    bias_sum_of_squares_kernel[(1, lanes, parts)](
-        factor, out, C, S, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
+    rows, running_var, weight = rows.contiguous(), running_var.contiguous(), weight.contiguous()
+    E, C, S = rows.shape
+    size = C * S
+    columns = E
+    dtype = accumulator(rows, running_var, weight)
+    out = torch.empty((E, C, S), dtype=dtype, device=rows.device)
+    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    mean_vjp_kernel[(blocks, splits(blocks, columns))](
+        rows, running_var, weight, out, columns, size, S, eps, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
-    return out[0] if parts == 1 else out.sum(0)
-
-
-@triton.jit
-def bias_signed_sum_of_squares_kernel(
-    factor_ptr, sign_ptr, out_ptr, C, S, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
-):
-    """bias_signed_sum_of_squares[c] = Σ_{n,v} sign[v, n] (Σ_{s} factor[v, n, c, s])²"""
-    c = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
-    c_inside = c < C
-    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
-        step = start + tl.arange(0, BLOCK_ROW)
-        step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * C * S + c[None, :] * S
-        weight = tl.load(sign_ptr + step, mask=step_inside, other=0).to(COMPUTE)
-        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for _ in range(S):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
-        total += weight[:, None] * part * part
-    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * C + c, tl.sum(total, axis=0), mask=c_inside)
-
-
-def bias_signed_sum_of_squares(factor: Tensor, sign: Tensor) -> Tensor:
-    """bias_signed_sum_of_squares[c] = Σ_{n,v} sign[v, n] (Σ_{s} factor[v, n, c, s])²
-
-    factor [V, N, C, S], sign [V, N] -> [C].
-    """
-    factor, sign = factor.contiguous(), sign.contiguous()
-    V, N, C, S = factor.shape
-    steps = V * N
-    dtype = accumulator(factor, sign)
-    lanes = triton.cdiv(C, REDUCE_LANES)
-    parts = splits(lanes, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((parts, C), dtype=dtype, device=factor.device)
-    bias_signed_sum_of_squares_kernel[(1, lanes, parts)](
-        factor, sign, out, C, S, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
-    )
-    return out[0] if parts == 1 else out.sum(0)
+    return out

@@ -22,8 +22,7 @@ def vjp_kernel(factor_ptr, input_ptr, out_ptr, columns, size, COMPUTE: tl.conste
     lane = tl.arange(0, BLOCK)
     inside = lane < size - start
     input = tl.load(input_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
-    t = 0.5 * 1.4142135623730951 * input
-    fixed = 0.5641895835477563 * t * tl.exp(-0.5 * input * input) + 0.5 * tl.erf(t) + 0.5
+    fixed = 0.3989422804014327 * input * tl.exp(-0.5 * input * input) + 0.5 * tl.erf(0.7071067811865476 * input) + 0.5
     for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         base = v * size + start
         factor = tl.load(factor_ptr + base + lane, mask=inside, other=0).to(COMPUTE)
@@ -56,9 +55,8 @@ def diagonal_kernel(curvature_ptr, input_ptr, out_ptr, size, COMPUTE: tl.constex
     inside = lane < size - start
     curvature = tl.load(curvature_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
     input = tl.load(input_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
-    t = 0.5 * 1.4142135623730951 * input
-    t_2 = 0.5641895835477563 * t * tl.exp(-0.5 * input * input) + 0.5 * tl.erf(t) + 0.5
-    tl.store(out_ptr + start + lane, curvature * t_2 * t_2, mask=inside)
+    t = 0.3989422804014327 * input * tl.exp(-0.5 * input * input) + 0.5 * tl.erf(0.7071067811865476 * input) + 0.5
+    tl.store(out_ptr + start + lane, curvature * t * t, mask=inside)
 
 
 def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
@@ -73,4 +71,31 @@ def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
     out = torch.empty((N, J), dtype=dtype, device=curvature.device)
     blocks = triton.cdiv(size, POINTWISE_BLOCK)
     diagonal_kernel[(blocks, 1)](curvature, input, out, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK)
+    return out
+
+
+@triton.jit
+def residual_kernel(delta_ptr, input_ptr, out_ptr, size, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+    """residual[n, j] = −1/2 √2 (input[n, j]² − 2) delta[n, j] / (√(pi) exp(1/2 input[n, j]²))"""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    inside = lane < size - start
+    delta = tl.load(delta_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
+    input = tl.load(input_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
+    t = input * input
+    tl.store(out_ptr + start + lane, -0.3989422804014327 * delta * (t - 2) * tl.exp(-0.5 * t), mask=inside)
+
+
+def residual(delta: Tensor, input: Tensor) -> Tensor:
+    """residual[n, j] = −1/2 √2 (input[n, j]² − 2) delta[n, j] / (√(pi) exp(1/2 input[n, j]²))
+
+    delta [N, J], input [N, J] -> [N, J].
+    """
+    delta, input = delta.contiguous(), input.contiguous()
+    N, J = delta.shape
+    size = N * J
+    dtype = accumulator(delta, input)
+    out = torch.empty((N, J), dtype=dtype, device=delta.device)
+    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    residual_kernel[(blocks, 1)](delta, input, out, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK)
     return out

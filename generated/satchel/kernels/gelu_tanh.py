@@ -23,9 +23,8 @@ def vjp_kernel(factor_ptr, input_ptr, out_ptr, columns, size, COMPUTE: tl.conste
     lane = tl.arange(0, BLOCK)
     inside = lane < size - start
     input = tl.load(input_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
-    t = 1.4142135623730951 * 0.5641895835477563
-    t_2 = tanh(t * (8943 * input * input * input / 200000 + input))
-    fixed = 0.5 * t * input * (1 - t_2 * t_2) * (26829 * input * input / 200000 + 1) + 0.5 * t_2 + 0.5
+    t = tanh(0.035677408136300125 * input * input * input + 0.7978845608028654 * input)
+    fixed = 0.5 * t + 0.3989422804014327 * input * (1 - t * t) * (26829 * input * input / 200000 + 1) + 0.5
     for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         base = v * size + start
         factor = tl.load(factor_ptr + base + lane, mask=inside, other=0).to(COMPUTE)
@@ -58,10 +57,9 @@ def diagonal_kernel(curvature_ptr, input_ptr, out_ptr, size, COMPUTE: tl.constex
     inside = lane < size - start
     curvature = tl.load(curvature_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
     input = tl.load(input_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
-    t = 1.4142135623730951 * 0.5641895835477563
-    t_2 = tanh(t * (8943 * input * input * input / 200000 + input))
-    t_3 = 0.5 * t * input * (1 - t_2 * t_2) * (26829 * input * input / 200000 + 1) + 0.5 * t_2 + 0.5
-    tl.store(out_ptr + start + lane, curvature * t_3 * t_3, mask=inside)
+    t = tanh(0.035677408136300125 * input * input * input + 0.7978845608028654 * input)
+    t_2 = 0.5 * t + 0.3989422804014327 * input * (1 - t * t) * (26829 * input * input / 200000 + 1) + 0.5
+    tl.store(out_ptr + start + lane, curvature * t_2 * t_2, mask=inside)
 
 
 def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
@@ -87,15 +85,18 @@ def residual_kernel(delta_ptr, input_ptr, out_ptr, size, COMPUTE: tl.constexpr, 
     inside = lane < size - start
     delta = tl.load(delta_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
     input = tl.load(input_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
-    t = 26829 * input * input / 200000
-    t_2 = 1.4142135623730951 * 0.5641895835477563
-    t_3 = tanh(t_2 * (8943 * input * input * input / 200000 + input))
-    t_4 = 1 - t_3 * t_3
-    t_5 = t_2 * t_4
-    t_6 = t + 1
+    t = input * input
+    t_2 = tanh(0.035677408136300125 * input * input * input + 0.7978845608028654 * input)
+    t_3 = 1 - t_2 * t_2
+    t_4 = 26829 * t / 200000 + 1
     tl.store(
         out_ptr + start + lane,
-        delta * (t * t_5 + t_5 * t_6 - 2 * 0.3183098861837907 * t_3 * t_4 * t_6 * t_6 * input),
+        delta
+        * (
+            0.10703222440890037 * t * t_3
+            + 0.7978845608028654 * t_3 * t_4
+            - 0.6366197723675814 * t_2 * t_3 * t_4 * t_4 * input
+        ),
         mask=inside,
     )
 

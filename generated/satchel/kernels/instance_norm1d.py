@@ -17,210 +17,216 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import REDUCE_LANES, REDUCE_ROWS, accumulator, splits, triton_type
+from ..layers import instance_norm1d as aten
+from ..runtime.triton_launch import accumulator, resident, row_tile, splits, triton_type
 
 
 @triton.jit
-def bias_sample_squares_kernel(
-    factor_ptr, out_ptr, N, C, S, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
-):
-    """bias_sample_squares[n, c] = Σ_{v} (Σ_{s} factor[v, n, c, s])²"""
-    n = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
-    c_inside = c < C
-    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
-        step = start + tl.arange(0, BLOCK_ROW)
-        step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * N * C * S + n * C * S + c[None, :] * S
-        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for _ in range(S):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
-        total += part * part
-    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * N * C + n * C + c, tl.sum(total, axis=0), mask=c_inside)
-
-
-def bias_sample_squares(factor: Tensor) -> Tensor:
-    """bias_sample_squares[n, c] = Σ_{v} (Σ_{s} factor[v, n, c, s])²
-
-    factor [V, N, C, S] -> [N, C].
-    """
-    factor = factor.contiguous()
-    V, N, C, S = factor.shape
-    steps = V
-    dtype = accumulator(factor)
-    lanes = triton.cdiv(C, REDUCE_LANES)
-    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((parts, N, C), dtype=dtype, device=factor.device)
-    bias_sample_squares_kernel[(N, lanes, parts)](
-        factor, out, N, C, S, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
-    )
-    return out[0] if parts == 1 else out.sum(0)
-
-
-@triton.jit
-def bias_signed_sample_squares_kernel(
+def vjp_resident_kernel(
     factor_ptr,
-    sign_ptr,
+    input_ptr,
+    weight_ptr,
     out_ptr,
-    N,
+    columns,
+    rows,
+    size,
     C,
     S,
-    steps,
+    eps: tl.float64,
     COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
-    BLOCK_LANE: tl.constexpr,
 ):
-    """bias_signed_sample_squares[n, c] = Σ_{v} sign[v, n] (Σ_{s} factor[v, n, c, s])²"""
-    n = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
-    c_inside = c < C
-    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
-        step = start + tl.arange(0, BLOCK_ROW)
-        step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * N * C * S + n * C * S + c[None, :] * S
-        weight = tl.load(sign_ptr + step * N + n, mask=step_inside, other=0).to(COMPUTE)
-        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for _ in range(S):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
-        total += weight[:, None] * part * part
-    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * N * C + n * C + c, tl.sum(total, axis=0), mask=c_inside)
-
-
-def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
-    """bias_signed_sample_squares[n, c] = Σ_{v} sign[v, n] (Σ_{s} factor[v, n, c, s])²
-
-    factor [V, N, C, S], sign [V, N] -> [N, C].
+    """mean[n, c] = Σ_{s} input[n, c, s] / S
+    centred[n, c, s] = input[n, c, s] − mean[n, c]
+    variance[n, c] = Σ_{s} centred[n, c, s]² / S
+    rstd[n, c] = 1/sqrt(variance[n, c] + eps)
+    bar_normalised[v, n, c, s] = factor[v, n, c, s] weight[c]
+    bar_rstd[v, n, c] = Σ_{s} bar_normalised[v, n, c, s] centred[n, c, s]
+    bar_variance[v, n, c] = −1/2 bar_rstd[v, n, c] / (variance[n, c] + eps)^(3/2)
+    bar_centred[v, n, c, s] = bar_normalised[v, n, c, s] rstd[n, c] + 2 bar_variance[v, n, c] centred[n, c, s] / S
+    bar_mean[v, n, c] = Σ_{s} −bar_centred[v, n, c, s]
+    vjp[v, n, c, s] = bar_mean[v, n, c] / S + bar_centred[v, n, c, s]
     """
-    factor, sign = factor.contiguous(), sign.contiguous()
+    row = tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
+    s = tl.arange(0, BLOCK)[:, None]
+    row_inside = row < rows
+    inside = (s < S) & (row < rows)
+    c = tl.cast(row % C, tl.int64)
+    origin = row.to(tl.int64) * S
+    eps = tl.full((), eps, COMPUTE)
+    input = tl.load(input_ptr + origin + s, mask=inside, other=0).to(COMPUTE)
+    weight = tl.load(weight_ptr + c, mask=row_inside, other=0).to(COMPUTE)
+    mean = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
+    centred = input - mean
+    variance = tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
+    rstd = tl.rsqrt(eps + variance)
+    t = eps + variance
+    fixed = -0.5 / (t * tl.sqrt(t))
+    fixed_2 = 2 * centred / tl.cast(S, COMPUTE)
+    fixed_3 = 1 / tl.cast(S, COMPUTE)
+    for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
+        start = v * size
+        factor = tl.load(factor_ptr + start + origin + s, mask=inside, other=0).to(COMPUTE)
+        bar_normalised = factor * weight
+        bar_rstd = tl.sum(tl.where(inside, bar_normalised * centred, 0.0), axis=0, keep_dims=True)
+        bar_variance = bar_rstd * fixed
+        bar_centred = bar_normalised * rstd + bar_variance * fixed_2
+        bar_mean = -tl.sum(tl.where(inside, bar_centred, 0.0), axis=0, keep_dims=True)
+        tl.store(out_ptr + start + origin + s, bar_centred + bar_mean * fixed_3, mask=inside)
+
+
+def vjp_resident(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """vjp[v, n, c, s] = bar_mean[v, n, c] / S + bar_centred[v, n, c, s]
+
+    factor [V, N, C, S], input [N, C, S], weight [C] -> [V, N, C, S].
+    """
+    factor, input, weight = factor.contiguous(), input.contiguous(), weight.contiguous()
     V, N, C, S = factor.shape
-    steps = V
-    dtype = accumulator(factor, sign)
-    lanes = triton.cdiv(C, REDUCE_LANES)
-    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((parts, N, C), dtype=dtype, device=factor.device)
-    bias_signed_sample_squares_kernel[(N, lanes, parts)](
-        factor, sign, out, N, C, S, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
+    rows = N * C
+    size = N * C * S
+    columns = V
+    dtype = accumulator(factor, input, weight)
+    out = torch.empty((V, N, C, S), dtype=dtype, device=factor.device)
+    block, block_row, warps = row_tile(S, dtype)
+    blocks = triton.cdiv(rows, block_row)
+    vjp_resident_kernel[(blocks, splits(blocks, columns))](
+        factor,
+        input,
+        weight,
+        out,
+        columns,
+        rows,
+        size,
+        C,
+        S,
+        eps,
+        COMPUTE=triton_type(dtype),
+        BLOCK=block,
+        BLOCK_ROW=block_row,
+        num_warps=warps,
     )
-    return out[0] if parts == 1 else out.sum(0)
+    return out
 
 
 @triton.jit
-def bias_squared_norm_kernel(
-    factor_ptr, out_ptr, N, C, S, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
+def hessian_resident_kernel(
+    delta_ptr,
+    tangent_ptr,
+    input_ptr,
+    weight_ptr,
+    out_ptr,
+    columns,
+    rows,
+    size,
+    C,
+    S,
+    eps: tl.float64,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
 ):
-    """bias_squared_norm[n] = Σ_{c,v} (Σ_{s} factor[v, n, c, s])²"""
-    n = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
-    c_inside = c < C
-    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
-        step = start + tl.arange(0, BLOCK_ROW)
-        step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * N * C * S + n * C * S + c[None, :] * S
-        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for _ in range(S):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
-        total += part * part
-    tl.store(
-        out_ptr + (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2), tl.sum(total)
-    )
-
-
-def bias_squared_norm(factor: Tensor) -> Tensor:
-    """bias_squared_norm[n] = Σ_{c,v} (Σ_{s} factor[v, n, c, s])²
-
-    factor [V, N, C, S] -> [N].
+    """mean[n, c] = Σ_{s} input[n, c, s] / S
+    centred[n, c, s] = input[n, c, s] − mean[n, c]
+    variance[n, c] = Σ_{s} centred[n, c, s]² / S
+    bar_normalised[n, c, s] = delta[n, c, s] weight[c]
+    bar_rstd[n, c] = Σ_{s} bar_normalised[n, c, s] centred[n, c, s]
+    bar_variance[n, c] = −1/2 bar_rstd[n, c] / (variance[n, c] + eps)^(3/2)
+    dot_mean[v, n, c] = Σ_{s} tangent[v, n, c, s] / S
+    dot_centred[v, n, c, s] = tangent[v, n, c, s] − dot_mean[v, n, c]
+    dot_variance[v, n, c] = Σ_{s} 2 centred[n, c, s] dot_centred[v, n, c, s] / S
+    dot_rstd[v, n, c] = −1/2 dot_variance[v, n, c] / (variance[n, c] + eps)^(3/2)
+    dot_bar_rstd[v, n, c] = Σ_{s} bar_normalised[n, c, s] dot_centred[v, n, c, s]
+    dot_bar_variance[v, n, c] = 1/4 (3 bar_rstd[n, c] dot_variance[v, n, c] / (variance[n, c] + eps) − 2 dot_bar_rstd[v, n, c]) / (variance[n, c] + eps)^(3/2)
+    dot_bar_centred[v, n, c, s] = bar_normalised[n, c, s] dot_rstd[v, n, c] + 2 bar_variance[n, c] dot_centred[v, n, c, s] / S + 2 centred[n, c, s] dot_bar_variance[v, n, c] / S
+    dot_bar_mean[v, n, c] = Σ_{s} −dot_bar_centred[v, n, c, s]
+    hessian[v, n, c, s] = dot_bar_mean[v, n, c] / S + dot_bar_centred[v, n, c, s]
     """
-    factor = factor.contiguous()
-    V, N, C, S = factor.shape
-    steps = V
-    dtype = accumulator(factor)
-    lanes = triton.cdiv(C, REDUCE_LANES)
-    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((N, lanes, parts), dtype=dtype, device=factor.device)
-    bias_squared_norm_kernel[(N, lanes, parts)](
-        factor, out, N, C, S, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
-    )
-    return out.sum((-2, -1))
+    row = tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
+    s = tl.arange(0, BLOCK)[:, None]
+    row_inside = row < rows
+    inside = (s < S) & (row < rows)
+    c = tl.cast(row % C, tl.int64)
+    origin = row.to(tl.int64) * S
+    eps = tl.full((), eps, COMPUTE)
+    delta = tl.load(delta_ptr + origin + s, mask=inside, other=0).to(COMPUTE)
+    input = tl.load(input_ptr + origin + s, mask=inside, other=0).to(COMPUTE)
+    weight = tl.load(weight_ptr + c, mask=row_inside, other=0).to(COMPUTE)
+    mean = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
+    centred = input - mean
+    variance = tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
+    bar_normalised = delta * weight
+    bar_rstd = tl.sum(tl.where(inside, bar_normalised * centred, 0.0), axis=0, keep_dims=True)
+    t = eps + variance
+    bar_variance = -0.5 * bar_rstd / (t * tl.sqrt(t))
+    fixed = 1 / tl.cast(S, COMPUTE)
+    t_2 = eps + variance
+    fixed_2 = -0.5 / (t_2 * tl.sqrt(t_2))
+    fixed_3 = 3 * bar_rstd / (eps + variance)
+    t_3 = eps + variance
+    fixed_4 = 0.25 / (t_3 * tl.sqrt(t_3))
+    fixed_5 = 2 * bar_variance * fixed
+    fixed_6 = 2 * centred * fixed
+    for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
+        start = v * size
+        tangent = tl.load(tangent_ptr + start + origin + s, mask=inside, other=0).to(COMPUTE)
+        dot_mean = fixed * tl.sum(tl.where(inside, tangent, 0.0), axis=0, keep_dims=True)
+        dot_centred = tangent - dot_mean
+        dot_variance = 2 * fixed * tl.sum(tl.where(inside, centred * dot_centred, 0.0), axis=0, keep_dims=True)
+        dot_rstd = dot_variance * fixed_2
+        dot_bar_rstd = tl.sum(tl.where(inside, bar_normalised * dot_centred, 0.0), axis=0, keep_dims=True)
+        dot_bar_variance = fixed_4 * (dot_variance * fixed_3 - 2 * dot_bar_rstd)
+        dot_bar_centred = bar_normalised * dot_rstd + dot_bar_variance * fixed_6 + dot_centred * fixed_5
+        dot_bar_mean = -tl.sum(tl.where(inside, dot_bar_centred, 0.0), axis=0, keep_dims=True)
+        tl.store(out_ptr + start + origin + s, dot_bar_centred + dot_bar_mean * fixed, mask=inside)
 
 
-@triton.jit
-def bias_sum_of_squares_kernel(
-    factor_ptr, out_ptr, C, S, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
-):
-    """bias_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s])²"""
-    c = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
-    c_inside = c < C
-    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
-        step = start + tl.arange(0, BLOCK_ROW)
-        step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * C * S + c[None, :] * S
-        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for _ in range(S):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
-        total += part * part
-    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * C + c, tl.sum(total, axis=0), mask=c_inside)
+def hessian_resident(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """hessian[v, n, c, s] = dot_bar_mean[v, n, c] / S + dot_bar_centred[v, n, c, s]
 
-
-def bias_sum_of_squares(factor: Tensor) -> Tensor:
-    """bias_sum_of_squares[c] = Σ_{n,v} (Σ_{s} factor[v, n, c, s])²
-
-    factor [V, N, C, S] -> [C].
+    delta [N, C, S], tangent [V, N, C, S], input [N, C, S], weight [C] -> [V, N, C, S].
     """
-    factor = factor.contiguous()
-    V, N, C, S = factor.shape
-    steps = V * N
-    dtype = accumulator(factor)
-    lanes = triton.cdiv(C, REDUCE_LANES)
-    parts = splits(lanes, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((parts, C), dtype=dtype, device=factor.device)
-    bias_sum_of_squares_kernel[(1, lanes, parts)](
-        factor, out, C, S, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
+    delta, tangent, input, weight = delta.contiguous(), tangent.contiguous(), input.contiguous(), weight.contiguous()
+    N, C, S = delta.shape
+    V = tangent.shape[0]
+    rows = N * C
+    size = N * C * S
+    columns = V
+    dtype = accumulator(delta, tangent, input, weight)
+    out = torch.empty((V, N, C, S), dtype=dtype, device=delta.device)
+    block, block_row, warps = row_tile(S, dtype)
+    blocks = triton.cdiv(rows, block_row)
+    hessian_resident_kernel[(blocks, splits(blocks, columns))](
+        delta,
+        tangent,
+        input,
+        weight,
+        out,
+        columns,
+        rows,
+        size,
+        C,
+        S,
+        eps,
+        COMPUTE=triton_type(dtype),
+        BLOCK=block,
+        BLOCK_ROW=block_row,
+        num_warps=warps,
     )
-    return out[0] if parts == 1 else out.sum(0)
+    return out
 
 
-@triton.jit
-def bias_signed_sum_of_squares_kernel(
-    factor_ptr, sign_ptr, out_ptr, C, S, steps, COMPUTE: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_LANE: tl.constexpr
-):
-    """bias_signed_sum_of_squares[c] = Σ_{n,v} sign[v, n] (Σ_{s} factor[v, n, c, s])²"""
-    c = tl.program_id(1).to(tl.int64) * BLOCK_LANE + tl.arange(0, BLOCK_LANE)
-    c_inside = c < C
-    total = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-    for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
-        step = start + tl.arange(0, BLOCK_ROW)
-        step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * C * S + c[None, :] * S
-        weight = tl.load(sign_ptr + step, mask=step_inside, other=0).to(COMPUTE)
-        part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
-        for _ in range(S):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & c_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += 1
-        total += weight[:, None] * part * part
-    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * C + c, tl.sum(total, axis=0), mask=c_inside)
+def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """vjp[v, n, c, s] = bar_mean[v, n, c] / S + bar_centred[v, n, c, s]"""
+    S = factor.shape[3]
+    if resident(S, 1, factor, input, weight):
+        return vjp_resident(factor, input, weight, eps)
+    return aten.vjp(factor, input, weight, eps)
 
 
-def bias_signed_sum_of_squares(factor: Tensor, sign: Tensor) -> Tensor:
-    """bias_signed_sum_of_squares[c] = Σ_{n,v} sign[v, n] (Σ_{s} factor[v, n, c, s])²
-
-    factor [V, N, C, S], sign [V, N] -> [C].
-    """
-    factor, sign = factor.contiguous(), sign.contiguous()
-    V, N, C, S = factor.shape
-    steps = V * N
-    dtype = accumulator(factor, sign)
-    lanes = triton.cdiv(C, REDUCE_LANES)
-    parts = splits(lanes, triton.cdiv(steps, REDUCE_ROWS))
-    out = torch.empty((parts, C), dtype=dtype, device=factor.device)
-    bias_signed_sum_of_squares_kernel[(1, lanes, parts)](
-        factor, sign, out, C, S, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
-    )
-    return out[0] if parts == 1 else out.sum(0)
+def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """hessian[v, n, c, s] = dot_bar_mean[v, n, c] / S + dot_bar_centred[v, n, c, s]"""
+    S = delta.shape[2]
+    if resident(S, 1, delta, tangent, input, weight):
+        return hessian_resident(delta, tangent, input, weight, eps)
+    return aten.hessian(delta, tangent, input, weight, eps)

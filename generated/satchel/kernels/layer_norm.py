@@ -17,7 +17,195 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import REDUCE_LANES, REDUCE_ROWS, accumulator, splits, triton_type
+from ..layers import layer_norm as aten
+from ..runtime.triton_launch import REDUCE_LANES, REDUCE_ROWS, accumulator, resident, row_tile, splits, triton_type
+
+
+@triton.jit
+def vjp_resident_kernel(
+    factor_ptr,
+    input_ptr,
+    weight_ptr,
+    out_ptr,
+    columns,
+    rows,
+    size,
+    J,
+    eps: tl.float64,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+):
+    """mean[n, r] = Σ_{j} input[n, r, j] / J
+    centred[n, r, j] = input[n, r, j] − mean[n, r]
+    variance[n, r] = Σ_{j} centred[n, r, j]² / J
+    rstd[n, r] = 1/sqrt(variance[n, r] + eps)
+    bar_normalised[v, n, r, j] = factor[v, n, r, j] weight[j]
+    bar_rstd[v, n, r] = Σ_{j} bar_normalised[v, n, r, j] centred[n, r, j]
+    bar_variance[v, n, r] = −1/2 bar_rstd[v, n, r] / (variance[n, r] + eps)^(3/2)
+    bar_centred[v, n, r, j] = bar_normalised[v, n, r, j] rstd[n, r] + 2 bar_variance[v, n, r] centred[n, r, j] / J
+    bar_mean[v, n, r] = Σ_{j} −bar_centred[v, n, r, j]
+    vjp[v, n, r, j] = bar_mean[v, n, r] / J + bar_centred[v, n, r, j]
+    """
+    row = tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
+    j = tl.arange(0, BLOCK)[:, None]
+    inside = (j < J) & (row < rows)
+    origin = row.to(tl.int64) * J
+    eps = tl.full((), eps, COMPUTE)
+    input = tl.load(input_ptr + origin + j, mask=inside, other=0).to(COMPUTE)
+    weight = tl.load(weight_ptr + j, mask=inside, other=0).to(COMPUTE)
+    mean = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
+    centred = input - mean
+    variance = tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
+    rstd = tl.rsqrt(eps + variance)
+    t = eps + variance
+    fixed = -0.5 / (t * tl.sqrt(t))
+    fixed_2 = 2 * centred / tl.cast(J, COMPUTE)
+    fixed_3 = 1 / tl.cast(J, COMPUTE)
+    for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
+        start = v * size
+        factor = tl.load(factor_ptr + start + origin + j, mask=inside, other=0).to(COMPUTE)
+        bar_normalised = factor * weight
+        bar_rstd = tl.sum(tl.where(inside, bar_normalised * centred, 0.0), axis=0, keep_dims=True)
+        bar_variance = bar_rstd * fixed
+        bar_centred = bar_normalised * rstd + bar_variance * fixed_2
+        bar_mean = -tl.sum(tl.where(inside, bar_centred, 0.0), axis=0, keep_dims=True)
+        tl.store(out_ptr + start + origin + j, bar_centred + bar_mean * fixed_3, mask=inside)
+
+
+def vjp_resident(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """vjp[v, n, r, j] = bar_mean[v, n, r] / J + bar_centred[v, n, r, j]
+
+    factor [V, N, R, J], input [N, R, J], weight [J] -> [V, N, R, J].
+    """
+    factor, input, weight = factor.contiguous(), input.contiguous(), weight.contiguous()
+    V, N, R, J = factor.shape
+    rows = N * R
+    size = N * R * J
+    columns = V
+    dtype = accumulator(factor, input, weight)
+    out = torch.empty((V, N, R, J), dtype=dtype, device=factor.device)
+    block, block_row, warps = row_tile(J, dtype)
+    blocks = triton.cdiv(rows, block_row)
+    vjp_resident_kernel[(blocks, splits(blocks, columns))](
+        factor,
+        input,
+        weight,
+        out,
+        columns,
+        rows,
+        size,
+        J,
+        eps,
+        COMPUTE=triton_type(dtype),
+        BLOCK=block,
+        BLOCK_ROW=block_row,
+        num_warps=warps,
+    )
+    return out
+
+
+@triton.jit
+def hessian_resident_kernel(
+    delta_ptr,
+    tangent_ptr,
+    input_ptr,
+    weight_ptr,
+    out_ptr,
+    columns,
+    rows,
+    size,
+    J,
+    eps: tl.float64,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+):
+    """mean[n, r] = Σ_{j} input[n, r, j] / J
+    centred[n, r, j] = input[n, r, j] − mean[n, r]
+    variance[n, r] = Σ_{j} centred[n, r, j]² / J
+    bar_normalised[n, r, j] = delta[n, r, j] weight[j]
+    bar_rstd[n, r] = Σ_{j} bar_normalised[n, r, j] centred[n, r, j]
+    bar_variance[n, r] = −1/2 bar_rstd[n, r] / (variance[n, r] + eps)^(3/2)
+    dot_mean[v, n, r] = Σ_{j} tangent[v, n, r, j] / J
+    dot_centred[v, n, r, j] = tangent[v, n, r, j] − dot_mean[v, n, r]
+    dot_variance[v, n, r] = Σ_{j} 2 centred[n, r, j] dot_centred[v, n, r, j] / J
+    dot_rstd[v, n, r] = −1/2 dot_variance[v, n, r] / (variance[n, r] + eps)^(3/2)
+    dot_bar_rstd[v, n, r] = Σ_{j} bar_normalised[n, r, j] dot_centred[v, n, r, j]
+    dot_bar_variance[v, n, r] = 1/4 (3 bar_rstd[n, r] dot_variance[v, n, r] / (variance[n, r] + eps) − 2 dot_bar_rstd[v, n, r]) / (variance[n, r] + eps)^(3/2)
+    dot_bar_centred[v, n, r, j] = bar_normalised[n, r, j] dot_rstd[v, n, r] + 2 bar_variance[n, r] dot_centred[v, n, r, j] / J + 2 centred[n, r, j] dot_bar_variance[v, n, r] / J
+    dot_bar_mean[v, n, r] = Σ_{j} −dot_bar_centred[v, n, r, j]
+    hessian[v, n, r, j] = dot_bar_mean[v, n, r] / J + dot_bar_centred[v, n, r, j]
+    """
+    row = tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
+    j = tl.arange(0, BLOCK)[:, None]
+    inside = (j < J) & (row < rows)
+    origin = row.to(tl.int64) * J
+    eps = tl.full((), eps, COMPUTE)
+    delta = tl.load(delta_ptr + origin + j, mask=inside, other=0).to(COMPUTE)
+    input = tl.load(input_ptr + origin + j, mask=inside, other=0).to(COMPUTE)
+    weight = tl.load(weight_ptr + j, mask=inside, other=0).to(COMPUTE)
+    mean = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
+    centred = input - mean
+    variance = tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
+    bar_normalised = delta * weight
+    bar_rstd = tl.sum(tl.where(inside, bar_normalised * centred, 0.0), axis=0, keep_dims=True)
+    t = eps + variance
+    bar_variance = -0.5 * bar_rstd / (t * tl.sqrt(t))
+    fixed = 1 / tl.cast(J, COMPUTE)
+    t_2 = eps + variance
+    fixed_2 = -0.5 / (t_2 * tl.sqrt(t_2))
+    fixed_3 = 3 * bar_rstd / (eps + variance)
+    t_3 = eps + variance
+    fixed_4 = 0.25 / (t_3 * tl.sqrt(t_3))
+    fixed_5 = 2 * bar_variance * fixed
+    fixed_6 = 2 * centred * fixed
+    for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
+        start = v * size
+        tangent = tl.load(tangent_ptr + start + origin + j, mask=inside, other=0).to(COMPUTE)
+        dot_mean = fixed * tl.sum(tl.where(inside, tangent, 0.0), axis=0, keep_dims=True)
+        dot_centred = tangent - dot_mean
+        dot_variance = 2 * fixed * tl.sum(tl.where(inside, centred * dot_centred, 0.0), axis=0, keep_dims=True)
+        dot_rstd = dot_variance * fixed_2
+        dot_bar_rstd = tl.sum(tl.where(inside, bar_normalised * dot_centred, 0.0), axis=0, keep_dims=True)
+        dot_bar_variance = fixed_4 * (dot_variance * fixed_3 - 2 * dot_bar_rstd)
+        dot_bar_centred = bar_normalised * dot_rstd + dot_bar_variance * fixed_6 + dot_centred * fixed_5
+        dot_bar_mean = -tl.sum(tl.where(inside, dot_bar_centred, 0.0), axis=0, keep_dims=True)
+        tl.store(out_ptr + start + origin + j, dot_bar_centred + dot_bar_mean * fixed, mask=inside)
+
+
+def hessian_resident(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """hessian[v, n, r, j] = dot_bar_mean[v, n, r] / J + dot_bar_centred[v, n, r, j]
+
+    delta [N, R, J], tangent [V, N, R, J], input [N, R, J], weight [J] -> [V, N, R, J].
+    """
+    delta, tangent, input, weight = delta.contiguous(), tangent.contiguous(), input.contiguous(), weight.contiguous()
+    N, R, J = delta.shape
+    V = tangent.shape[0]
+    rows = N * R
+    size = N * R * J
+    columns = V
+    dtype = accumulator(delta, tangent, input, weight)
+    out = torch.empty((V, N, R, J), dtype=dtype, device=delta.device)
+    block, block_row, warps = row_tile(J, dtype)
+    blocks = triton.cdiv(rows, block_row)
+    hessian_resident_kernel[(blocks, splits(blocks, columns))](
+        delta,
+        tangent,
+        input,
+        weight,
+        out,
+        columns,
+        rows,
+        size,
+        J,
+        eps,
+        COMPUTE=triton_type(dtype),
+        BLOCK=block,
+        BLOCK_ROW=block_row,
+        num_warps=warps,
+    )
+    return out
 
 
 @triton.jit
@@ -32,11 +220,11 @@ def bias_sample_squares_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * N * R * J + n * R * J + j[None, :]
+        factor_tile = factor_ptr + step[:, None] * N * R * J + n * R * J + j[None, :]
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(R):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & j_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += J
+            part += tl.load(factor_tile, mask=step_inside[:, None] & j_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += J
         total += part * part
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * N * J + n * J + j, tl.sum(total, axis=0), mask=j_inside)
 
@@ -80,12 +268,12 @@ def bias_signed_sample_squares_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * N * R * J + n * R * J + j[None, :]
+        factor_tile = factor_ptr + step[:, None] * N * R * J + n * R * J + j[None, :]
         weight = tl.load(sign_ptr + step * N + n, mask=step_inside, other=0).to(COMPUTE)
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(R):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & j_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += J
+            part += tl.load(factor_tile, mask=step_inside[:, None] & j_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += J
         total += weight[:, None] * part * part
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * N * J + n * J + j, tl.sum(total, axis=0), mask=j_inside)
 
@@ -120,11 +308,11 @@ def bias_squared_norm_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * N * R * J + n * R * J + j[None, :]
+        factor_tile = factor_ptr + step[:, None] * N * R * J + n * R * J + j[None, :]
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(R):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & j_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += J
+            part += tl.load(factor_tile, mask=step_inside[:, None] & j_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += J
         total += part * part
     tl.store(
         out_ptr + (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2), tl.sum(total)
@@ -160,11 +348,11 @@ def bias_sum_of_squares_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * R * J + j[None, :]
+        factor_tile = factor_ptr + step[:, None] * R * J + j[None, :]
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(R):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & j_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += J
+            part += tl.load(factor_tile, mask=step_inside[:, None] & j_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += J
         total += part * part
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * J + j, tl.sum(total, axis=0), mask=j_inside)
 
@@ -198,12 +386,12 @@ def bias_signed_sum_of_squares_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * R * J + j[None, :]
+        factor_tile = factor_ptr + step[:, None] * R * J + j[None, :]
         weight = tl.load(sign_ptr + step, mask=step_inside, other=0).to(COMPUTE)
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(R):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & j_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += J
+            part += tl.load(factor_tile, mask=step_inside[:, None] & j_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += J
         total += weight[:, None] * part * part
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * J + j, tl.sum(total, axis=0), mask=j_inside)
 
@@ -224,3 +412,19 @@ def bias_signed_sum_of_squares(factor: Tensor, sign: Tensor) -> Tensor:
         factor, sign, out, R, J, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
     )
     return out[0] if parts == 1 else out.sum(0)
+
+
+def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """vjp[v, n, r, j] = bar_mean[v, n, r] / J + bar_centred[v, n, r, j]"""
+    J = factor.shape[3]
+    if resident(J, 1, factor, input, weight):
+        return vjp_resident(factor, input, weight, eps)
+    return aten.vjp(factor, input, weight, eps)
+
+
+def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """hessian[v, n, r, j] = dot_bar_mean[v, n, r] / J + dot_bar_centred[v, n, r, j]"""
+    J = delta.shape[2]
+    if resident(J, 1, delta, tangent, input, weight):
+        return hessian_resident(delta, tangent, input, weight, eps)
+    return aten.hessian(delta, tangent, input, weight, eps)

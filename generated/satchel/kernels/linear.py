@@ -83,9 +83,9 @@ def diagonal(curvature: Tensor, weight: Tensor) -> Tensor:
     I = weight.shape[1]
     check_strides(O, I)
     dtype = accumulator(curvature, weight)
-    parts = splits(triton.cdiv((N * R), 64) * triton.cdiv(I, 64), triton.cdiv(O, 16))
+    parts = splits(triton.cdiv(N * R, 64) * triton.cdiv(I, 64), triton.cdiv(O, 16))
     out = torch.empty((parts, N, R, I), dtype=dtype, device=weight.device)
-    diagonal_kernel[lambda meta: (parts, triton.cdiv((N * R), meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))](
+    diagonal_kernel[lambda meta: (parts, triton.cdiv(N * R, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))](
         curvature,
         weight,
         out,
@@ -118,7 +118,8 @@ def weight_sample_squares_fused_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """weight_sample_squares[n, o, i] = Σ_{v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²"""
-    n = tl.program_id(0).to(tl.int64)
+    n = (tl.program_id(0) % N).to(tl.int64)
+    part = tl.program_id(0) // N
     o_start = tl.program_id(1).to(tl.int64) * BLOCK_M
     i_start = tl.program_id(2).to(tl.int64) * BLOCK_N
     o = tl.arange(0, BLOCK_M)
@@ -126,10 +127,10 @@ def weight_sample_squares_fused_kernel(
     r = tl.arange(0, BLOCK_K)
     o_inside = o < O - o_start
     i_inside = i < I - i_start
-    factor_tile = r[None, :] * O + o[:, None]
+    factor_tile = o[:, None] + r[None, :] * O
     input_tile = r[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
-    for step in range(tl.cast(0, tl.int64), steps):
+    for step in range(part.to(tl.int64), steps, tl.num_programs(0) // N):
         factor_start = factor_ptr + step * N * R * O + n * R * O + o_start
         input_start = input_ptr + n * R * I + i_start
         product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
@@ -143,7 +144,7 @@ def weight_sample_squares_fused_kernel(
             factor_start += BLOCK_K * O
             input_start += BLOCK_K * I
         total += product * product
-    out_start = out_ptr + n * O * I + o_start * I + i_start
+    out_start = out_ptr + part.to(tl.int64) * N * O * I + n * O * I + o_start * I + i_start
     out_tile = o[:, None] * I + i[None, :]
     tl.store(out_start + out_tile, total, mask=o_inside[:, None] & i_inside[None, :])
 
@@ -158,11 +159,12 @@ def weight_sample_squares_fused(factor: Tensor, input: Tensor) -> Tensor:
     I = input.shape[2]
     check_strides(O, I)
     dtype = accumulator(factor, input)
-    out = torch.empty((N, O, I), dtype=dtype, device=factor.device)
+    parts = splits(N * triton.cdiv(O, 64) * triton.cdiv(I, 64), V)
+    out = torch.empty((parts, N, O, I), dtype=dtype, device=factor.device)
     weight_sample_squares_fused_kernel[
-        lambda meta: (N, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
+        lambda meta: (parts * N, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
     ](factor, input, out, N, R, O, I, V, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input))
-    return out
+    return out[0] if parts == 1 else out.sum(0)
 
 
 @triton.autotune(
@@ -186,7 +188,8 @@ def weight_signed_sample_squares_fused_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """weight_signed_sample_squares[n, o, i] = Σ_{v} sign[v, n] (Σ_{r} factor[v, n, r, o] input[n, r, i])²"""
-    n = tl.program_id(0).to(tl.int64)
+    n = (tl.program_id(0) % N).to(tl.int64)
+    part = tl.program_id(0) // N
     o_start = tl.program_id(1).to(tl.int64) * BLOCK_M
     i_start = tl.program_id(2).to(tl.int64) * BLOCK_N
     o = tl.arange(0, BLOCK_M)
@@ -194,10 +197,10 @@ def weight_signed_sample_squares_fused_kernel(
     r = tl.arange(0, BLOCK_K)
     o_inside = o < O - o_start
     i_inside = i < I - i_start
-    factor_tile = r[None, :] * O + o[:, None]
+    factor_tile = o[:, None] + r[None, :] * O
     input_tile = r[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
-    for step in range(tl.cast(0, tl.int64), steps):
+    for step in range(part.to(tl.int64), steps, tl.num_programs(0) // N):
         factor_start = factor_ptr + step * N * R * O + n * R * O + o_start
         input_start = input_ptr + n * R * I + i_start
         product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
@@ -212,7 +215,7 @@ def weight_signed_sample_squares_fused_kernel(
             input_start += BLOCK_K * I
         weight = tl.load(sign_ptr + step * N + n).to(COMPUTE)
         total += weight * product * product
-    out_start = out_ptr + n * O * I + o_start * I + i_start
+    out_start = out_ptr + part.to(tl.int64) * N * O * I + n * O * I + o_start * I + i_start
     out_tile = o[:, None] * I + i[None, :]
     tl.store(out_start + out_tile, total, mask=o_inside[:, None] & i_inside[None, :])
 
@@ -227,11 +230,12 @@ def weight_signed_sample_squares_fused(factor: Tensor, sign: Tensor, input: Tens
     I = input.shape[2]
     check_strides(O, I)
     dtype = accumulator(factor, sign, input)
-    out = torch.empty((N, O, I), dtype=dtype, device=factor.device)
+    parts = splits(N * triton.cdiv(O, 64) * triton.cdiv(I, 64), V)
+    out = torch.empty((parts, N, O, I), dtype=dtype, device=factor.device)
     weight_signed_sample_squares_fused_kernel[
-        lambda meta: (N, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
+        lambda meta: (parts * N, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
     ](factor, sign, input, out, N, R, O, I, V, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input))
-    return out
+    return out[0] if parts == 1 else out.sum(0)
 
 
 @triton.autotune(
@@ -260,7 +264,7 @@ def weight_sample_diagonal_kernel(
     r = tl.arange(0, BLOCK_K)
     o_inside = o < O - o_start
     i_inside = i < I - i_start
-    curvature_tile = r[None, :] * O + o[:, None]
+    curvature_tile = o[:, None] + r[None, :] * O
     input_tile = r[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
     curvature_start = curvature_ptr + n * R * O + o_start
@@ -412,7 +416,7 @@ def weight_sum_of_squares_fused_kernel(
     r = tl.arange(0, BLOCK_K)
     o_inside = o < O - o_start
     i_inside = i < I - i_start
-    factor_tile = r[None, :] * O + o[:, None]
+    factor_tile = o[:, None] + r[None, :] * O
     input_tile = r[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
     for index in range(tl.program_id(0), steps, tl.num_programs(0)):
@@ -480,7 +484,7 @@ def weight_sum_of_squares_separated_kernel(
     n = tl.arange(0, BLOCK_K)
     o_inside = o < O - o_start
     i_inside = i < I - i_start
-    product_value_tile = n[None, :] * O + o[:, None]
+    product_value_tile = o[:, None] + n[None, :] * O
     input_tile = n[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
     product_value_start = product_ptr + part * BLOCK_K * O + o_start
@@ -547,7 +551,7 @@ def weight_signed_sum_of_squares_fused_kernel(
     r = tl.arange(0, BLOCK_K)
     o_inside = o < O - o_start
     i_inside = i < I - i_start
-    factor_tile = r[None, :] * O + o[:, None]
+    factor_tile = o[:, None] + r[None, :] * O
     input_tile = r[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
     for index in range(tl.program_id(0), steps, tl.num_programs(0)):
@@ -616,7 +620,7 @@ def weight_signed_sum_of_squares_separated_kernel(
     n = tl.arange(0, BLOCK_K)
     o_inside = o < O - o_start
     i_inside = i < I - i_start
-    product_value_tile = n[None, :] * O + o[:, None]
+    product_value_tile = o[:, None] + n[None, :] * O
     input_tile = n[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
     product_value_start = product_ptr + part * BLOCK_K * O + o_start
@@ -680,7 +684,7 @@ def weight_diagonal_sum_kernel(
     nr = tl.arange(0, BLOCK_K)
     o_inside = o < O - o_start
     i_inside = i < I - i_start
-    curvature_tile = nr[None, :] * O + o[:, None]
+    curvature_tile = o[:, None] + nr[None, :] * O
     input_tile = nr[:, None] * I + i[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
     curvature_start = curvature_ptr + part * BLOCK_K * O + o_start
@@ -737,11 +741,11 @@ def bias_sample_squares_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * N * R * O + n * R * O + o[None, :]
+        factor_tile = factor_ptr + step[:, None] * N * R * O + n * R * O + o[None, :]
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(R):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += O
+            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += O
         total += part * part
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * N * O + n * O + o, tl.sum(total, axis=0), mask=o_inside)
 
@@ -785,12 +789,12 @@ def bias_signed_sample_squares_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * N * R * O + n * R * O + o[None, :]
+        factor_tile = factor_ptr + step[:, None] * N * R * O + n * R * O + o[None, :]
         weight = tl.load(sign_ptr + step * N + n, mask=step_inside, other=0).to(COMPUTE)
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(R):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += O
+            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += O
         total += weight[:, None] * part * part
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * N * O + n * O + o, tl.sum(total, axis=0), mask=o_inside)
 
@@ -825,11 +829,11 @@ def bias_squared_norm_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * N * R * O + n * R * O + o[None, :]
+        factor_tile = factor_ptr + step[:, None] * N * R * O + n * R * O + o[None, :]
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(R):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += O
+            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += O
         total += part * part
     tl.store(
         out_ptr + (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2), tl.sum(total)
@@ -865,11 +869,11 @@ def bias_sum_of_squares_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * R * O + o[None, :]
+        factor_tile = factor_ptr + step[:, None] * R * O + o[None, :]
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(R):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += O
+            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += O
         total += part * part
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * O + o, tl.sum(total, axis=0), mask=o_inside)
 
@@ -903,12 +907,12 @@ def bias_signed_sum_of_squares_kernel(
     for start in range(tl.program_id(2).to(tl.int64) * BLOCK_ROW, steps, tl.num_programs(2) * BLOCK_ROW):
         step = start + tl.arange(0, BLOCK_ROW)
         step_inside = step < steps
-        factortile_offset = factor_ptr + step[:, None] * R * O + o[None, :]
+        factor_tile = factor_ptr + step[:, None] * R * O + o[None, :]
         weight = tl.load(sign_ptr + step, mask=step_inside, other=0).to(COMPUTE)
         part = tl.zeros((BLOCK_ROW, BLOCK_LANE), dtype=COMPUTE)
         for _ in range(R):
-            part += tl.load(factortile_offset, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
-            factortile_offset += O
+            part += tl.load(factor_tile, mask=step_inside[:, None] & o_inside[None, :], other=0).to(COMPUTE)
+            factor_tile += O
         total += weight[:, None] * part * part
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * O + o, tl.sum(total, axis=0), mask=o_inside)
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, splits, triton_type
+from ..runtime.triton_math import sign
 
 
 @triton.jit
@@ -73,4 +74,31 @@ def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
     out = torch.empty((N, J), dtype=dtype, device=curvature.device)
     blocks = triton.cdiv(size, POINTWISE_BLOCK)
     diagonal_kernel[(blocks, 1)](curvature, input, out, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK)
+    return out
+
+
+@triton.jit
+def residual_kernel(delta_ptr, input_ptr, out_ptr, size, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+    """residual[n, j] = −2 sign(input[n, j]) delta[n, j] / (1 + Abs(input[n, j]))³"""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    inside = lane < size - start
+    delta = tl.load(delta_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
+    input = tl.load(input_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
+    t = tl.abs(input) + 1
+    tl.store(out_ptr + start + lane, -2 * delta * sign(input) / (t * t * t), mask=inside)
+
+
+def residual(delta: Tensor, input: Tensor) -> Tensor:
+    """residual[n, j] = −2 sign(input[n, j]) delta[n, j] / (1 + Abs(input[n, j]))³
+
+    delta [N, J], input [N, J] -> [N, J].
+    """
+    delta, input = delta.contiguous(), input.contiguous()
+    N, J = delta.shape
+    size = N * J
+    dtype = accumulator(delta, input)
+    out = torch.empty((N, J), dtype=dtype, device=delta.device)
+    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    residual_kernel[(blocks, 1)](delta, input, out, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK)
     return out

@@ -72,3 +72,29 @@ def diagonal(curvature: Tensor, output: Tensor) -> Tensor:
     blocks = triton.cdiv(size, POINTWISE_BLOCK)
     diagonal_kernel[(blocks, 1)](curvature, output, out, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK)
     return out
+
+
+@triton.jit
+def residual_kernel(delta_ptr, output_ptr, out_ptr, size, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+    """residual[n, j] = −(2 − 2 output[n, j]²) delta[n, j] output[n, j]"""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    inside = lane < size - start
+    delta = tl.load(delta_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
+    output = tl.load(output_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
+    tl.store(out_ptr + start + lane, -delta * output * (2 - 2 * output * output), mask=inside)
+
+
+def residual(delta: Tensor, output: Tensor) -> Tensor:
+    """residual[n, j] = −(2 − 2 output[n, j]²) delta[n, j] output[n, j]
+
+    delta [N, J], output [N, J] -> [N, J].
+    """
+    delta, output = delta.contiguous(), output.contiguous()
+    N, J = delta.shape
+    size = N * J
+    dtype = accumulator(delta, output)
+    out = torch.empty((N, J), dtype=dtype, device=delta.device)
+    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    residual_kernel[(blocks, 1)](delta, output, out, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK)
+    return out

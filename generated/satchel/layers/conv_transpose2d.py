@@ -789,7 +789,7 @@ LAYER = Layer(
     formula=(
         "output[n, g, o, h, w] = Σ_{c,kh,kw} input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]] weight[g, c, o, kh, kw] + bias[g, o]"
     ),
-    kernels="",
+    kernels="conv_transpose2d",
     input_axes=("n", ("g", "c"), "ih", "iw"),
     output_axes=("n", ("g", "o"), "h", "w"),
     parameter_axes={"weight": (("g", "c"), "o", "kh", "kw"), "bias": (("g", "o"),)},
@@ -813,18 +813,34 @@ LAYER = Layer(
             "sample_diagonal": Rule(
                 weight_sample_diagonal, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1
             ),
-            "squared_norm": Rule(weight_squared_norm, ("input", "weight_shape", "dilation", "padding", "stride")),
+            "squared_norm": Rule(
+                weight_squared_norm,
+                ("input", "weight_shape", "dilation", "padding", "stride"),
+                kernel="weight_squared_norm",
+            ),
             "sum_of_squares": Rule(
-                weight_sum_of_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
+                weight_sum_of_squares,
+                ("input", "weight_shape", "dilation", "padding", "stride"),
+                kernel="weight_sum_of_squares",
+                lead=0,
             ),
             "signed_sum_of_squares": Rule(
-                weight_signed_sum_of_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
+                weight_signed_sum_of_squares,
+                ("input", "weight_shape", "dilation", "padding", "stride"),
+                kernel="weight_signed_sum_of_squares",
+                lead=0,
             ),
             "diagonal_sum": Rule(
-                weight_diagonal_sum, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
+                weight_diagonal_sum,
+                ("input", "weight_shape", "dilation", "padding", "stride"),
+                kernel="weight_diagonal_sum",
+                lead=0,
             ),
             "squared_deviations": Rule(
-                weight_squared_deviations, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
+                weight_squared_deviations,
+                ("input", "weight_shape", "dilation", "padding", "stride"),
+                kernel="weight_squared_deviations",
+                lead=0,
             ),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),

@@ -360,16 +360,16 @@ LAYER = Layer(
         "normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]; "
         "output[n, g, c, s] = normalised[n, g, c, s] weight[g, c] + bias[g, c]"
     ),
-    kernels="",
+    kernels="group_norm",
     input_axes=("n", ("g", "c"), "s*"),
     output_axes=("n", ("g", "c"), "s*"),
     parameter_axes={"weight": (("g", "c"),), "bias": (("g", "c"),)},
-    vjp=Rule(vjp, ("input", "weight", "eps")),
+    vjp=Rule(vjp, ("input", "weight", "eps"), kernel="vjp"),
     diagonal=None,
     mean_vjp=None,
     sandwich=None,
     residual=None,
-    hessian=Rule(hessian, ("input", "weight", "eps")),
+    hessian=Rule(hessian, ("input", "weight", "eps"), kernel="hessian"),
     elementwise=False,
     mixed=True,
     parameters={

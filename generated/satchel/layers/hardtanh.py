@@ -61,11 +61,11 @@ LAYER = Layer(
     formula=(
         "output[n, j] = (input[n, j] if (max_val > input[n, j]) & (min_val < input[n, j]), max_val if max_val <= input[n, j], else min_val)"
     ),
-    kernels="",
+    kernels="hardtanh",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input", "max_val", "min_val")),
-    diagonal=Rule(diagonal, ("input", "max_val", "min_val")),
+    vjp=Rule(vjp, ("input", "max_val", "min_val"), kernel="vjp"),
+    diagonal=Rule(diagonal, ("input", "max_val", "min_val"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "max_val", "min_val")),
     sandwich=Rule(sandwich, ("input", "max_val", "min_val")),
     residual=None,

@@ -211,16 +211,16 @@ LAYER = Layer(
         "normalised[n, r, j] = input[n, r, j] rrms[n, r]; "
         "output[n, r, j] = normalised[n, r, j] weight[j]"
     ),
-    kernels="",
+    kernels="rms_norm",
     input_axes=("n", "r*", "j*"),
     output_axes=("n", "r*", "j*"),
     parameter_axes={"weight": ("j*",)},
-    vjp=Rule(vjp, ("input", "weight", "eps")),
+    vjp=Rule(vjp, ("input", "weight", "eps"), kernel="vjp"),
     diagonal=None,
     mean_vjp=None,
     sandwich=None,
     residual=None,
-    hessian=Rule(hessian, ("input", "weight", "eps")),
+    hessian=Rule(hessian, ("input", "weight", "eps"), kernel="hessian"),
     elementwise=False,
     mixed=True,
     parameters={

@@ -50,15 +50,15 @@ LAYER = Layer(
     formula=(
         "lse[n, r, s] = logsumexp_{k} input[n, r, k, s]; output[n, r, k, s] = exp(input[n, r, k, s] − lse[n, r, s])"
     ),
-    kernels="",
+    kernels="softmax",
     input_axes=("n", "r*", "k", "s*"),
     output_axes=("n", "r*", "k", "s*"),
-    vjp=Rule(vjp, ("output",)),
+    vjp=Rule(vjp, ("output",), kernel="vjp"),
     diagonal=None,
     mean_vjp=None,
     sandwich=None,
     residual=None,
-    hessian=Rule(hessian, ("output",)),
+    hessian=Rule(hessian, ("output",), kernel="hessian"),
     elementwise=False,
     mixed=False,
     parameters={},

@@ -77,15 +77,15 @@ LAYER = Layer(
         "lse[n, r, s] = logsumexp_{k} negative[n, r, k, s]; "
         "output[n, r, k, s] = exp(negative[n, r, k, s] − lse[n, r, s])"
     ),
-    kernels="",
+    kernels="softmin",
     input_axes=("n", "r*", "k", "s*"),
     output_axes=("n", "r*", "k", "s*"),
-    vjp=Rule(vjp, ("input",)),
+    vjp=Rule(vjp, ("input",), kernel="vjp"),
     diagonal=None,
     mean_vjp=None,
     sandwich=None,
     residual=None,
-    hessian=Rule(hessian, ("input",)),
+    hessian=Rule(hessian, ("input",), kernel="hessian"),
     elementwise=False,
     mixed=False,
     parameters={},

@@ -60,11 +60,11 @@ LAYER = Layer(
     formula=(
         "output[n, j] = (input[n, j] − lambd if lambd < input[n, j], input[n, j] + lambd if lambd < −input[n, j], else 0)"
     ),
-    kernels="",
+    kernels="softshrink",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input", "lambd")),
-    diagonal=Rule(diagonal, ("input", "lambd")),
+    vjp=Rule(vjp, ("input", "lambd"), kernel="vjp"),
+    diagonal=Rule(diagonal, ("input", "lambd"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "lambd")),
     sandwich=Rule(sandwich, ("input", "lambd")),
     residual=None,

@@ -73,7 +73,7 @@ LAYER = Layer(
     diagonal=Rule(diagonal, ("input",), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input",)),
     sandwich=Rule(sandwich, ("input",)),
-    residual=Rule(residual, ("input",)),
+    residual=Rule(residual, ("input",), kernel="residual"),
     hessian=None,
     elementwise=True,
     mixed=False,

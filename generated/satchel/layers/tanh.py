@@ -73,7 +73,7 @@ LAYER = Layer(
     diagonal=Rule(diagonal, ("output",), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("output",)),
     sandwich=Rule(sandwich, ("output",)),
-    residual=Rule(residual, ("output",)),
+    residual=Rule(residual, ("output",), kernel="residual"),
     hessian=None,
     elementwise=True,
     mixed=False,

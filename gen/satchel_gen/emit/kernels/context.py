@@ -7,7 +7,7 @@ from typing import Any
 
 import sympy
 
-from ...lowering.programs import Axes, Pointwise, Program, Read, Row
+from ...lowering.programs import Axes, Pointwise, Program, Read, Resident, Row
 from ...notation import Equal, Extent
 from ..triton_axes import Group, Names, offset, product, used
 from ..triton_expr import Lines, TritonPrinter
@@ -52,22 +52,23 @@ def launcher(program: Program, code: Iterable[str], sizes: Mapping[str, str] | N
     layout: dict[str, Axes] = {}
     for read in program.all_reads:
         layout.setdefault(read.tensor, read.axes)
-    needed = used(
-        (names.extent(axis) for tensor in tensors for axis in layout[tensor]), [*code, *(sizes or {}).values()]
-    )
+    sources = {f"{tensor}.shape": names.extents(layout[tensor]) for tensor in tensors}
+    sources |= {shape: names.extents(axes) for shape, axes in program.shapes.items()}
+    needed = used((extent for axes in sources.values() for extent in axes), [*code, *(sizes or {}).values()])
     extents: list[str] = []
     found: set[str] = set()
-    for tensor in tensors:
-        new = [name if name in needed and name not in found else "_" for name in names.extents(layout[tensor])]
+    for source, axes in sources.items():
+        new = [name if name in needed and name not in found else "_" for name in axes]
         wanted = [name for name in new if name != "_"]
         if len(wanted) == 1:
-            extents.append(f"{wanted[0]} = {tensor}.shape[{new.index(wanted[0])}]")
+            extents.append(f"{wanted[0]} = {source}[{new.index(wanted[0])}]")
         elif wanted:
-            extents.append(f"{', '.join(new)} = {tensor}.shape")
+            unused = new.index(wanted[0])
+            extents.append(f"{', '.join(['*_', *new[unused:]] if unused > 1 else new)} = {source}")
         found |= set(wanted)
     shapes = ", ".join(f"{tensor} [{', '.join(names.extents(layout[tensor]))}]" for tensor in tensors)
     return {
-        "signature": ", ".join(f"{tensor}: Tensor" for tensor in tensors),
+        "signature": signature(program),
         "shapes": f"{shapes} -> [{', '.join(out_shape(program))}].",
         "contiguous": f"{', '.join(tensors)} = {', '.join(f'{tensor}.contiguous()' for tensor in tensors)}",
         "extents": extents,
@@ -75,6 +76,31 @@ def launcher(program: Program, code: Iterable[str], sizes: Mapping[str, str] | N
         "first": program.all_reads[0].tensor,
         "sizes": tuple((sizes or {}).values()),
     }
+
+
+def signature(program: Program) -> str:
+    """A launcher's arguments: tensors, shapes, numbers."""
+    tensors = [f"{tensor}: Tensor" for tensor in program.tensors]
+    numbers = {option.attribute: option.kind for option in program.options}
+    return ", ".join([*tensors, *(f"{name}: {kind}" for name, kind in (shape_types(program) | numbers).items())])
+
+
+def shape_types(program: Program) -> dict[str, str]:
+    return dict.fromkeys(program.shapes, "tuple[int, ...]")
+
+
+def number_arguments(program: Program, names: Names) -> dict[str, str]:
+    """The kernel's declaration of each number, and what the launcher passes. Unannotated, a float would lose half its bits."""
+    return {
+        f"{names.option(option)}: tl.{'int32' if option.is_integer else 'float64'}": str(option)
+        for option in program.options
+    }
+
+
+def number_casts(program: Program, names: Names) -> list[str]:
+    """The numbers in the type of the computation."""
+    floats = [names.option(option) for option in program.options if not option.is_integer]
+    return [f"{name} = tl.full((), {name}, COMPUTE)" for name in floats]
 
 
 def out_shape(program: Program) -> list[str]:
@@ -118,13 +144,14 @@ def used_pointers(program: Program, code: Iterable[str]) -> list[str]:
 
 def printer_for(
     definition: str,
-    program: Pointwise | Row,
+    program: Pointwise | Resident | Row,
     names: Names,
     axes: Mapping[str, str],
     lines: Lines,
     stages: Iterable[str] = (),
 ) -> TritonPrinter:
     values = {read.symbol: names.value(read) for read in program.reads} | {stage: stage for stage in stages}
+    values |= {option.name: names.option(option) for option in program.options}
     extents = {axis: names.extent(axis) for axis in {*program.out, *(a for read in program.reads for a in read.axes)}}
     return TritonPrinter(definition, values, axes, extents, lines)
 

@@ -19,6 +19,8 @@ from .context import (
     hoisted_name,
     launcher,
     loop_head,
+    number_arguments,
+    number_casts,
     out_shape,
     printer_for,
     tuple_code,
@@ -66,11 +68,17 @@ def pointwise(definition: str, program: Pointwise) -> Context:
     inside = ["column = tl.cast(index, tl.int64)", *inside] if inside else []
     inside += [f"base = {column} * size + start"] if loop else []
     moving = frozenset({read.symbol for read in program.reads if set(read.axes) & set(loop)} | set(loop))
-    lines = Lines(set(KERNEL_NAMES) | {names.value(read) for read in program.reads} | set(axes.values()))
+    numbers = number_arguments(program, names)
+    lines = Lines(
+        set(KERNEL_NAMES)
+        | {names.value(read) for read in program.reads}
+        | {names.option(option) for option in program.options}
+        | set(axes.values())
+    )
     printer = printer_for(definition, program, names, axes, lines)
     if loop:
         expr = hoist(expr, moving, hoisted_name(printer, lines))
-    before += loads[False] + lines.statements
+    before += number_casts(program, names) + loads[False] + lines.statements
     lines.statements = []
     result = printer.statements(expr)
     inside += loads[True] + lines.statements
@@ -83,8 +91,9 @@ def pointwise(definition: str, program: Pointwise) -> Context:
     columns = product(names.extents(loop))
     launch = launcher(program, [size, columns if loop else "", *out_shape(program)], sizes)
     launch |= {"size": size, "columns": columns, "out": tuple_code(out_shape(program))}
+    launch["sizes"] = (*launch["sizes"], *numbers.values())
     return {
-        "name": program.name, "doc": program.doc, "pointers": used_pointers(program, code), "sizes": tuple(sizes),
+        "name": program.name, "doc": program.doc, "pointers": used_pointers(program, code), "sizes": (*sizes, *numbers),
         "before": before, "inside": inside, "column": column, "result": result,
         "loop": loop_head(column, "columns", 1, divided(inside)),
         "launch": launch | {"operands": [p.removesuffix("_ptr") for p in used_pointers(program, code)]},

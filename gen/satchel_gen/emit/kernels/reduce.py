@@ -39,11 +39,12 @@ def reduce(definition: str, program: Reduce) -> Context:
     inner = of["inner"][0] if of["inner"] else None
     layout = grouped(read.axes, groups)
     stepped = bool(outer_axes)
-    _, step_index = step_index_of(layout, of["step"], index)
+    stepping = {group: index[group] for group in of["step"]}
+    _, step_index = step_index_of(layout, of["step"], stepping)
     at = {lane: f"{index[lane]}[None, :]"} | {group: f"{code}[:, None]" for group, code in step_index.items()}
     at |= {batch: index[batch] if stepped else f"{index[batch]}[:, None]"} if batch else {}
     where = f"{read.tensor}_ptr + {offset(layout, at, size)}"
-    pointer = f"{names.value(read)}tile_offset"
+    pointer = f"{names.value(read)}_tile"
     body = []
     by_group = decode("step", of["step"], size, index, widen=False)
     if len(of["step"]) > 1:
@@ -53,7 +54,7 @@ def reduce(definition: str, program: Reduce) -> Context:
     if weight is not None:
         program.require(bool(outer_axes) and lane_axis not in weight.axes, "a weight varies over what is summed")
         program.require(not set(weight.axes) & set(inner_axes), "a weight may not carry inner axes")
-        _, weight_index = step_index_of(grouped(weight.axes, groups), of["step"], index)
+        _, weight_index = step_index_of(grouped(weight.axes, groups), of["step"], stepping)
         weight_index |= {batch: index[batch]} if batch else {}
         body += [f"weight = tl.load({weight.tensor}_ptr + {offset(grouped(weight.axes, groups), weight_index, size)}, "
                  "mask=step_inside, other=0).to(COMPUTE)"]  # fmt: skip
