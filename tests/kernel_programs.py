@@ -11,6 +11,7 @@ from sympy import Function, Integer, Piecewise, Rational, exp, sqrt, symbols, ta
 
 import satchel_gen
 from satchel_gen.emit.triton import render_kernels
+from satchel_gen.lowering.plan import Window
 from satchel_gen.lowering.programs import (
     Contraction,
     Gram,
@@ -22,7 +23,6 @@ from satchel_gen.lowering.programs import (
     Row,
     Stage,
 )
-from satchel_gen.lowering.plan import Window
 from satchel_gen.notation import Equal, Extent, Index, Option
 
 v, x, d, f, w, y, W = symbols("v x d f w y W")

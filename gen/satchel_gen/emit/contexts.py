@@ -22,9 +22,8 @@ from ..lowering.programs import Program, Resident
 from ..lowering.rules import LoweredLayer, LoweredRule
 from ..notation import NDIM, Extent, Index, IndexSum, Length, Option, Sum, base_name
 from .aten import AtenPrinter, Body, unpack_extents
-from .kernels.context import signature
 from .functions import Function, loss_function, rule_functions, sample_function, violation_function
-
+from .kernels.context import signature
 
 AxisNames = tuple[str | tuple[str, ...], ...]
 
@@ -280,7 +279,9 @@ def _within_registers(rule: LoweredRule, program: Resident) -> Dispatcher:
     """The kernel where a row fits into registers, else ATen."""
     body = Body(dict(rule.arguments))
     axes = {i.name: i for i in rule.formula.axes}
-    elements, stride = (body.scalar(sympy.Mul(*(Extent(axes[a]) for a in part))) for part in (program.row, program.after))
+    elements, stride = (
+        body.scalar(sympy.Mul(*(Extent(axes[a]) for a in part))) for part in (program.row, program.after)
+    )
     called = ", ".join([*rule.arguments, *rule.numbers])
     return Dispatcher(
         name=rule.name,

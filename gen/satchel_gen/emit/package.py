@@ -60,9 +60,7 @@ def _layer_files(layer: Layer) -> dict[str, str]:
     programs, dispatchers = contexts.layer_programs(lowered)
     if programs:
         choices = _render("dispatch.jinja", dispatchers=dispatchers)
-        files[f"kernels/{name}.py"] = header + render_kernels(
-            context.module, context.formula, programs, choices, name
-        )
+        files[f"kernels/{name}.py"] = header + render_kernels(context.module, context.formula, programs, choices, name)
     return files
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import sympy
 from sympy import Expr, Indexed
 
-from ..formula import render, render_formula
 from ..calculus.instantiate import Formula
 from ..calculus.terms import Term
+from ..formula import render, render_formula
 from ..notation import Equal, Index, LogSumExp, base_name, index_atoms, reads
 from .composed import Stage as Intermediate
 from .losses import LossRule, LoweredLoss
@@ -42,8 +42,8 @@ def layer_kernels(layer: LoweredLayer) -> list[KernelRule]:
 
 def _kernel(rule: LoweredRule) -> KernelRule | None:
     if rule.stages:
-        program = _resident(rule)
-        return KernelRule(rule, program) if program is not None else None
+        rows = _resident(rule)
+        return KernelRule(rule, rows) if rows is not None else None
     if _is_elementwise(rule):
         return _pointwise(rule)
     if any(leaf.windows for leaf in _leaves(rule)):
@@ -176,7 +176,7 @@ def _windowed(rule: LoweredRule) -> Contraction | None:
     if not places <= product.sums or any(w.divisor != 1 for w in windowed.windows):
         return None
     outer = {i.name for i in (term.sums | product.sums) - places}
-    steps = {axis for axis in outer if axis == "v" or axis in plain.walked and axis in windowed.walked}
+    steps = {axis for axis in outer if axis == "v" or (axis in plain.walked and axis in windowed.walked)}
     weight = term.factor if term.square is not None and term.factor != 1 else None
     return Contraction(
         name=rule.name,

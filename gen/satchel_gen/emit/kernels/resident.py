@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import sympy
 from sympy import Expr, Symbol
 
 from ...lowering.programs import Axes, Read, Resident, Stage
@@ -20,7 +19,6 @@ from .context import (
     pointers,
     printer_for,
     tuple_code,
-    used_in,
 )
 
 RESERVED = frozenset(
@@ -168,15 +166,13 @@ def _origin(program: Resident, names: Names) -> str:
     return f"{scaled(f'(row // {stride}).to(tl.int64)', [*row, *inner])} + row % {stride}"
 
 
-def _decoded(
-    program: Resident, names: Names, index: dict[str, str], indexed: set[str], lane: str
-) -> list[str]:
+def _decoded(program: Resident, names: Names, index: dict[str, str], indexed: set[str], lane: str) -> list[str]:
     """The indices of single axes that some tensor needs, from the number of the row and from the place in it."""
     numbering = [axis for axis in program.out[1:] if axis not in program.row]
     lines = []
     for flat, axes in (("row", numbering), (lane, list(program.row))):
         groups: list[Group] = [(axis,) for axis in axes]
-        sizes = {(axis,): names.extent(axis) for axis in axes}
+        sizes: dict[Group, str] = {(axis,): names.extent(axis) for axis in axes}
         statements = decode(flat, groups, sizes, {(axis,): index[axis] for axis in axes}, widen=flat == "row")
         lines += [statements[(axis,)] for axis in axes if axis in indexed and index[axis] != flat]
     return lines
