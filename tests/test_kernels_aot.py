@@ -1,4 +1,7 @@
-"""Every emitted Triton kernel compiles without a GPU for each target, and spills no registers on NVIDIA's."""
+"""Emitted Triton kernels compile without a GPU for each target and spill no registers: here one module of every shape.
+
+`make kernels` compiles all of them, for every target and dtype, and fails where one spills.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,17 @@ from kernel_programs import CONTRACTIONS, PROGRAMS, write_package
 from satchel_gen.emit.compile import DTYPES, TARGETS, kernel_names, measure, table
 
 EMITTED = Path(__file__).parents[1] / "generated" / "satchel" / "kernels"
-MODULES = [path for path in sorted(EMITTED.glob("*.py")) if kernel_names(path)]
+MODULES = [EMITTED / f"{name}.py" for name in ("conv1d", "cross_entropy_loss", "layer_norm", "linear", "softplus")]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_kernels_compile_without_spills(target: str) -> None:
-    usages = measure(MODULES, targets=(target,))
-    names = [(path.stem, name, dtype) for path in MODULES for name in kernel_names(path) for dtype in DTYPES]
-    assert [(usage.module, usage.kernel, usage.dtype) for usage in usages] == names
+@pytest.mark.parametrize(("target", "dtype"), zip(TARGETS, DTYPES, strict=True))
+def test_kernels_compile_without_spills(target: str, dtype: str) -> None:
+    usages = measure(MODULES, targets=(target,), dtypes=(dtype,))
+    assert [(u.module, u.kernel) for u in usages] == [
+        (path.stem, name) for path in MODULES for name in kernel_names(path)
+    ]
     assert all(usage.registers > 0 for usage in usages)
-    spilled = [usage for usage in usages if usage.spills and target.startswith("sm_")]
+    spilled = [usage for usage in usages if usage.spills]
     assert not spilled, "\n" + table(spilled)
 
 

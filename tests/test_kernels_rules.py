@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from satchel import extend
+from satchel.runtime import triton_launch as launch
 from satchel.runtime.record import Record, layer_record
 from satchel.runtime.rules import Rule
 from satchel_gen.definitions import Example, Layer, load
@@ -89,12 +90,32 @@ def test_kernels_agree_with_aten(
     for lowered in rules:
         rule = emitted(record, lowered)
         for dtype in dtypes:
-            tolerance = 1e-12 if dtype == torch.float64 else 2e-5
-            values = [*explicit(layer, lowered, record), *map(record.operand, rule.operands)]
-            values = [v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
-            result = getattr(kernels, lowered.name)(*values)
-            expected = rule.aten(*values)
-            scale = expected.abs().max().item()
-            torch.testing.assert_close(
-                result, expected, rtol=tolerance, atol=tolerance * scale, msg=lambda m: f"{lowered.name}: {m}"
-            )
+            values = operands(layer, lowered, record, rule, dtype)
+            agrees(getattr(kernels, lowered.name)(*values), rule.aten(*values), lowered.name)
+
+
+def operands(layer: Layer, lowered: LoweredRule, record: Record, rule: Rule, dtype: torch.dtype) -> list[Any]:
+    """The rule's arguments, floating-point tensors as `dtype`."""
+    values = [*explicit(layer, lowered, record), *map(record.operand, rule.operands)]
+    return [v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
+
+
+def agrees(result: Tensor, expected: Tensor, name: str) -> None:
+    tolerance = 1e-12 if result.dtype == torch.float64 else 2e-5
+    scale = tolerance * expected.abs().max().item()
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=scale, msg=lambda text: f"{name}: {text}")
+
+
+def test_a_row_too_long_for_registers_is_left_to_aten(monkeypatch: pytest.MonkeyPatch) -> None:
+    (layer,) = (layer for layer in load().layers if layer.name == "LayerNorm")
+    (lowered,) = (kernel.rule for kernel in layer_kernels(lower_layer(layer)) if kernel.rule.name == "vjp")
+    module = built(layer, layer.examples[0])
+    record = recorded(module, layer.examples[0])
+    kernels = importlib.import_module("satchel.kernels.layer_norm")
+    rule = emitted(record, lowered)
+    values = operands(layer, lowered, record, rule, torch.float64)
+    assert kernels.resident(launch.RESIDENT, 1, values[0].float())
+    assert not kernels.resident(launch.RESIDENT, 1, values[0])
+    monkeypatch.setattr(launch, "RESIDENT", 2)
+    monkeypatch.setattr(kernels, "vjp_resident", None)
+    agrees(kernels.vjp(*values), rule.aten(*values), "vjp")

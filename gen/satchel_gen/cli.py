@@ -131,7 +131,8 @@ def explain(layer: str, feature: Annotated[str, typer.Argument()] = "") -> None:
 
 @app.command()
 def kernels(out: Out = Path("generated"), package: Package = "satchel") -> None:
-    """Registers, shared memory and spills of every Triton kernel on every target, from the compiled code."""
+    """Registers, shared memory and spills of every Triton kernel on every target; fails where one spills."""
     from .emit.compile import show  # Triton is needed by this command alone
 
-    show(out / package, console)
+    if not show(out / package, console):
+        _fail("registers spill")

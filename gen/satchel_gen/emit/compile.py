@@ -88,14 +88,16 @@ def table(usages: Iterable[Usage]) -> str:
     return "\n".join([head, *rows])
 
 
-def show(package: Path, console: Console) -> None:
-    """Prints what every kernel of an emitted package uses."""
+def show(package: Path, console: Console) -> bool:
+    """Prints what every kernel of an emitted package uses; whether none spills."""
     paths = [path for path in sorted((package / "kernels").glob("*.py")) if kernel_names(path)]
     rows = Table(*(column.name for column in fields(Usage)))
     with console.status("compiling"):
-        for usage in measure(paths):
-            rows.add_row(*(str(value) for value in asdict(usage).values()))
+        usages = measure(paths)
+    for usage in usages:
+        rows.add_row(*(str(value) for value in asdict(usage).values()), style="red" if usage.spills else None)
     console.print(rows)
+    return not any(usage.spills for usage in usages)
 
 
 def compile_all(jobs: Sequence[Job], workers: int = 2) -> list[Usage]:

@@ -81,12 +81,9 @@ def launcher(program: Program, code: Iterable[str], sizes: Mapping[str, str] | N
 def signature(program: Program) -> str:
     """A launcher's arguments: tensors, shapes, numbers."""
     tensors = [f"{tensor}: Tensor" for tensor in program.tensors]
-    numbers = {option.attribute: option.kind for option in program.options}
-    return ", ".join([*tensors, *(f"{name}: {kind}" for name, kind in (shape_types(program) | numbers).items())])
-
-
-def shape_types(program: Program) -> dict[str, str]:
-    return dict.fromkeys(program.shapes, "tuple[int, ...]")
+    numbers = dict.fromkeys(program.shapes, "tuple[int, ...]")
+    numbers |= {option.attribute: option.kind for option in program.options}
+    return ", ".join([*tensors, *(f"{name}: {kind}" for name, kind in numbers.items())])
 
 
 def number_arguments(program: Program, names: Names) -> dict[str, str]:

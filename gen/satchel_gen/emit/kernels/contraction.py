@@ -84,7 +84,7 @@ def contraction(definition: str, program: Contraction) -> Context:
     plan = _planned(program)
     a, b, names, size, sides, out = plan.a, plan.b, plan.names, plan.size, plan.sides, program.out
     m, n, k = (sides[role] for role in SIDES)
-    step_groups, (batch,) = plan.of("step"), plan.of("batch") or [None]
+    step_groups, batch = plan.of("step"), next(iter(plan.of("batch")), None)
     split_k = batch is None and not step_groups and not program.square_epilogue
     split = split_k or bool(step_groups)
     outer = names.index(batch) if batch else "part"
@@ -171,7 +171,8 @@ def _planned(program: Contraction) -> Plan:
     windowed = bool(a.windows or b.windows)
     tensors = [read.axes for read in program.all_reads] + [program.out]
     order = [*program.out, *program.accumulate, *(axis for axis in (*a.walked, *b.walked) if axis not in program.out)]
-    groups = [(axis,) for axis in dict.fromkeys(order)] if windowed else chains(tensors, role)
+    single: list[Group] = [(axis,) for axis in dict.fromkeys(order)]
+    groups = single if windowed else chains(tensors, role)
     names = Names(program, KERNEL_NAMES)
     size = {group: names.size(group) for group in groups}
     size |= {(w.axis.name,): names.extent(w.axis.name) for read in (a, b) for w in read.windows}
@@ -191,6 +192,7 @@ def _loads(plan: Plan, starts: Mapping[Read, str], advance: str) -> dict[str, li
     value = {read: plan.names.value(read) for read in (plan.a, plan.b)}
     sides = {plan.a: {"m": "[:, None]", "k": "[None, :]"}, plan.b: {"k": "[:, None]", "n": "[None, :]"}}
     factors = [f"{value[read]} * {value[read]}" if read.square else value[read] for read in (plan.a, plan.b)]
+    after: list[str] = []
     if plan.windowed:
         head = [f"{side.index} = tl.program_id({axis}) * BLOCK_{role} + tl.arange(0, BLOCK_{role})"
                 for axis, role, side in ((1, "M", m), (2, "N", n))]  # fmt: skip
@@ -198,7 +200,6 @@ def _loads(plan: Plan, starts: Mapping[Read, str], advance: str) -> dict[str, li
         head += [line for side in (m, n) for line in _taken_apart(plan, side)]
         loop = [f"{k.index} = {k.index}_start + tl.arange(0, BLOCK_K)", f"{k.index}_inside = {k.index} < {k.size}"]
         loop += _taken_apart(plan, k)
-        after = []
     else:
         head = [f"{side.index}_start = tl.program_id({axis}).to(tl.int64) * BLOCK_{role}"
                 for axis, role, side in ((1, "M", m), (2, "N", n))]  # fmt: skip
@@ -206,7 +207,6 @@ def _loads(plan: Plan, starts: Mapping[Read, str], advance: str) -> dict[str, li
         head += [f"{side.index}_inside = {side.index} < {side.size} - {side.index}_start" for side in (m, n)]
         head += [f"{value[read]}_tile = {plan.tile(plan.layout(read), sides[read])}" for read in (plan.a, plan.b)]
         loop = [f"{k.index}_inside = {k.index} < {k.size} - {k.index}_start"]
-        after = []
         for read in (plan.a, plan.b):
             layout = plan.layout(read)
             strides = [plan.size[g] for g in layout[layout.index(k.groups[0]) + 1 :]]

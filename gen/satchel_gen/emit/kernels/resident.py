@@ -172,7 +172,7 @@ def _decoded(program: Resident, names: Names, index: dict[str, str], indexed: se
     lines = []
     for flat, axes in (("row", numbering), (lane, list(program.row))):
         groups: list[Group] = [(axis,) for axis in axes]
-        sizes = {(axis,): names.extent(axis) for axis in axes}
+        sizes: dict[Group, str] = {(axis,): names.extent(axis) for axis in axes}
         statements = decode(flat, groups, sizes, {(axis,): index[axis] for axis in axes}, widen=flat == "row")
         lines += [statements[(axis,)] for axis in axes if axis in indexed and index[axis] != flat]
     return lines
