@@ -26,7 +26,6 @@ from ..lowering.rules import LoweredLayer, LoweredRule
 from ..lowering.squares import Variant
 from ..notation import NDIM, ONE, Centred, Extent, IndexSum, Length, Option, base_name
 from .aten import AtenPrinter, Body, unpack_extents
-<<<<<<< HEAD
 from .functions import (
     Function,
     divisor_function,
@@ -38,9 +37,6 @@ from .functions import (
     sample_function,
     violation_function,
 )
-=======
-from .functions import Function, loss_function, rule_functions, sample_function, violation_function
->>>>>>> kernels
 from .kernels.context import signature
 
 AxisNames = tuple[str | tuple[str, ...], ...]

@@ -16,11 +16,7 @@ from sympy import Expr, Indexed
 from ..calculus.instantiate import Formula
 from ..calculus.terms import Term
 from ..formula import render, render_formula
-<<<<<<< HEAD
 from ..notation import Equal, Index, IndexSum, LogSumExp, base_name, index_atoms, reads
-=======
-from ..notation import Equal, Index, LogSumExp, base_name, index_atoms, reads
->>>>>>> kernels
 from .composed import Stage as Intermediate
 from .losses import LossRule, LoweredLoss
 from .plan import Axes, Contract, Leaf, Map, Node, Window, leaf, leaves
@@ -184,12 +180,9 @@ def _windowed(rule: LoweredRule) -> Contraction | None:
         return None
     outer = {i.name for i in (term.sums | product.sums) - places}
     steps = {axis for axis in outer if axis == "v" or (axis in plain.walked and axis in windowed.walked)}
-<<<<<<< HEAD
     batch = [axis for axis in names(rule.formula.axes) if axis in plain.walked and axis in windowed.walked]
     if len(batch) > 1:  # per sample and group: two batch axes, which a program cannot walk as one
         return None
-=======
->>>>>>> kernels
     weight = term.factor if term.square is not None and term.factor != 1 else None
     return Contraction(
         name=rule.name,
