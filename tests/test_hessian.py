@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -258,3 +259,21 @@ def test_hessian_rule(agree: Agree, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "_installed", dataclasses.replace(REGISTRY, layers=layers))
     for name in ("sigmoid_tanh", "sequence_bias_free", "nested"):
         check(next(n for n in NETWORKS if n.name == name), nn.MSELoss, torch.float64, agree)
+
+
+@pytest.mark.parametrize("program", ["columns", "dense"])
+@pytest.mark.parametrize("name", ["gelu_net", "coupled", "recurrent"])
+def test_nothing_stays_alive(name: str, program: str) -> None:
+    """What is differentiated twice is freed by reference counts: the saved tensors of the forward pass die with it."""
+    network = next(n for n in CURVED if n.name == name)
+    gc.collect()
+    gc.disable()
+    try:
+        counts = []
+        for _ in range(3):
+            with forced(program):
+                Pass(Case(network, nn.MSELoss, "mean"), torch.float64, "aten", DiagHessian())
+            counts.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert counts[2] <= counts[1]

@@ -10,10 +10,16 @@ import torch
 
 from satchel.runtime import cost
 from satchel_gen.definitions import load
+from satchel_gen.emit.contexts import module_name
 from satchel_gen.lowering.rules import LoweredRule, lower_layer
 
+#: Of tensors alone: windows, masks and numbers of a module are drawn with a module, in test_layers.
 CHOICES: list[tuple[str, LoweredRule]] = [
-    (layer.name.lower(), rule) for layer in load().layers for rule in lower_layer(layer).rules if len(rule.variants) > 1
+    (module_name(layer), rule)
+    for layer in load().layers
+    if not layer.windowed and not layer.of_integers and not layer.numbers and not layer.joined
+    for rule in lower_layer(layer).rules
+    if len(rule.variants) > 1
 ]
 IDS = [f"{layer}-{rule.name}" for layer, rule in CHOICES]
 SHAPES = [
@@ -24,7 +30,8 @@ SHAPES = [
 
 def operands(rule: LoweredRule, extents: dict[str, int]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = [[extents[i.name.upper()] for i in axes] for axes in rule.arguments.values()]
+    names = {"C": "I", "S": "R", "J": "O"}  # other layers' letters
+    shapes = [[extents[names.get(i.name.upper(), i.name.upper())] for i in axes] for axes in rule.arguments.values()]
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 

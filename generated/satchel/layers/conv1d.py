@@ -564,7 +564,7 @@ def weight_output_factor_expand(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, W] → [G, O, O]
     """
-    return torch.einsum("vngow,vngOw->goO", factor, factor).squeeze(0)
+    return (torch.einsum("vngow,vngOw->goO", factor, factor)).squeeze(0)
 
 
 @widened
@@ -573,7 +573,7 @@ def weight_output_factor_reduce(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, W] → [G, O, O]
     """
-    return torch.einsum("vngo,vngO->goO", factor.sum(4), factor.sum(4)).squeeze(0)
+    return (torch.einsum("vngo,vngO->goO", factor.sum(4), factor.sum(4))).squeeze(0)
 
 
 @widened
@@ -582,7 +582,7 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
 
     averaged [G, O, W, G, O, W] → [G, O, O]
     """
-    return averaged.diagonal(0, 0, 3).sum((1, 3)).permute(2, 0, 1).squeeze(0)
+    return (averaged.diagonal(0, 0, 3).sum((1, 3)).permute(2, 0, 1)).squeeze(0)
 
 
 @widened

@@ -572,7 +572,7 @@ def weight_output_factor_expand(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, H, W] → [G, O, O]
     """
-    return torch.einsum("vngohw,vngOhw->goO", factor, factor).squeeze(0)
+    return (torch.einsum("vngohw,vngOhw->goO", factor, factor)).squeeze(0)
 
 
 @widened
@@ -581,7 +581,7 @@ def weight_output_factor_reduce(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, H, W] → [G, O, O]
     """
-    return torch.einsum("vngo,vngO->goO", factor.sum((4, 5)), factor.sum((4, 5))).squeeze(0)
+    return (torch.einsum("vngo,vngO->goO", factor.sum((4, 5)), factor.sum((4, 5)))).squeeze(0)
 
 
 @widened
@@ -590,7 +590,7 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
 
     averaged [G, O, H, W, G, O, H, W] → [G, O, O]
     """
-    return averaged.diagonal(0, 0, 4).sum((1, 2, 4, 5)).permute(2, 0, 1).squeeze(0)
+    return (averaged.diagonal(0, 0, 4).sum((1, 2, 4, 5)).permute(2, 0, 1)).squeeze(0)
 
 
 @widened

@@ -602,7 +602,7 @@ def weight_output_factor_expand(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, D, H, W] → [G, O, O]
     """
-    return torch.einsum("vngodhw,vngOdhw->goO", factor, factor).squeeze(0)
+    return (torch.einsum("vngodhw,vngOdhw->goO", factor, factor)).squeeze(0)
 
 
 @widened
@@ -612,7 +612,7 @@ def weight_output_factor_reduce(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, D, H, W] → [G, O, O]
     """
-    return torch.einsum("vngo,vngO->goO", factor.sum((4, 5, 6)), factor.sum((4, 5, 6))).squeeze(0)
+    return (torch.einsum("vngo,vngO->goO", factor.sum((4, 5, 6)), factor.sum((4, 5, 6)))).squeeze(0)
 
 
 @widened
@@ -621,7 +621,7 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
 
     averaged [G, O, D, H, W, G, O, D, H, W] → [G, O, O]
     """
-    return averaged.diagonal(0, 0, 5).sum((1, 2, 3, 5, 6, 7)).permute(2, 0, 1).squeeze(0)
+    return (averaged.diagonal(0, 0, 5).sum((1, 2, 3, 5, 6, 7)).permute(2, 0, 1)).squeeze(0)
 
 
 @widened

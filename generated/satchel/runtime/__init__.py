@@ -7,7 +7,10 @@ context, backward   the active features, and one backward under them
 plan, survey        what lies below a loss, and what is refused
 probe, flags        whether samples mix, and what else only values can tell
 sweep, passing      columns through layers, and through nodes without a definition
-curvature           the factors of a loss; residual and averaged add DiagHessian's and KFRA's recursions
+curvature           the factors of a loss, swept
+second, residual    second derivatives of a node, and of any step: a diagonal or blocks
+hessian, mixed      DiagHessian's recursion, and its term for parameters used in sequence
+averaged, joint     KFRA's recursion, and curvature over several live edges
 demand, uses        what features ask for, and what a parameter's uses give
 harvest, fields     what a pass has gathered for a parameter, and the tensors that it becomes
 """
