@@ -166,7 +166,8 @@ class Registry:
     def _by_forward(self) -> Mapping[Callable[..., Any], tuple[Layer | Loss, ...]]:
         """The definitions of each forward function, those that ask for most first."""
         found: dict[Callable[..., Any], list[Layer | Loss]] = {}
-        for definition in (*self.layers, *self.losses):
+        definitions: list[Layer | Loss] = [*self.layers, *self.losses]
+        for definition in definitions:
             found.setdefault(definition.module.forward, []).append(definition)
         return {forward: tuple(sorted(group, key=_asks)) for forward, group in found.items()}
 
