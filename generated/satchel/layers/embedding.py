@@ -23,7 +23,7 @@ def weight_per_sample(factor: Tensor, input: Tensor, weight: Tensor, padding_idx
     """
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
-    return (1 - (padding_idx == classes).to(factor.dtype))[:, None] * torch.einsum(
+    return (1 - (classes == padding_idx).to(factor.dtype))[:, None] * torch.einsum(
         "nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor
     ).permute(2, 0, 1, 3)
 
@@ -38,7 +38,7 @@ def weight_gradient(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: 
     classes = torch.arange(K, device=factor.device)
     values = (input[:, :, None] == classes).to(factor.dtype)
     total = factor.sum(0)
-    return (1 - (padding_idx == classes).to(factor.dtype))[:, None] * (values.flatten(0, 1).T @ total.flatten(0, 1))
+    return (1 - (classes == padding_idx).to(factor.dtype))[:, None] * (values.flatten(0, 1).T @ total.flatten(0, 1))
 
 
 def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
@@ -47,7 +47,7 @@ def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tenso
     classes = torch.arange(K, device=factor.device)
     values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
     total = factor.squeeze(2).square().sum(0)
-    return torch.square(1 - (padding_idx == classes).to(factor.dtype))[:, None] * (values.T @ total)
+    return torch.square(1 - (classes == padding_idx).to(factor.dtype))[:, None] * (values.T @ total)
 
 
 def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
@@ -56,7 +56,7 @@ def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, weight: Tens
     classes = torch.arange(K, device=factor.device)
     return (
         (
-            (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+            (1 - (classes == padding_idx).to(factor.dtype))[:, None]
             * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
                 2, 0, 1, 3
             )
@@ -75,7 +75,7 @@ def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, weight: Tenso
         classes = torch.arange(K, device=factor.device)
         total += (
             (
-                (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+                (1 - (classes == padding_idx).to(factor.dtype))[:, None]
                 * torch.einsum(
                     "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
                 ).permute(2, 0, 1, 3)
@@ -125,7 +125,7 @@ def weight_squared_norm_separated(factor: Tensor, input: Tensor, weight: Tensor,
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
     return factor.squeeze(2).square().sum((0, 2)) * (
-        torch.square(1 - (padding_idx == classes).to(factor.dtype))
+        torch.square(1 - (classes == padding_idx).to(factor.dtype))
         @ (input.squeeze(1)[:, None] == classes).to(factor.dtype).square().T
     )
 
@@ -136,7 +136,7 @@ def weight_squared_norm_per_sample(factor: Tensor, input: Tensor, weight: Tensor
     classes = torch.arange(K, device=factor.device)
     return (
         (
-            (1 - (padding_idx == classes).to(factor.dtype))
+            (1 - (classes == padding_idx).to(factor.dtype))
             * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
                 2, 0, 3, 1
             )
@@ -155,7 +155,7 @@ def weight_squared_norm_blockwise(factor: Tensor, input: Tensor, weight: Tensor,
         classes = torch.arange(K, device=factor.device)
         total[samples] += (
             (
-                (1 - (padding_idx == classes).to(factor.dtype))
+                (1 - (classes == padding_idx).to(factor.dtype))
                 * torch.einsum(
                     "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
                 ).permute(2, 0, 3, 1)
@@ -208,7 +208,7 @@ def weight_signed_sum_of_squares_separated(
     classes = torch.arange(K, device=factor.device)
     values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
     product = torch.einsum("vnd,vn->nd", factor.squeeze(2).square(), sign)
-    return torch.square(1 - (padding_idx == classes).to(factor.dtype))[:, None] * (values.T @ product)
+    return torch.square(1 - (classes == padding_idx).to(factor.dtype))[:, None] * (values.T @ product)
 
 
 def weight_signed_sum_of_squares_per_sample(
@@ -219,7 +219,7 @@ def weight_signed_sum_of_squares_per_sample(
     classes = torch.arange(K, device=factor.device)
     return (
         torch.square(
-            (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+            (1 - (classes == padding_idx).to(factor.dtype))[:, None]
             * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
                 2, 0, 1, 3
             )
@@ -239,7 +239,7 @@ def weight_signed_sum_of_squares_blockwise(
         classes = torch.arange(K, device=factor.device)
         total += (
             torch.square(
-                (1 - (padding_idx == classes).to(factor.dtype))[:, None]
+                (1 - (classes == padding_idx).to(factor.dtype))[:, None]
                 * torch.einsum(
                     "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
                 ).permute(2, 0, 1, 3)
@@ -294,7 +294,7 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor, weight: Tensor, paddin
     K = weight.shape[0]
     classes = torch.arange(K, device=curvature.device)
     values = (input[:, :, None] == classes).to(curvature.dtype).square()
-    return torch.square(1 - (padding_idx == classes).to(curvature.dtype))[:, None] * (
+    return torch.square(1 - (classes == padding_idx).to(curvature.dtype))[:, None] * (
         values.flatten(0, 1).T @ curvature.flatten(0, 1)
     )
 
@@ -340,8 +340,8 @@ def weight_input_factor_expand(input: Tensor, weight: Tensor, padding_idx: float
     classes2 = torch.arange(K, device=input.device)
     return (
         (values.flatten(0, 1).T @ values.flatten(0, 1))
-        * (1 - (padding_idx == classes2).to(input.dtype))[:, None]
-        * (1 - (padding_idx == classes2).to(input.dtype))
+        * (1 - (classes2 == padding_idx).to(input.dtype))[:, None]
+        * (1 - (classes2 == padding_idx).to(input.dtype))
         / (N * R)
     )
 
@@ -359,8 +359,8 @@ def weight_input_factor_reduce(input: Tensor, weight: Tensor, padding_idx: float
     classes2 = torch.arange(K, device=input.device)
     return (
         (total.T @ total)
-        * (1 - (padding_idx == classes2).to(input.dtype))[:, None]
-        * (1 - (padding_idx == classes2).to(input.dtype))
+        * (1 - (classes2 == padding_idx).to(input.dtype))[:, None]
+        * (1 - (classes2 == padding_idx).to(input.dtype))
         / (N * R**2)
     )
 
@@ -378,8 +378,8 @@ def weight_input_factor_backpack(input: Tensor, weight: Tensor, padding_idx: flo
     classes2 = torch.arange(K, device=input.device)
     return (
         (values.flatten(0, 1).T @ values.flatten(0, 1))
-        * (1 - (padding_idx == classes2).to(input.dtype))[:, None]
-        * (1 - (padding_idx == classes2).to(input.dtype))
+        * (1 - (classes2 == padding_idx).to(input.dtype))[:, None]
+        * (1 - (classes2 == padding_idx).to(input.dtype))
         / N
     )
 

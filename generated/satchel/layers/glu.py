@@ -28,14 +28,14 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
     """
     HALF = input.shape[2]
     classes = torch.arange(HALF, device=factor.device)
-    value = torch.einsum("a,nraks->nrks", (0 == classes).to(factor.dtype), input)
-    gate = torch.einsum("a,nraks->nrks", (1 == classes).to(factor.dtype), input)
+    value = torch.einsum("a,nraks->nrks", (classes == 0).to(factor.dtype), input)
+    gate = torch.einsum("a,nraks->nrks", (classes == 1).to(factor.dtype), input)
     bar_gate = (1 - torch.sigmoid(gate)) * value * torch.sigmoid(gate) * factor
     bar_value = torch.sigmoid(gate) * factor
     classes2 = torch.arange(HALF, device=bar_gate.device)
     return (
-        (0 == classes2).to(bar_gate.dtype) * bar_value[:, :, :, :, :, None]
-        + (1 == classes2).to(bar_gate.dtype) * bar_gate[:, :, :, :, :, None]
+        (classes2 == 0).to(bar_gate.dtype) * bar_value[:, :, :, :, :, None]
+        + (classes2 == 1).to(bar_gate.dtype) * bar_gate[:, :, :, :, :, None]
     ).permute(0, 1, 2, 5, 3, 4)
 
 
@@ -53,10 +53,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor) -> Tensor:
     """
     HALF = tangent.shape[3]
     classes = torch.arange(HALF, device=delta.device)
-    value = torch.einsum("a,nraks->nrks", (0 == classes).to(delta.dtype), input)
-    gate = torch.einsum("a,nraks->nrks", (1 == classes).to(delta.dtype), input)
-    dot_value = torch.einsum("a,vnraks->vnrks", (0 == classes).to(delta.dtype), tangent)
-    dot_gate = torch.einsum("a,vnraks->vnrks", (1 == classes).to(delta.dtype), tangent)
+    value = torch.einsum("a,nraks->nrks", (classes == 0).to(delta.dtype), input)
+    gate = torch.einsum("a,nraks->nrks", (classes == 1).to(delta.dtype), input)
+    dot_value = torch.einsum("a,vnraks->vnrks", (classes == 0).to(delta.dtype), tangent)
+    dot_gate = torch.einsum("a,vnraks->vnrks", (classes == 1).to(delta.dtype), tangent)
     dot_bar_gate = (
         (1 - torch.sigmoid(gate))
         * delta
@@ -66,8 +66,8 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor) -> Tensor:
     dot_bar_value = (1 - torch.sigmoid(gate)) * delta * torch.sigmoid(gate) * dot_gate
     classes2 = torch.arange(HALF, device=dot_bar_gate.device)
     return (
-        (0 == classes2).to(dot_bar_gate.dtype) * dot_bar_value[:, :, :, :, :, None]
-        + (1 == classes2).to(dot_bar_gate.dtype) * dot_bar_gate[:, :, :, :, :, None]
+        (classes2 == 0).to(dot_bar_gate.dtype) * dot_bar_value[:, :, :, :, :, None]
+        + (classes2 == 1).to(dot_bar_gate.dtype) * dot_bar_gate[:, :, :, :, :, None]
     ).permute(0, 1, 2, 5, 3, 4)
 
 

@@ -31,7 +31,7 @@ def gradient(input: Tensor, target: Tensor, weight: Tensor, ignore_index: int, l
     K = input.shape[1]
     classes = torch.arange(K, device=input.device)
     counted = torch.einsum(
-        "k,nrk->nr", 1 - (ignore_index == classes).to(input.dtype), (target[:, :, None] == classes).to(input.dtype)
+        "k,nrk->nr", 1 - (classes == ignore_index).to(input.dtype), (target[:, :, None] == classes).to(input.dtype)
     )
     total = counted * torch.einsum(
         "nrk,k->nr",
@@ -57,7 +57,7 @@ def exact_factor(input: Tensor, target: Tensor, weight: Tensor, ignore_index: in
     _, K, R = input.shape
     classes = torch.arange(K, device=input.device)
     counted = torch.einsum(
-        "k,nrk->nr", 1 - (ignore_index == classes).to(input.dtype), (target[:, :, None] == classes).to(input.dtype)
+        "k,nrk->nr", 1 - (classes == ignore_index).to(input.dtype), (target[:, :, None] == classes).to(input.dtype)
     )
     total = counted * torch.einsum(
         "nrk,k->nr",
@@ -87,7 +87,7 @@ def mc_factor(
     K = input.shape[1]
     classes = torch.arange(K, device=input.device)
     counted = torch.einsum(
-        "k,nrk->nr", 1 - (ignore_index == classes).to(input.dtype), (target[:, :, None] == classes).to(input.dtype)
+        "k,nrk->nr", 1 - (classes == ignore_index).to(input.dtype), (target[:, :, None] == classes).to(input.dtype)
     )
     total = counted * torch.einsum(
         "nrk,k->nr",
@@ -114,7 +114,7 @@ def exact_factor_undefined(
     K = input.shape[1]
     classes = torch.arange(K, device=input.device)
     counted = torch.einsum(
-        "k,nrk->nr", 1 - (ignore_index == classes).to(input.dtype), (target[:, :, None] == classes).to(input.dtype)
+        "k,nrk->nr", 1 - (classes == ignore_index).to(input.dtype), (target[:, :, None] == classes).to(input.dtype)
     )
     total = counted * torch.einsum(
         "nrk,k->nr",
@@ -144,7 +144,7 @@ def mean_divisor(input: Tensor, target: Tensor, weight: Tensor, ignore_index: in
     classes = torch.arange(K, device=weight.device)
     classes2 = torch.arange(K, device=input.device)
     return (
-        ((1 - (ignore_index == classes).to(weight.dtype)) * weight)
+        ((1 - (classes == ignore_index).to(weight.dtype)) * weight)
         * (target[:, :, None] == classes2).to(input.dtype).sum((0, 1))
     ).sum(0)
 

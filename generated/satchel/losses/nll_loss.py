@@ -30,7 +30,7 @@ def gradient(input: Tensor, target: Tensor, weight: Tensor, ignore_index: int) -
     K = input.shape[1]
     classes = torch.arange(K, device=weight.device)
     return (
-        -(1 - (ignore_index == classes[:, None]).to(weight.dtype))
+        -(1 - (classes[:, None] == ignore_index).to(weight.dtype))
         * (target[:, None, :] == classes[:, None]).to(weight.dtype)
         * weight[:, None]
     )
@@ -57,7 +57,7 @@ def mc_factor(sampled: Tensor, input: Tensor, target: Tensor, weight: Tensor, ig
     classes2 = torch.arange(K, device=input.device)
     total = torch.einsum(
         "k,nrk->nr",
-        (1 - (ignore_index == classes).to(weight.dtype)) * weight,
+        (1 - (classes == ignore_index).to(weight.dtype)) * weight,
         (target[:, :, None] == classes2).to(input.dtype),
     )
     classes3 = torch.arange(K, device=total.device)
@@ -75,7 +75,7 @@ def mc_factor_undefined(input: Tensor, target: Tensor, weight: Tensor, ignore_in
     classes2 = torch.arange(K, device=input.device)
     total = torch.einsum(
         "k,nrk->nr",
-        (1 - (ignore_index == classes).to(weight.dtype)) * weight,
+        (1 - (classes == ignore_index).to(weight.dtype)) * weight,
         (target[:, :, None] == classes2).to(input.dtype),
     )
     return (total < 0).any()
@@ -102,7 +102,7 @@ def mean_divisor(input: Tensor, target: Tensor, weight: Tensor, ignore_index: in
     classes2 = torch.arange(K, device=input.device)
     total = torch.einsum(
         "k,nrk->nr",
-        (1 - (ignore_index == classes).to(weight.dtype)) * weight,
+        (1 - (classes == ignore_index).to(weight.dtype)) * weight,
         (target[:, :, None] == classes2).to(input.dtype),
     )
     return total.sum((0, 1))
