@@ -54,8 +54,8 @@ def test_a_diagonal_hessian_gives_its_square_root(name):
     factor = evaluate([Term(found.exact_factor)], (*found.columns, n, j), tensors, extents)
     target = torch.tensor(tensors["target"])
     hessian = torch.autograd.functional.hessian(lambda f: plain(f, target).sum(), torch.tensor(tensors["input"]))
-    for sample in range(2):
-        np.testing.assert_allclose(factor[:, sample].T @ factor[:, sample], hessian[sample, :, sample], atol=1e-12)
+    for one in range(2):
+        np.testing.assert_allclose(factor[:, one].T @ factor[:, one], hessian[one, :, one], atol=1e-12)
 
 
 LOSSES = [(definition, example) for definition in load().losses for example in definition.examples]
