@@ -138,12 +138,6 @@ def test_non_scalar() -> None:
         model(x).backward()
 
 
-@pytest.mark.parametrize("feature", CURVATURE)
-def test_loss_without_reduction(feature: Any) -> None:
-    model, loss = extend(sequence()), extend(nn.CrossEntropyLoss(reduction="none"))
-    refused(lambda: loss(model(x), y).sum(), model, feature(), NotImplementedError, "reduction", "none", "mean", "sum")
-
-
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("how", ["functional", "different reductions"])
 def test_table5_needs_the_reduction(feature: Any, how: str) -> None:
@@ -503,51 +497,6 @@ def test_negative_multiple_is_fine_for_gradients(feature: Any) -> None:
     with backpack(feature()):
         (-loss(model(x), y)).backward()
     assert all(hasattr(p, feature.field) for p in model.parameters())
-
-
-OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "weight": ({"weight": torch.tensor([1.0, 2.0, 3.0])}, "weight"),
-    "label_smoothing": ({"label_smoothing": 0.1}, "label_smoothing"),
-}
-
-
-@pytest.mark.parametrize("feature", CURVATURE)
-@pytest.mark.parametrize("name", OPTIONS)
-def test_loss_option(feature: Any, name: str) -> None:
-    model, loss = extend(sequence()), extend(nn.CrossEntropyLoss(**OPTIONS[name][0]))
-    refused(
-        lambda: loss(model(x), y), model, feature(), NotImplementedError, name, "CrossEntropyLoss", feature.__name__
-    )
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_loss_option_is_fine_for_gradients(name: str) -> None:
-    build = lambda: sequence(nn.Tanh())  # noqa: E731
-    model, loss = extend(build().double()), extend(nn.CrossEntropyLoss(**OPTIONS[name][0]).double())
-    with backpack(BatchGrad()):
-        loss(model(x.double()), y).backward()
-    torch.testing.assert_close(model[0].weight.grad_batch.sum(0), model[0].weight.grad)
-
-
-@pytest.mark.parametrize("feature", CURVATURE)
-def test_ignored_targets(feature: Any) -> None:
-    model, loss = extend(sequence()), extend(nn.CrossEntropyLoss())
-    target = torch.tensor([0, -100, 1, 2, 0])
-    refused(lambda: loss(model(x), target), model, feature(), ValueError, "CrossEntropyLoss", "target")
-
-
-@pytest.mark.parametrize("feature", CURVATURE)
-def test_probabilities_as_targets(feature: Any) -> None:
-    model, loss = extend(sequence()), extend(nn.CrossEntropyLoss())
-    target = torch.full((5, 3), 1 / 3)
-    refused(
-        lambda: loss(model(x), target),
-        model,
-        feature(),
-        (ValueError, NotImplementedError),
-        "CrossEntropyLoss",
-        "target",
-    )
 
 
 @pytest.mark.parametrize("feature", CURVATURE)

@@ -8,17 +8,18 @@ import torch
 from sympy import Integer, Rational, cosh, exp
 
 from satchel_gen.calculus.evaluate import evaluate, evaluate_statements
-from satchel_gen.calculus.likelihood import likelihood
+from satchel_gen.calculus.likelihood import likelihood, options, sample
 from satchel_gen.calculus.terms import CalculusError, Term
 from satchel_gen.definitions import (
     Categorical,
+    Classes,
     Equal,
+    Index,
     LogSumExp,
     Loss,
     Normal,
     Statement,
     Sum,
-    extent,
     indices,
     load,
     tensors,
@@ -53,25 +54,39 @@ def test_a_diagonal_hessian_gives_its_square_root(name):
     factor = evaluate([Term(found.exact_factor)], (*found.columns, n, j), tensors, extents)
     target = torch.tensor(tensors["target"])
     hessian = torch.autograd.functional.hessian(lambda f: plain(f, target).sum(), torch.tensor(tensors["input"]))
-    for sample in range(2):
-        np.testing.assert_allclose(factor[:, sample].T @ factor[:, sample], hessian[sample, :, sample], atol=1e-12)
+    for one in range(2):
+        np.testing.assert_allclose(factor[:, one].T @ factor[:, one], hessian[one, :, one], atol=1e-12)
 
 
-@pytest.mark.parametrize("definition", load().losses, ids=lambda definition: definition.name)
-def test_gradient_and_hessian_of_every_loss(definition):
+LOSSES = [(definition, example) for definition in load().losses for example in definition.examples]
+
+
+@pytest.mark.parametrize("definition,example", LOSSES, ids=[f"{d.name}-{d.examples.index(e)}" for d, e in LOSSES])
+def test_gradient_and_hessian_of_every_loss(definition, example):
+    """At a random input, with the options of the example, against torch's own loss in float64."""
     found = likelihood(definition)
-    module = getattr(torch.nn, definition.name)(reduction="sum")
-    axes = definition.input.indices
-    extents = {axis.name: 2 + position for position, axis in enumerate(axes)}
-    rng = np.random.default_rng(1)
-    shape, target_shape = ([extents[i.name] for i in read.indices] for read in (definition.input, definition.target))
-    target = rng.integers(0, shape[1], target_shape) if definition.domain else rng.normal(size=target_shape)
-    tensors = {"input": rng.normal(size=shape), "target": target}
-    tensors |= evaluate_statements(definition.statements, tensors, extents)
-    x = torch.tensor(tensors["input"])
-    gradient = evaluate([Term(found.gradient)], axes, tensors, extents)
-    plain = torch.autograd.functional.jacobian(lambda f: module(f, torch.tensor(target)), x)
-    np.testing.assert_allclose(gradient, plain.numpy(), atol=1e-12)
+    drawn, extents = sample(definition, {"k2": 3, "j2": 3, "r2": 4}, seed=1)
+    names = {str(t.base) for t in definition.operands}
+    given = {k: v for k, v in example.arguments.items() if k not in ("reduction", *names)}
+    module = getattr(torch.nn, definition.module.rpartition(".")[2])(reduction="sum", **given)
+    for name in names - set(definition.arguments):  # weights over all that they may vary over, absent or not
+        setattr(module, name, torch.tensor(drawn[name]))
+    for option in options(definition):
+        drawn[option.name] = np.asarray(getattr(module, option.attribute))
+    drawn |= evaluate_statements(definition.statements, drawn, extents)
+    axes, x = definition.input.indices, torch.tensor(drawn["input"])
+    more = [torch.tensor(drawn["target"]), *(torch.tensor(drawn[name]) for name in definition.arguments)]
+
+    def total(f):
+        return module(f, *more)
+
+    gradient = evaluate([Term(found.gradient)], axes, drawn, extents)
+    np.testing.assert_allclose(gradient, torch.autograd.functional.jacobian(total, x).numpy(), atol=1e-12, rtol=1e-9)
+    twins = tuple(Index(f"{i.name}2", i.many) for i in axes[1:])
+    hessian = evaluate(found.hessian, (*axes, *twins), drawn, extents)
+    dense = torch.autograd.functional.hessian(total, x).numpy()
+    for n in range(len(x)):
+        np.testing.assert_allclose(hessian[n], dense[n][(..., n, *[slice(None)] * len(twins))], atol=1e-12, rtol=1e-9)
 
 
 def test_a_coupled_hessian_of_unknown_structure_is_refused():
@@ -95,7 +110,7 @@ def test_a_factor_that_enumerates_outcomes_would_be_wrong_here_and_is_refused():
                     Statement(lse[n], LogSumExp(2 * f[n, k] + k * f[n, k], k)),
                     Statement(loss[n], lse[n] - Sum(Equal(k, y[n]) * f[n, k], k)),
                 ),
-                distribution=Categorical(probabilities=exp(2 * f[n, k] + k * f[n, k] - lse[n]), over=k),
-                domain=(Integer(0), extent(k)),
+                distribution=Categorical(2 * f[n, k] + k * f[n, k] - lse[n], over=k),
+                domain=Classes(k, Integer(-100)),
             )
         )  # fmt: skip

@@ -209,7 +209,7 @@ def fisher(case: LossCase) -> dict[str, Tensor]:
         logits = nn.CrossEntropyLoss(weight=own.weight, ignore_index=own.ignore_index, reduction=case.reduction)
         terms = contributions(logits, case.target())
         whole = Reference(case.network.model(), [case.network.input()], [terms])
-        return {name: whole.field("DiagGGNExact", name) for name in whole.parameters}
+        return {name: whole.DiagGGNExact(name) for name in whole.parameters}
     f = reference.outputs[0].detach()
     weight = case.criterion().double().weight if case.module is nn.BCELoss else None
     closed: dict[type[nn.Module], Callable[[], Tensor]] = {

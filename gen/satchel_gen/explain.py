@@ -120,11 +120,11 @@ def _loss(loss: Loss) -> Iterator[Part]:
     lowered = lower_loss(loss)
     derived = lowered.derived
     yield Part("\nHessian at the data", heading=True)
-    yield Part("  " + " + ".join(render_term(term) for term in derived.hessian).replace("+ −", "− "))
+    yield Part("  " + (" + ".join(map(render_term, derived.hessian)) or "0").replace("+ −", "− "))
     yield Part("\nExact factor, checked: S Sᵀ = ∇²ℓ", heading=True)
     yield Part(f"  S = {render(derived.exact_factor)}")
     yield Part("\nEmitted functions", heading=True)
     for rule in lowered.rules:
         yield Part(code(loss_function(rule)), code=True)
     sample = sample_function(lowered)
-    yield Part(f"  sample: {sample.formula if sample is not None else 'no distribution'}")
+    yield Part(f"  sample: {sample.formula if sample is not None else 'none, the loss is no likelihood'}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..definitions import Definitions, Feature
-from .kernels import layer_kernels
+from ..definitions import Definitions, Feature, NoDistribution
+from .kernels import layer_kernels, loss_kernels
 from .losses import lower_loss
 from .rules import LoweredLayer, lower_layer
 
@@ -37,9 +37,9 @@ def support(definitions: Definitions) -> list[Row]:
     rows += [Row(d.name, "layer", supported, 0, 0) for d in definitions.passing]
     for loss in definitions.losses:
         derived = lower_loss(loss)
-        rows.append(
-            Row(loss.name, "loss", {f.name: None for f in definitions.features}, len(derived.rules), len(derived.rules))
-        )
+        reason = loss.distribution.reason if isinstance(loss.distribution, NoDistribution) else None
+        features = {f.name: reason if "mc" in f.needs else None for f in definitions.features}
+        rows.append(Row(loss.name, "loss", features, len(loss_kernels(derived)), len(derived.rules)))
     return rows
 
 
