@@ -10,11 +10,6 @@ from .kernels import layer_kernels, loss_kernels
 from .losses import lower_loss
 from .rules import LoweredLayer, lower_layer
 
-#: Passes that a source's columns need of every layer above a parameter.
-PASSES = {"gradient": (), "input": (), "exact": ("vjp",), "mc": ("vjp",), "residual": ("vjp",), "diagonal": ("diagonal",),
-          "averaged": ("mean_vjp", "sandwich")}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Row:
     """One definition: its kind, its features (None: supported, else the reason why not), and the rules with a Triton kernel."""
@@ -44,7 +39,8 @@ def support(definitions: Definitions) -> list[Row]:
 
 
 def _missing(layer: LoweredLayer, feature: Feature) -> str | None:
-    passes = [name for source in feature.needs for name in PASSES[source] if layer.passes.get(name) is None]
-    if passes:
-        return f"no rule for {', '.join(passes)}"
+    """All that passes a layer is composed from Jᵀv, where no rule says it in one; integers have none and need none."""
+    passes = set(feature.needs) - {"gradient", "input"}
+    if passes and layer.passes["vjp"] is None and not layer.layer.of_integers:
+        return "its input cannot be differentiated"
     return None
