@@ -24,14 +24,17 @@ from satchel_gen.definitions import load  # noqa: E402
 
 DEFINITIONS = load()
 FEATURES = [getattr(extensions, definition.name) for definition in DEFINITIONS.features]
+
+
+def module_class(definition: Any) -> Any:
+    """The torch.nn class of a layer's, a passing module's or a loss's definition."""
+    return getattr(nn, definition.module.rpartition(".")[2])
+
+
 #: One loss for each structure of a Hessian; test_losses.py takes all of them.
 LOSSES = [nn.CrossEntropyLoss, nn.MSELoss]
-LAYER_NETWORKS = [
-    around(
-        f"{definition.name}_{k}",
-        getattr(nn, definition.module.rpartition(".")[2]),
-        example,
-    )
+LAYERS = [
+    around(f"{definition.name}_{k}", module_class(definition), example)
     for definition in (*DEFINITIONS.layers, *DEFINITIONS.passing)
     for k, example in enumerate(definition.examples)
 ]
@@ -43,7 +46,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 KERNELS = ["triton", *(["gpu"] if GPU else [])]
 
 CHOICES: dict[str, Sequence[Any]] = {
-    "network": [*NETWORKS, *LAYER_NETWORKS],
+    "network": NETWORKS,
+    "layer": LAYERS,
     "loss": LOSSES,
     "reduction": ["mean", "sum"],
     "dtype": [torch.float64, torch.float32],

@@ -153,19 +153,31 @@ def _reference(case: Any) -> Reference:
     return Reference(case.network.model(), [case.network.input()], [case.contributions], case.unit())
 
 
-def around(name: str, layer: type[nn.Module], example: Any) -> Network:
-    """A network around one layer: parameters above it, and mixing below it. Its own are drawn, also where torch sets them."""
+def drawn(layer: type[nn.Module], example: Any) -> nn.Module:
+    """A module as an example wants it; its own tensors are drawn, also where torch sets them."""
+    module = layer(**example.arguments).train(example.training)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            nn.init.uniform_(tensor, 0.3, 1.2)
+    return module
 
+
+def projection(module: nn.Module, example_input: Tensor) -> nn.Module:
+    """All outputs of a module, whatever their shape, mixed into three: frozen, so that a reference need not differentiate by it."""
+    with torch.no_grad():
+        width = module(example_input).numel() // len(example_input)
+    return Sequential(Flatten(), frozen(Linear(width, 3, bias=False)))
+
+
+def around(name: str, layer: type[nn.Module], example: Any) -> Network:
+    """A network around one layer: parameters above it and below it, and mixing."""
     shape, below = example.shape, example.below
 
     def build() -> nn.Module:
-        module = layer(**example.arguments).train(example.training)
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_floating_point():
-                nn.init.uniform_(tensor, 0.3, 1.2)
+        module = drawn(layer, example)
         first: list[nn.Module] = [Linear(shape[-1], shape[-1])] if below is None else []
-        example_input = torch.zeros(1, *shape, dtype=None if below is None else torch.long)
-        return Sequential(*first, module, Flatten(), Linear(module(example_input).numel(), 3))
+        zeros = torch.zeros(1, *shape, dtype=None if below is None else torch.long)
+        return Sequential(*first, module, projection(module, zeros), Linear(3, 3))
 
     return Network(name, build, (4, *shape), below=below)
 

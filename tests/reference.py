@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+import structure
 
 Outputs = tuple[Tensor, ...]
 Contributions = Callable[..., Tensor]
@@ -42,7 +44,7 @@ def contributions(
 
 def jacobian(values: Tensor, variables: Sequence[Tensor]) -> list[Tensor]:
     """∂values/∂variable, one backward per entry of ``values`` [K]: [K, *variable] for each variable."""
-    if not values.requires_grad:
+    if not (values.requires_grad and variables):
         return [values.new_zeros(values.numel(), *v.shape) for v in variables]
     rows = [
         torch.autograd.grad(value, variables, retain_graph=True, allow_unused=True, materialize_grads=True)
@@ -86,6 +88,12 @@ def run_with_probes(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Outputs
     return (outputs if isinstance(outputs, tuple) else (outputs,)), uses
 
 
+def twice_differentiable_bag(bag: nn.EmbeddingBag, x: Tensor) -> Tensor:
+    """torch has no second derivative of its own."""
+    rows = nn.functional.embedding(x, bag.weight)
+    return rows.mean(1) if bag.mode == "mean" else rows.sum(1)
+
+
 class Reference:
     """All features of every trainable parameter of ``model`` on one batch.
 
@@ -95,6 +103,8 @@ class Reference:
 
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor], losses: Sequence[Contributions], unit: float = 1.0):
         self.model = copy.deepcopy(model).double()
+        for bag in (m for m in self.model.modules() if isinstance(m, nn.EmbeddingBag)):
+            bag.forward = partial(twice_differentiable_bag, bag)
         self.inputs = [x.detach().double() if x.is_floating_point() else x for x in inputs]
         self.losses, self.unit, self.N = losses, unit, len(inputs[0])
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -134,20 +144,24 @@ class Reference:
         """T: [N, F, *p]."""
         return dict(zip(self.parameters, self._jacobians, strict=False))
 
-    @cached_property
-    def cotangents(self) -> list[Tensor]:
-        """∂f_n/∂(output of a use): [N, F, R, O] for each use."""
-        own = [own_sample(d) for d in self._jacobians[len(self.parameters) :]]
-        return [t.reshape(*t.shape[:2], -1, t.shape[-1]) for t in own]
-
     def uses_of(self, parameter: str) -> list[int]:
         tensor = self.parameters[parameter]
         return [k for k, use in enumerate(self.uses) if any(p is tensor for p in use.module.parameters())]
 
+    def name_of(self, parameter: str) -> str:
+        """What its modules call it."""
+        return parameter.rpartition(".")[2]
+
+    def cotangents(self, parameter: str) -> Tensor:
+        """∂f_n/∂(output of its layers): [N, F, R, G, O], see ``structure``."""
+        name, probes = self.name_of(parameter), self._jacobians[len(self.parameters) :]
+        own = [(self.uses[k].module, own_sample(probes[k])) for k in self.uses_of(parameter)]
+        return torch.cat([structure.by_position(module, name, t, 2) for module, t in own], 2)
+
     def activations(self, parameter: str) -> Tensor:
-        """The inputs of a parameter's layers: [N, R, I]."""
-        inputs = [self.uses[k].input for k in self.uses_of(parameter)]
-        return torch.cat([x.reshape(self.N, -1, x.shape[-1]) for x in inputs], 1)
+        """What its layers multiply it with: [N, R, G, I]."""
+        uses = [self.uses[k] for k in self.uses_of(parameter)]
+        return torch.cat([structure.patches(use.module, use.input) for use in uses], 1)
 
     @cached_property
     def averaged(self) -> dict[tuple[int, int], Tensor]:
@@ -174,7 +188,12 @@ class Reference:
     # --- second order: contractions with a curvature of the loss, [N, F, F] ---------------------------------------
 
     def is_kronecker(self, p: str) -> bool:
-        return all(isinstance(self.uses[k].module, nn.Linear) for k in self.uses_of(p))
+        return all(structure.is_kronecker(self.uses[k].module, self.name_of(p)) for k in self.uses_of(p))
+
+    def approximation(self, p: str, given: str | None) -> str:
+        """Layers over any positions take them for samples of their own; all others are BackPACK's, unless said otherwise."""
+        over_positions = all(isinstance(self.uses[k].module, (nn.Linear, *structure.TABLES)) for k in self.uses_of(p))
+        return given or ("expand" if over_positions else "backpack")
 
     def DiagGGNExact(self, p: str, curvature: Tensor | None = None) -> Tensor:
         T = self.jacobians[p].flatten(2)
@@ -212,11 +231,11 @@ class Reference:
     def KFLR(self, p: str, curvature: Tensor | None = None, approximation: str | None = None) -> list[Tensor]:
         if not self.is_kronecker(p):
             return [self.SqrtGGNExact(p, curvature).sum(0)]
-        T = torch.cat([self.cotangents[k] for k in self.uses_of(p)], 2)
-        T = T if (approximation or "expand") == "expand" else T.sum(2, keepdim=True)
+        approximation = self.approximation(p, approximation)
+        T = self.cotangents(p)
+        T = T if approximation == "expand" else T.sum(2, keepdim=True)
         H = self.curvature if curvature is None else curvature
-        B = torch.einsum("nfro,nfg,ngrq->oq", T, H, T)
-        return [B] if self.parameters[p].ndim == 1 else [B, self.input_factor(p, approximation or "expand")]
+        return self.factors(p, torch.einsum("nfrgo,nfh,nhrgq->goq", T, H, T), approximation)
 
     KFAC = KFLR
 
@@ -226,10 +245,24 @@ class Reference:
             J = {k: self.module_jacobian(k, p) for pair in pairs for k in pair}
             found = [torch.einsum("nfp,fg,ngq->pq", J[k], self.averaged[k, l], J[l]) / self.N for k, l in pairs]
             return [torch.stack(found).sum(0)]
-        O = self.parameters[p].shape[0]
-        blocks = [G.reshape(len(G) // O, O, -1, O) for G in (self.averaged[pair] for pair in pairs)]
-        B = torch.stack([block.sum((0, 2)) for block in blocks]).sum(0)
-        return [B] if self.parameters[p].ndim == 1 else [B, self.input_factor(p, "backpack")]
+        blocks = [self.summed_over_positions(p, k, l) for k, l in pairs]
+        return self.factors(p, torch.stack(blocks).sum(0), "backpack")
+
+    def summed_over_positions(self, p: str, k: int, l: int) -> Tensor:
+        """Ḡ between two uses, [F, F′] → [G, O, O]."""
+        name, (upper, _, one), (lower, _, other) = self.name_of(p), self.uses[k], self.uses[l]
+        columns = self.averaged[k, l].reshape(-1, *other.shape[1:])
+        columns = structure.by_position(lower, name, columns, 1).sum(1).flatten(1)
+        rows = structure.by_position(upper, name, columns.T.reshape(-1, *one.shape[1:]), 1).sum(1)  # [G O′, G, O]
+        return rows.unflatten(0, (rows.shape[1], -1)).diagonal(0, 0, 2).permute(2, 1, 0)
+
+    def factors(self, p: str, B: Tensor, approximation: str) -> list[Tensor]:
+        """B [G, O, O] and A [G, I, I]; of one group without its axis."""
+        found = [B] if self.name_of(p) == "bias" else [B, self.input_factor(p, approximation)]
+        return [factor[0] if len(factor) == 1 and not self.is_grouped(p) else factor for factor in found]
+
+    def is_grouped(self, p: str) -> bool:
+        return any(structure.groups(self.uses[k].module, self.name_of(p)) > 1 for k in self.uses_of(p))
 
     def module_jacobian(self, k: int, p: str) -> Tensor:
         """∂(output of a use)/∂p: [N, F, P]."""
@@ -239,11 +272,11 @@ class Reference:
         return dense.reshape(self.N, output[0].numel(), -1)
 
     def input_factor(self, p: str, approximation: str) -> Tensor:
-        """A: [I, I]."""
+        """A: [G, I, I]."""
         a = self.activations(p)
         if approximation == "reduce":
             a = a.mean(1, keepdim=True)
-        per_batch = torch.einsum("nri,nrj->ij", a, a) / self.N
+        per_batch = torch.einsum("nrgi,nrgj->gij", a, a) / self.N
         return per_batch / a.shape[1] if approximation == "expand" else per_batch
 
     # --- the fields ----------------------------------------------------------------------------------------------
@@ -296,7 +329,7 @@ class KFRARecursion(fx.Interpreter):
         value = torch.cat([t.reshape(self.N, -1) for t in floating(super().run_node(node))], 1)
         self.env = before
         flat = [t for a in arguments for t in floating(leaves[a])]
-        dense = iter([own_sample(d.reshape(*value.shape, *d.shape[1:])) for d in jacobian(value, flat)])
+        dense = iter([d.movedim(0, 1) for d in jacobian(value.sum(0), flat)])  # samples do not mix: see `own_sample`
         return {
             a: torch.cat([next(dense).reshape(*value.shape, -1) for _ in floating(leaves[a])], 2) for a in arguments
         }

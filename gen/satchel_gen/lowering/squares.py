@@ -120,22 +120,18 @@ def inner_axes(term: Term, axes: Axes) -> Axes:
     return (*leading, *dict.fromkeys(rest))
 
 
-def _weight(term: Term, product_axes: Axes) -> Node | None:
-    if term.factor == 1:
-        return None
-    own = index_atoms(term.factor)
-    return plan(Term(term.factor), tuple(i for i in product_axes if i in own))
-
-
 def _square_of(term: Term, stored: Node, axes: Axes) -> Node:
     """Σ_outer w · stored²."""
     slot = sympy.IndexedBase("product")[stored.axes]
     squared: Node = Map(slot**2, (slot,), (stored,), stored.axes)
-    weight = _weight(term, stored.axes)
-    if weight is not None:
+    if term.factor != 1:
+        own, whole = index_atoms(term.factor), stored.axes
+        if any(i in own and i not in whole for i in axes):  # the weight has axes that the product lacks
+            whole = (*(i for i in whole if i not in axes), *(i for i in axes if i in own or i in whole))
+        weight = plan(Term(term.factor), tuple(i for i in whole if i in own))
         slots = (sympy.IndexedBase("weight")[weight.axes], slot)
-        squared = Map(slots[0] * slots[1] ** 2, slots, (weight, stored), stored.axes)
-    over = tuple(i for i in stored.axes if i in term.sums)
+        squared = Map(slots[0] * slots[1] ** 2, slots, (weight, stored), whole)
+    over = tuple(i for i in squared.axes if i in term.sums)
     return Reduce(squared, over, axes) if over else squared
 
 

@@ -190,7 +190,7 @@ def weight_sample_diagonal(curvature: Tensor, input: Tensor, weight: Tensor) -> 
     R = input.shape[1]
     K = weight.shape[0]
     classes = torch.arange(K, device=curvature.device)
-    return ((input[:, :, None] == classes).to(curvature.dtype).sum(1) / R).square() * curvature.permute(0)[:, None]
+    return ((input[:, :, None] == classes).to(curvature.dtype).sum(1) / R)[:, :, None].square() * curvature[:, None, :]
 
 
 def weight_squared_norm_separated(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
@@ -454,7 +454,7 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor, weight: Tensor) -> Ten
     K = weight.shape[0]
     classes = torch.arange(K, device=curvature.device)
     return (
-        ((input[:, :, None] == classes).to(curvature.dtype).sum(1) / R).square() * curvature.permute(0)[:, None]
+        ((input[:, :, None] == classes).to(curvature.dtype).sum(1) / R)[:, :, None].square() * curvature[:, None, :]
     ).sum(0)
 
 

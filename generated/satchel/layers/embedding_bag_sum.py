@@ -174,7 +174,7 @@ def weight_sample_diagonal(curvature: Tensor, input: Tensor, weight: Tensor) -> 
     """
     K = weight.shape[0]
     classes = torch.arange(K, device=curvature.device)
-    return (input[:, :, None] == classes).to(curvature.dtype).sum(1).square() * curvature.permute(0)[:, None]
+    return (input[:, :, None] == classes).to(curvature.dtype).sum(1)[:, :, None].square() * curvature[:, None, :]
 
 
 def weight_squared_norm_separated(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
@@ -416,7 +416,9 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor, weight: Tensor) -> Ten
     """
     K = weight.shape[0]
     classes = torch.arange(K, device=curvature.device)
-    return ((input[:, :, None] == classes).to(curvature.dtype).sum(1).square() * curvature.permute(0)[:, None]).sum(0)
+    return ((input[:, :, None] == classes).to(curvature.dtype).sum(1)[:, :, None].square() * curvature[:, None, :]).sum(
+        0
+    )
 
 
 def weight_squared_deviations_centred(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:

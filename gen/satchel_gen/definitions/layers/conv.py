@@ -26,7 +26,10 @@ def convolution(rank: int, transposed: bool) -> Layer:
     places, inputs, taps = PLACES[-rank:], INPUTS[-rank:], TAPS[-rank:]
     read = tuple(position(k, place, tap, transposed) for k, (place, tap) in enumerate(zip(places, taps, strict=True)))
     weight = W[(g, c, o, *taps)] if transposed else W[(g, o, c, *taps)]
-    shape, channels = (4, 5, 3)[:rank], {"in_channels": 4, "out_channels": 6, "kernel_size": (2, 3, 2)[:rank]}
+    shape, channels = (
+        ((4,), (4, 5), (3, 5, 2))[rank - 1],
+        {"in_channels": 4, "out_channels": 6, "kernel_size": (2, 3, 2)[:rank]},
+    )
     return Layer(
         name=f"Conv{'Transpose' if transposed else ''}{rank}d",
         input=x[(n, g, c, *inputs)],
@@ -42,7 +45,7 @@ def convolution(rank: int, transposed: bool) -> Layer:
             Example((4, *shape), channels | {"stride": (2, 1, 2)[:rank], "padding": (1, 0, 1)[:rank], "groups": 2}),
             Example((3, *shape), channels | {"in_channels": 3, "groups": 3, "dilation": (1, 2, 1)[:rank]}),
         ),
-        refused=(Refused((4,) * (rank - 1), "batch", channels),),
+        refused=(Refused((4,) * rank, "batch", channels | {"in_channels": 3}),),
     )
 
 

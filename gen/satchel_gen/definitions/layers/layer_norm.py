@@ -25,6 +25,7 @@ LAYER_NORM = Layer(
     approximation="backpack",
     examples=(
         Example((3,), {"normalized_shape": 3}),
+        Example((2, 3), {"normalized_shape": 3}),
         Example((2, 3), {"normalized_shape": 3, "elementwise_affine": False}),
         Example((4, 2, 3), {"normalized_shape": (2, 3), "bias": False}),
     ),

@@ -4,7 +4,6 @@ from typing import Any
 
 from satchel_gen.definitions import Example, Passing
 
-SHAPE = (2, 4, 5, 3)
 WIDTHS = (2, 1, 0, 2, 1, 1)
 FORMULAS = {
     "Zero": "output[n, c, h…] = input[n, c, h − p, …], 0 outside",
@@ -18,7 +17,8 @@ FORMULAS = {
 def padding(kind: str, rank: int) -> Passing:
     """The module over `rank` axes."""
     arguments: dict[str, Any] = {"padding": WIDTHS[: 2 * rank]} | ({"value": 0.7} if kind == "Constant" else {})
-    return Passing(f"{kind}Pad{rank}d", FORMULAS[kind], examples=(Example(SHAPE[: rank + 1], arguments),))
+    shape = (1 if rank == 3 else 2, *(2, 3, 4)[-rank:])
+    return Passing(f"{kind}Pad{rank}d", FORMULAS[kind], examples=(Example(shape, arguments),))
 
 
 ZERO_PAD1D, ZERO_PAD2D, ZERO_PAD3D = (padding("Zero", rank) for rank in (1, 2, 3))
