@@ -10,6 +10,7 @@ from .kernels import layer_kernels, loss_kernels
 from .losses import lower_loss
 from .rules import LoweredLayer, lower_layer
 
+
 @dataclass(frozen=True)
 class Row:
     """One definition: its kind, its features (None: supported, else the reason why not), and the rules with a Triton kernel."""
