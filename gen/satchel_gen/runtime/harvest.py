@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .demand import Demand, Source, source
+from .errors import FieldMissing
 from .extension import Extension
 from .fields import Owner
 from .record import Record
@@ -66,7 +67,11 @@ class Harvest:
         for extension in self.extensions(uses):
             with torch.set_grad_enabled(graph and extension.differentiable):
                 q = self._asked(extension, uses[0].layer, results)
-                self._owner.set(parameter, extension.field, extension.value(q, sizes))
+                try:
+                    value = extension.value(q, sizes)
+                except KeyError as error:  # no sweep has come by
+                    raise FieldMissing(uses[0].record.where, uses[0].name, [extension.name]) from error
+                self._owner.set(parameter, extension.field, value)
         return uses
 
     def extensions(self, uses: Sequence[Use]) -> list[Extension]:
