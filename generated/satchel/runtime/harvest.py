@@ -78,10 +78,7 @@ class Harvest:
 
     def extensions(self, uses: Sequence[Use]) -> list[Extension]:
         """The features that have a value for a parameter."""
-        needs = {extension: extension.needs(uses[0].layer) for extension in self.demand.extensions}
-        return [
-            e for e, those in needs.items() if any(all(use.offers(need.quantity) for use in uses) for need in those)
-        ]
+        return [extension for extension in self.demand.extensions if all(use.serves(extension) for use in uses)]
 
     def clear(self) -> None:
         self._parameters.clear()
