@@ -17,9 +17,16 @@ from .formula import render, render_formula, render_term
 from .lowering.kernels import KernelRule, layer_kernels
 from .lowering.losses import lower_loss
 from .lowering.rules import LoweredRule, lower_layer
-from .lowering.support import PASSES
 from .notation import Index, base_name
 
+#: What passes a layer, by the source of the columns; Jᵀv for all others.
+_PASSES = {
+    "gradient": (),
+    "input": (),
+    "residual": ("vjp", "residual", "hessian"),
+    "diagonal": ("diagonal",),
+    "averaged": ("mean_vjp", "sandwich"),
+}
 _QUANTITIES = {q.name: q for q in (*Q.PASSES, *Q.PULLBACKS, *Q.OUTPUT_FACTORS, *Q.INPUT_FACTORS, *Q.BLOCKS)}
 
 
@@ -67,15 +74,14 @@ def _layer(layer: Layer, chosen: list[Feature]) -> Iterator[Part]:
     kernels = {kernel.rule.name: kernel for kernel in layer_kernels(lowered)}
     for feature in chosen:
         yield Part(f"\n{feature.name}: {feature.formula}", heading=True)
-        passes = dict.fromkeys(name for source in feature.needs for name in PASSES[source])
-        if "residual" in feature.needs:
-            passes["residual"] = None
-        for name in passes:
+        for name in dict.fromkeys(name for source in feature.needs for name in _PASSES.get(source, ("vjp",))):
             rule = lowered.passes[name]
-            if rule is None:
-                yield Part(f"  {name}: identically zero")
-            else:
+            if rule is not None:
                 yield from _rule(rule, kernels)
+            elif name in ("residual", "hessian"):
+                yield Part(f"  {name}: none")
+            else:
+                yield Part(f"  {name}: composed from vjp by the engine")
         for quantities in feature.needs.values():
             for parameter in lowered.parameters.values():
                 for quantity in quantities:

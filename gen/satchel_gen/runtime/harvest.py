@@ -10,6 +10,7 @@ from torch import Tensor
 from .demand import Demand, Source, source
 from .extension import Extension
 from .fields import Owner
+from .nodes import NodeRecord
 from .record import Record
 from .rules import Layer, Need, Sizes
 from .subsampling import quantities_of
@@ -72,8 +73,12 @@ class Harvest:
     def extensions(self, uses: Sequence[Use]) -> list[Extension]:
         """The features that have a value for a parameter."""
         needs = {extension: extension.needs(uses[0].layer) for extension in self.demand.extensions}
+        by_node = [use for use in uses if isinstance(use.record, NodeRecord)]
         return [
-            e for e, those in needs.items() if any(all(use.offers(need.quantity) for use in uses) for need in those)
+            e
+            for e, those in needs.items()
+            if any(all(use.offers(need.quantity) for use in uses) for need in those)
+            and all(use.serves(e) for use in by_node)  # a part of a Hessian, without its residuals, is none
         ]
 
     def clear(self) -> None:
