@@ -60,6 +60,8 @@ class Refused:
     shape: tuple[int, ...]
     mentions: str
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    training: bool = True
+    below: int | None = None
 
 
 class _Validated:

@@ -24,7 +24,8 @@ EMBEDDING = Layer(
         Example((), SIZES, below=5),
     ),
     refused=(
-        Refused((4,), "max_norm", SIZES | {"max_norm": 1.0}),
-        Refused((4,), "sparse", SIZES | {"sparse": True}),
+        Refused((4,), "in place", SIZES | {"max_norm": 1.0}, below=5),
+        Refused((4,), "dense", SIZES | {"sparse": True}, below=5),
+        Refused((4,), "scale_grad_by_freq", SIZES | {"scale_grad_by_freq": True}, below=5),
     ),
 )

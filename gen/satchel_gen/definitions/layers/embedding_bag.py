@@ -21,7 +21,7 @@ def bag(mode: str, scale: Expr) -> Layer:
         options={"max_norm": (None,), "scale_grad_by_freq": (False,), "sparse": (False,), "padding_idx": (None,)},
         reasons={"max_norm": "the forward pass changes the table in place", "sparse": "fields are dense tensors"},
         examples=(Example((4,), SIZES | {"mode": mode}, below=5),),
-        refused=(Refused((4,), "padding_idx", SIZES | {"mode": mode, "padding_idx": 1}),),
+        refused=(Refused((4,), "padding_idx", SIZES | {"mode": mode, "padding_idx": 1}, below=5),),
     )
 
 
