@@ -67,6 +67,7 @@ class Use(NamedTuple):
     module: nn.Module
     input: Tensor
     probe: Tensor
+    options: Mapping[str, Any]
 
 
 def has_parameters(module: nn.Module) -> bool:
@@ -76,12 +77,12 @@ def has_parameters(module: nn.Module) -> bool:
 def run_with_probes(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Outputs, list[Use]]:
     uses: list[Use] = []
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], options: Mapping[str, Any], output: Tensor) -> Tensor:
         probe = torch.zeros_like(output, requires_grad=True)
-        uses.append(Use(module, args[0].detach().clone(), probe))
+        uses.append(Use(module, args[0].detach().clone(), probe, options))
         return output + probe
 
-    handles = [m.register_forward_hook(hook) for m in model.modules() if has_parameters(m)]
+    handles = [m.register_forward_hook(hook, with_kwargs=True) for m in model.modules() if has_parameters(m)]
     outputs = model(*(x.clone() for x in inputs))
     for handle in handles:
         handle.remove()
@@ -161,7 +162,7 @@ class Reference:
     def activations(self, parameter: str) -> Tensor:
         """What its layers multiply it with: [N, R, G, I]."""
         uses = [self.uses[k] for k in self.uses_of(parameter)]
-        return torch.cat([structure.patches(use.module, use.input) for use in uses], 1)
+        return torch.cat([structure.patches(use.module, use.input, use.options) for use in uses], 1)
 
     @cached_property
     def averaged(self) -> dict[tuple[int, int], Tensor]:
@@ -250,7 +251,7 @@ class Reference:
 
     def summed_over_positions(self, p: str, k: int, l: int) -> Tensor:
         """Ḡ between two uses, [F, F′] → [G, O, O]."""
-        name, (upper, _, one), (lower, _, other) = self.name_of(p), self.uses[k], self.uses[l]
+        name, (upper, _, one, _), (lower, _, other, _) = self.name_of(p), self.uses[k], self.uses[l]
         columns = self.averaged[k, l].reshape(-1, *other.shape[1:])
         columns = structure.by_position(lower, name, columns, 1).sum(1).flatten(1)
         rows = structure.by_position(upper, name, columns.T.reshape(-1, *one.shape[1:]), 1).sum(1)  # [G O′, G, O]
@@ -267,7 +268,7 @@ class Reference:
     def module_jacobian(self, k: int, p: str) -> Tensor:
         """∂(output of a use)/∂p: [N, F, P]."""
         use = self.uses[k]
-        output = use.module(use.input)
+        output = use.module(use.input, **use.options)
         (dense,) = jacobian(output, [self.parameters[p]])
         return dense.reshape(self.N, output[0].numel(), -1)
 

@@ -5,6 +5,9 @@ a is found by calling the module with weights that are 1 at one i and 0 elsewher
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -46,7 +49,7 @@ def weight_of(module: nn.Module, blocks: Tensor) -> Tensor:
     return blocks[0].T if isinstance(module, TABLES) else blocks.reshape(shape)
 
 
-def patches(module: nn.Module, x: Tensor) -> Tensor:
+def patches(module: nn.Module, x: Tensor, options: Mapping[str, Any]) -> Tensor:
     """a [N, R, G, I]."""
     G = groups(module, "weight")
     O = module.weight.shape[1] if isinstance(module, (*TRANSPOSED, *TABLES)) else module.weight.shape[0] // G
@@ -59,7 +62,9 @@ def patches(module: nn.Module, x: Tensor) -> Tensor:
         if getattr(module, "bias", None) is not None:
             tensors["bias"] = torch.zeros_like(module.bias)
         with torch.no_grad():
-            found.append(by_position(module, "weight", functional_call(module, tensors, (x,)), 1)[..., 0])
+            found.append(
+                by_position(module, "weight", functional_call(module, tensors, (x,), dict(options)), 1)[..., 0]
+            )
     a = torch.stack(found, -1)
     if getattr(module, "padding_idx", None) is not None:  # this row is a constant
         a[..., module.padding_idx] = 0

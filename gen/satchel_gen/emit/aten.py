@@ -292,7 +292,7 @@ class Body:
             weights = self._operand(kernel)
             if kernel.axes != order:
                 weights = f"{weights}.permute({', '.join(str(kernel.axes.index(i)) for i in order)})"
-            arguments = [self._sliced(image), weights, *([self._sizes(places)] if transposed else []), *geometry]
+            arguments = [self._sliced(image), weights, self._sizes(places), *geometry]
             return f"correlate{'_transposed' if transposed else ''}({', '.join(arguments)})"
         return None
 

@@ -173,6 +173,10 @@ def _numbers(module: nn.Module | None, layer: Layer, node: Node, output: Tensor)
     """The attributes of the module that the definition restricts or reads; those of its operation where that has them."""
     wanted = dict.fromkeys([*layer.options, *layer.numbers])
     found = {name: saved(node, name) if name in layer.saved else getattr(module, name) for name in wanted}
+    ranks = [len(value) for name, value in found.items() if name in layer.saved and isinstance(value, tuple | list)]
+    for name in layer.saved:  # padding="valid" is kept as one number for all axes
+        if isinstance(found[name], tuple | list) and len(found[name]) == 1:
+            found[name] = tuple(found[name]) * max(ranks)
     for name, value in layer.absent.items():
         if found[name] is None:
             found[name] = torch.finfo(output.dtype).eps if value == "precision" else value

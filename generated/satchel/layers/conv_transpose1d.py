@@ -31,7 +31,8 @@ def vjp(
 
     factor [V, N, G, O, W], weight [G, C, O, KW] → [V, N, G, C, IW]
     """
-    return correlate(factor, weight, stride, dilation, padding)
+    IW = input_shape[3]
+    return correlate(factor, weight, (IW,), stride, dilation, padding)
 
 
 @widened

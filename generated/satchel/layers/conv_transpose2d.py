@@ -31,7 +31,8 @@ def vjp(
 
     factor [V, N, G, O, H, W], weight [G, C, O, KH, KW] → [V, N, G, C, IH, IW]
     """
-    return correlate(factor, weight, stride, dilation, padding)
+    *_, IH, IW = input_shape
+    return correlate(factor, weight, (IH, IW), stride, dilation, padding)
 
 
 @widened

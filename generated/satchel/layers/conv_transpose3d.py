@@ -33,7 +33,8 @@ def vjp(
 
     factor [V, N, G, O, D, H, W], weight [G, C, O, KD, KH, KW] → [V, N, G, C, ID, IH, IW]
     """
-    return correlate(factor, weight, stride, dilation, padding)
+    *_, ID, IH, IW = input_shape
+    return correlate(factor, weight, (ID, IH, IW), stride, dilation, padding)
 
 
 @widened

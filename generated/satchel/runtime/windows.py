@@ -65,15 +65,22 @@ def transposed_windows(
 
 
 def correlate(
-    tensor: Tensor, kernel: Tensor, stride: Sequence[int], dilation: Sequence[int], padding: Sequence[int]
+    tensor: Tensor,
+    kernel: Tensor,
+    places: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
 ) -> Tensor:
     """[*lead, G, C, *spatial], [G, O, C, *taps] → Σ_{c,a} kernel[g, o, c, a] x[…, g, c, s·h + d·a − p] [*lead, G, O, *places]."""
     rank = len(stride)
     groups = kernel.shape[0]
     lead = tensor.shape[: -rank - 2]
     images = tensor.reshape(lead.numel(), groups * tensor.shape[-rank - 1], *tensor.shape[-rank:])
-    found = _CONVOLVE[rank](images, kernel.flatten(0, 1), None, stride, padding, dilation, groups)
-    return found.reshape(*lead, groups, kernel.shape[1], *found.shape[-rank:])
+    found = _CONVOLVE[rank](images, kernel.flatten(0, 1), None, stride, padding, dilation, groups)  # type: ignore[operator]
+    # An output_padding of a stride or more leaves elements beyond the last place.
+    found = found[(..., *(slice(size) for size in places))]
+    return found.reshape(*lead, groups, kernel.shape[1], *places)
 
 
 def correlate_transposed(

@@ -1,0 +1,127 @@
+"""Convolutions with any options, against dense autograd and factors of patches that torch's own module gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from conftest import FEATURES, Agree, Pass, is_sampled
+from networks import Case, Network, Wired, projection
+from satchel.registry import REGISTRY
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
+DRAWN = settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+def numbers(rank: int, low: int, high: int) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.tuples(*[st.integers(low, high)] * rank)
+
+
+def of(build: Any, shape: tuple[int, ...], layout: str) -> Network:
+    """A convolution with parameters above and below. Layout: of the input, and so of what torch computes."""
+
+    def wire(m: Any, x: Tensor) -> Tensor:
+        if layout == "channels last" and len(shape) == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return m.head(m.mix(m.conv(m.first(x))))
+
+    def network() -> nn.Module:
+        conv = build()
+        mix = projection(conv, torch.zeros(1, *shape[1:]))
+        return Wired(wire, first=nn.Linear(shape[-1], shape[-1]), conv=conv, mix=mix, head=nn.Linear(3, 2))
+
+    return Network("drawn", network, shape, strided=layout == "strided")
+
+
+def check(network: Network, agree: Agree) -> None:
+    case = Case(network, nn.MSELoss, "mean")
+    reference = case.reference()
+    done = Pass(case, torch.float64, "aten", *(feature() for feature in EXACT))
+    for feature in EXACT:
+        agree(done.fields(feature), {name: reference.field(feature.__name__, name) for name in reference.parameters})
+
+
+LAYOUTS = st.sampled_from(["contiguous", "strided", "channels last"])
+
+
+@DRAWN
+@given(data=st.data())
+def test_convolution(data: st.DataObject, agree: Agree) -> None:
+    """Stride, padding in numbers or words, what stands outside, dilation, groups up to one per channel."""
+    rank = data.draw(st.sampled_from([1, 1, 2, 2, 3]), "rank")
+    kernel, dilation = (
+        data.draw(numbers(rank, 1, 3 if rank < 3 else 2), "kernel"),
+        data.draw(numbers(rank, 1, 2), "dilation"),
+    )
+    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    sizes = tuple(r + data.draw(st.integers(0, 4 - rank), "more") for r in reach)
+    padding: Any = data.draw(st.sampled_from(["same", "valid", "numbers"]), "padding")
+    mode = data.draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]), "mode")
+    if mode == "reflect" and (rank == 3 or padding == "same"):
+        mode = "replicate"
+    stride = (1,) * rank if padding == "same" else data.draw(numbers(rank, 1, 3), "stride")
+    if padding == "numbers":
+        limits = [size - 1 if mode == "reflect" else min(size, 2) for size in sizes]
+        padding = tuple(data.draw(st.integers(0, min(limit, 2)), "pad") for limit in limits)
+    groups = data.draw(st.integers(1, 3), "groups")
+    inner, outer = (groups * data.draw(st.integers(1, 2), name) for name in ("inner", "outer"))
+    options: dict[str, Any] = {"groups": groups, "bias": data.draw(st.booleans(), "bias"), "padding_mode": mode}
+    options |= {"stride": stride, "padding": padding, "dilation": dilation}
+    shape = (data.draw(st.integers(1, 3), "batch"), inner, *sizes)
+    build = lambda: CONVOLUTIONS[rank - 1](inner, outer, kernel, **options)  # noqa: E731
+    check(of(build, shape, data.draw(LAYOUTS, "layout")), agree)
+
+
+class Sized(nn.Module):
+    """A transposed convolution that is told the size of its output."""
+
+    def __init__(self, conv: nn.Module, size: tuple[int, ...]) -> None:
+        super().__init__()
+        self.conv, self.size = conv, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x, output_size=self.size)
+
+
+@DRAWN
+@given(data=st.data())
+def test_transposed_convolution(data: st.DataObject, agree: Agree) -> None:
+    """Stride, padding, output_padding or output_size, dilation, groups."""
+    rank = data.draw(st.sampled_from([1, 1, 2, 2, 3]), "rank")
+    kernel, dilation = (
+        data.draw(numbers(rank, 1, 3 if rank < 3 else 2), "kernel"),
+        data.draw(numbers(rank, 1, 2), "dilation"),
+    )
+    stride, sizes = (
+        data.draw(numbers(rank, 1, 3 if rank < 3 else 2), "stride"),
+        data.draw(numbers(rank, 1, 4 - rank // 2), "sizes"),
+    )
+    extra = tuple(data.draw(st.integers(0, max(s, d) - 1), "extra") for s, d in zip(stride, dilation, strict=True))
+    full = [s * (size - 1) + d * (k - 1) + 1 for s, size, d, k in zip(stride, sizes, dilation, kernel, strict=True)]
+    padding = tuple(data.draw(st.integers(0, min(2, (f - 1) // 2)), "pad") for f in full)
+    groups = data.draw(st.integers(1, 3), "groups")
+    inner, outer = (groups * data.draw(st.integers(1, 2), name) for name in ("inner", "outer"))
+    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    options["bias"] = data.draw(st.booleans(), "bias")
+    shape = (data.draw(st.integers(1, 3), "batch"), inner, *sizes)
+    if data.draw(st.booleans(), "told"):
+        told = tuple(f - 2 * p + min(e, s - 1) for f, p, e, s in zip(full, padding, extra, stride, strict=True))
+        build: Any = lambda: Sized(TRANSPOSED[rank - 1](inner, outer, kernel, **options), told)  # noqa: E731
+        network = of(build, shape, data.draw(LAYOUTS, "layout"))
+    else:
+        build = lambda: TRANSPOSED[rank - 1](inner, outer, kernel, output_padding=extra, **options)  # noqa: E731
+        network = of(build, shape, data.draw(LAYOUTS, "layout"))
+    check(network, agree)
+
+
+def test_every_convolution_is_drawn() -> None:
+    convolving = {layer.module for layer in REGISTRY.layers if layer.name.startswith("Conv")}
+    assert convolving == {*CONVOLUTIONS, *TRANSPOSED}
