@@ -17,7 +17,7 @@ TILE_ROWS = 128  # no tile has more rows
 SMALLEST_TILE = 32  # rows and columns of the smallest matrix tile
 POINTWISE_BLOCK = 1024
 REDUCE_ROWS, REDUCE_LANES = 8, 128
-ROW_STEPS, ROW_LANES = 32, 16
+ROW_STEPS, ROW_LANES = 32, 32
 RESIDENT = 4096  # float32 numbers of the longest row that stays in registers
 
 
