@@ -40,6 +40,8 @@ LAYERS = [
 ]
 #: Features that want the batch first: they carry second derivatives, or a matrix over all of a sample.
 SECOND_ORDER = {d.name for d in DEFINITIONS.features if {"residual", "diagonal", "averaged"} & set(d.needs)}
+#: What is zero but for rounding, next to the largest entry of all parameters.
+NEGLIGIBLE = {torch.float64: 1e-9, torch.float32: 1e-6}
 #: Relative to the largest entry of the reference.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -134,7 +136,7 @@ def agree(request: pytest.FixtureRequest) -> Agree:
             for k, (value, want) in enumerate(zip(values, wanted, strict=True)):
                 limit = TOLERANCE[value.dtype] if tolerance is None else tolerance
                 size = want.abs().max().item() if want.numel() else 0.0
-                scale = size if size > 1e-9 * largest[k] else largest[k] or 1.0
+                scale = size if size > NEGLIGIBLE[value.dtype] * largest[k] else largest[k] or 1.0
                 error = ((value.double().cpu() - want.cpu()).abs().max().item() if want.numel() else 0.0) / scale
                 if tolerance is None:
                     request.node.user_properties.append(("error", (str(value.dtype), error)))

@@ -77,7 +77,9 @@ def has_parameters(module: nn.Module) -> bool:
 def run_with_probes(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Outputs, list[Use]]:
     uses: list[Use] = []
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], options: Mapping[str, Any], output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], options: Mapping[str, Any], output: Any) -> Tensor | None:
+        if not args or not isinstance(output, Tensor):  # made of operations that have no place of their own
+            return None
         probe = torch.zeros_like(output, requires_grad=True)
         uses.append(Use(module, args[0].detach().clone(), probe, options))
         return output + probe

@@ -14,7 +14,7 @@ from satchel_gen.calculus.derive import Statement, jacobian, total_derivative, t
 from satchel_gen.calculus.evaluate import evaluate, evaluate_statements
 from satchel_gen.calculus.kronecker import kronecker
 from satchel_gen.calculus.terms import CalculusError, Term, contract, terms
-from satchel_gen.notation import Equal, Fresh, LogSumExp, Sum, extent, indices, sigmoid, softplus, tensors
+from satchel_gen.notation import Access, Equal, Fresh, LogSumExp, Sum, extent, indices, sigmoid, softplus, tensors
 
 n, i, j, k, m = indices("n i j k m")
 x, y, W, U, mu, var, s, z, t = tensors("x y W U mu var s z t")
@@ -189,9 +189,9 @@ def test_a_sum_inside_a_function_must_be_named():
         terms(log(Sum(exp(x[n, i]), i)))
 
 
-def test_an_access_that_is_not_a_plain_index_is_refused():
-    with pytest.raises(CalculusError, match="plain index"):
-        jacobian(Statement(y[n, i], x[n, 2 * i]), "x", (n, i), (n, j), Fresh())
+def test_an_affine_access_leaves_a_delta_of_its_position():
+    (term,) = jacobian(Statement(y[n, i], x[n, Access(i, 2 * i, i)]), "x", (n, i), (n, j), Fresh())
+    assert term.deltas == ((2 * i, j),) or term.deltas == ((j, 2 * i),)
 
 
 def test_equal_is_a_one_hot_mask():

@@ -40,7 +40,7 @@ x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
 FIRST_ORDER = [BatchGrad, BatchL2Grad, SumGradSquared, Variance]
 CURVATURE = [feature for feature in FEATURES if feature not in FIRST_ORDER]
 #: Features made of individual pullbacks, which every differentiable use of a parameter has.
-PULLED = [*FIRST_ORDER, *(f for f in CURVATURE if f.__name__.startswith("DiagGGN"))]
+PULLED = [f for f in FEATURES if f.__name__ not in SECOND_ORDER]
 KEPT = torch.zeros(())
 
 
@@ -176,7 +176,7 @@ class Scale(nn.Module):
         return self.gain * x
 
 
-UNSUPPORTED = {"own": Scale, "norm": lambda: nn.LayerNorm(6), "bilinear": lambda: Bilinear()}
+UNSUPPORTED = {"own": Scale, "bilinear": lambda: Bilinear()}
 
 
 class Bilinear(nn.Module):
@@ -205,7 +205,7 @@ def test_unsupported_module(feature: Any, name: str) -> None:
     assert any(p in message for p in ("gain", "weight", "bias", "pair"))
 
 
-@pytest.mark.parametrize("feature", [KFLR])
+@pytest.mark.parametrize("feature", [KFRA, DiagHessian])
 def test_not_strict(feature: Any) -> None:
     """strict=False: a warning, and all other fields."""
     model, loss = extend(sequence(Scale())), extend(nn.CrossEntropyLoss())
@@ -254,7 +254,8 @@ def test_parameter_used_by_a_functional(feature: Any) -> None:
     if is_sampled(feature):
         return
     reference = Reference(build(), [x.double()], [contributions(nn.CrossEntropyLoss(), y)])
-    torch.testing.assert_close(getattr(model.a.weight, feature.field), reference.field(feature.__name__, "a.weight"))
+    value = comparable(feature, getattr(model.a.weight, feature.field))
+    torch.testing.assert_close(value, reference.field(feature.__name__, "a.weight"))
 
 
 class Once(torch.autograd.Function):
@@ -289,7 +290,7 @@ def test_backward_that_cannot_be_differentiated(name: str, feature: Any) -> None
 
     model, loss = extend(Wired(wire, a=nn.Linear(4, 6), b=nn.Linear(6, 3))), extend(nn.CrossEntropyLoss())
     run = lambda: loss(model(x), y)  # noqa: E731
-    if feature is DiagHessian:
+    if feature.__name__.endswith("DiagHessian"):
         refused(run, model, feature(), NotImplementedError, feature.__name__, name, "backward", "DiagGGN")
         return
     with backpack(feature()):
@@ -375,6 +376,8 @@ def test_checkpoint(feature: Any, reentrant: bool) -> None:
 def test_refused_inputs_of_definitions(layer: Any) -> None:
     """What a definition says must be refused is, with the word it says."""
     for example in layer.refused:
+        if layer.of_integers:  # nothing lies below: see test_definitions
+            continue
         module = getattr(nn, layer.module.rpartition(".")[2])(**example.arguments)
         inputs = torch.randn(3, *example.shape, requires_grad=True)
         model = extend(nn.Sequential(module, Wired(lambda m, h: m.a(h.reshape(1, -1)), a=nn.LazyLinear(2))))

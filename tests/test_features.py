@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from conftest import DEFINITIONS, FEATURES, KERNELS, LOSSES, Agree, Pass, as_list, is_sampled
+from conftest import DEFINITIONS, FEATURES, KERNELS, LOSSES, Agree, Pass, as_list, comparable, is_sampled
 from networks import NETWORKS, Case, Network
 from satchel import backpack, extend, extensions
 from satchel.layers import linear
@@ -283,7 +283,7 @@ def test_every_definition_is_emitted_and_tested() -> None:
     assert {layer.name for layer in REGISTRY.layers} == {d.name for d in DEFINITIONS.layers}
     assert {loss.name for loss in REGISTRY.losses} == {d.name for d in DEFINITIONS.losses}
     assert set(REGISTRY.extensions) == set(FEATURES)
-    assert {loss.module for loss in REGISTRY.losses} == set(LOSSES)
+    assert {loss.module for loss in REGISTRY.losses} >= set(LOSSES)  # all of them: test_losses
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -314,6 +314,9 @@ def test_shapes(
             layers += [nn.Linear(i, o, bias=bias), activations[k]()]
         return nn.Sequential(*layers[:-1])
 
+    assume(
+        widths[-1] > 1 or loss is not nn.CrossEntropyLoss
+    )  # of one class, autograd's second derivative is not a number
     case = Case(Network("drawn", build, (batch, *extra, widths[0])), loss, reduction)
     agree(Pass(case, torch.float64, "aten", feature()).fields(feature), expected(case, feature))
 
@@ -346,6 +349,7 @@ def test_autocast(network: Network, feature: Any, agree: Agree) -> None:
         value.backward()
     fields = {name: getattr(p, feature.field) for name, p in model.named_parameters()}
     assert all(t.dtype == torch.float32 for value in fields.values() for t in as_list(value))
+    fields = {name: comparable(feature, value) for name, value in fields.items()}
     agree(fields, expected(case, feature), tolerance=0.1)
 
 

@@ -16,7 +16,7 @@ EMITTED = Path(__file__).parents[1] / "generated" / "satchel" / "kernels"
 MODULES = [EMITTED / f"{name}.py" for name in ("conv1d", "cross_entropy_loss", "layer_norm", "linear", "softplus")]
 
 
-@pytest.mark.parametrize(("target", "dtype"), zip(TARGETS, DTYPES, strict=True))
+@pytest.mark.parametrize(("target", "dtype"), list(zip(TARGETS, DTYPES, strict=True)))
 def test_kernels_compile_without_spills(target: str, dtype: str) -> None:
     usages = measure(MODULES, targets=(target,), dtypes=(dtype,))
     assert [(u.module, u.kernel) for u in usages] == [

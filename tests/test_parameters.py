@@ -463,7 +463,7 @@ def test_sparse_embedding_is_refused() -> None:
     ).double()
     loss = extend(nn.MSELoss())
     extend(model)
-    with pytest.raises(NotImplementedError, match="sparse=False"), backpack(BatchGrad()):
+    with pytest.raises(NotImplementedError, match="sparse"), backpack(BatchGrad()):
         loss(model(inputs(N)), torch.zeros(N, 3, dtype=torch.float64)).backward()
 
 
@@ -549,7 +549,7 @@ def test_nothing_stays_alive() -> None:
 
 
 def test_chunks(agree: Agree) -> None:
-    with satchel.settings(memory_limit=2000):
+    with satchel.settings(memory_limit=3000):
         for name in ("layer norm", "positions", "attention"):
             check(name, [BatchGrad, DiagGGNExact], agree)
 

@@ -160,13 +160,13 @@ def _configured(kernel: Any, dtype: str) -> tuple[Any, dict[str, Any], int]:
         constants |= {"BLOCK_ROW": launch.REDUCE_ROWS, "BLOCK_LANE": launch.REDUCE_LANES}
     else:
         constants |= {"BLOCK_ROW": launch.ROW_LANES, "BLOCK_K": launch.ROW_STEPS}
-    constants |= {name: 7 if name.isupper() else 2 for name in _geometry(kernel, constants)}
+    constants |= {name: 28 if name.isupper() else 2 for name in _geometry(kernel, constants)}
     constants |= rows | tuned
     return kernel, {name: value for name, value in constants.items() if name in kernel.arg_names}, warps
 
 
 def _geometry(kernel: Any, constants: Mapping[str, Any]) -> list[str]:
-    """Extents and numbers that are compiled into a kernel."""
+    """Extents and numbers that are compiled into a kernel. Extents must exceed a tile, lest its loop be compiled away."""
     return [p.name for p in kernel.params if p.is_constexpr and p.name not in {*constants, "BLOCK_N"}]
 
 

@@ -47,14 +47,14 @@ def _kernel(rule: LoweredRule) -> KernelRule | None:
         return KernelRule(rule, rows) if rows is not None else None
     if _is_elementwise(rule):
         return _pointwise(rule)
+    if any(term.square is not None and term.square.centred is not None for term in rule.formula.terms):
+        return None
     if any(leaf.windows for leaf in _leaves(rule)):
         product = _windowed(rule)
         return KernelRule(rule, product) if product is not None else None
     if rule.numbers or len(rule.formula.terms) > 1:
         return None
     (term,) = rule.formula.terms
-    if term.square is not None and term.square.centred is not None:
-        return None
     if (
         term.square is not None
         and not _is_matrix_product(term.square)

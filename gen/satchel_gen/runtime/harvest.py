@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .demand import Demand, Source, source
+from .errors import FieldMissing
 from .extension import Extension
 from .fields import Owner
-from .nodes import NodeRecord
 from .record import Record
 from .rules import Layer, Need, Sizes
 from .subsampling import quantities_of
@@ -67,19 +67,16 @@ class Harvest:
         for extension in self.extensions(uses):
             with torch.set_grad_enabled(graph and extension.differentiable):
                 q = self._asked(extension, uses[0].layer, results)
-                self._owner.set(parameter, extension.field, extension.value(q, sizes))
+                try:
+                    value = extension.value(q, sizes)
+                except KeyError as error:  # no sweep has come by
+                    raise FieldMissing(uses[0].record.where, uses[0].name, [extension.name]) from error
+                self._owner.set(parameter, extension.field, value)
         return uses
 
     def extensions(self, uses: Sequence[Use]) -> list[Extension]:
         """The features that have a value for a parameter."""
-        needs = {extension: extension.needs(uses[0].layer) for extension in self.demand.extensions}
-        by_node = [use for use in uses if isinstance(use.record, NodeRecord)]
-        return [
-            e
-            for e, those in needs.items()
-            if any(all(use.offers(need.quantity) for use in uses) for need in those)
-            and all(use.serves(e) for use in by_node)  # a part of a Hessian, without its residuals, is none
-        ]
+        return [extension for extension in self.demand.extensions if all(use.serves(extension) for use in uses)]
 
     def clear(self) -> None:
         self._parameters.clear()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
+from .axes import Axes
+from .axes import names as axis_names
 from .backward import arrive
 from .record import Edge, Entry, LossRecord, Mark, Record, alias, attach, entries
 from .rules import Layer, Loss, registry
@@ -73,11 +75,13 @@ class Recorder:
             # A part, or a permutation, of another tensor changes: the base's node passes that by its own backward.
             _attach(_node(base), Mark(self.name, reference))
             return
-        if (inplace and "input" in layer.reads(())) or not _ends_in(output, layer.operation):
+        own = _ends_in(output, layer.operation)
+        fits = own or len(axis_names(layer.output_axes)) - _joined(layer.output_axes) == output.dim()
+        if (inplace and "input" in layer.reads(())) or (fits and not own):
             # What the rules read is gone, or unknown: the module's own nodes pass a factor.
             _attach(_node(output), Mark(self.name, reference))
             return
-        if layer.operation:
+        if layer.operation and own:
             node, output_nr, edge = _node(output), output.output_nr, _first_edge(_node(output))
             x = saved(node, "input") if edge is None or "input" in layer.reads(layer.parameters) else x
         else:
@@ -177,6 +181,11 @@ def _numbers(module: nn.Module | None, layer: Layer, node: Node, output: Tensor)
         if found[name] is None:
             found[name] = torch.finfo(output.dtype).eps if value == "precision" else value
     return found
+
+
+def _joined(axes: Axes) -> int:
+    """By how many axes a tensor has fewer than the canonical one."""
+    return sum(len(axis) - 1 for axis in axes if isinstance(axis, tuple))
 
 
 def _ends_in(output: Tensor, operation: str) -> bool:

@@ -11,16 +11,18 @@ from torch.autograd.graph import Node
 from .context import backpack
 from .curvature import AVERAGED, RESIDUAL, refuse_option, uses_of
 from .demand import CURVATURE, SECOND_ORDER, Demand
-from .errors import CheckpointedRegion, SatchelError, SharedByKinds, SparseGradient, UnsupportedModule
+from .errors import CheckpointedRegion, MemoryLimit, SatchelError, SharedByKinds, SparseGradient, UnsupportedModule
 from .flags import Flag, first_raised
+from .hessian import UNLIMITED
 from .nodes import NodeRecord, Owned, Pullback, resolve
 from .plan import Plan
 from .probe import Found, Probe
 from .record import Edge, Mark
 from .rules import registry
 from .second import is_linear
+from .settings import current
 from .torch_private import has_sparse_gradient, is_python_function, is_reentrant_checkpoint
-from .uses import PER_SAMPLE, Use, joinable
+from .uses import BLOCKS, PER_SAMPLE, Use, joinable
 
 
 def check(
@@ -126,6 +128,12 @@ def _refuse_undefined(plan: Plan, context: backpack) -> None:
         for name in parameters:
             use = Use(record, name)
             lacking = [e.name for e in context.demand.extensions if not use.serves(e)]
+            blocks = [
+                e.name for e in context.demand.extensions if any(need.quantity in BLOCKS for need in e.needs(use.layer))
+            ]
+            limit = current().memory_limit or UNLIMITED
+            if blocks and not lacking and not use.offers("output_factor_expand") and use.block_bytes() > limit:
+                raise MemoryLimit(blocks, f"the exact block of {record.parameter_name!r}", use.block_bytes(), limit)
             if lacking:
                 error = UnsupportedModule(record.owner, record.parameter_name, record.node_name, lacking, supported)
                 if context.strict:

@@ -25,6 +25,8 @@ from .record import Record
 from .rules import Layer, Rule, registry
 
 PER_SAMPLE = "per_sample"
+#: What stands for Kronecker factors where there are none.
+BLOCKS = ("block", "averaged_block")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,15 @@ class Use:
         """Whether a feature has a value for the parameter: what it needs of inputs alone, a bias goes without."""
         needs = [need for need in extension.needs(self.layer) if need.source != "input"]
         twice = any(need.source in SECOND_ORDER for need in needs)
-        return (self.record.differentiates_twice or not twice) and all(self.offers(need.quantity) for need in needs)
+        offered = [self.offers(need.quantity) for need in needs]
+        # A parameter has Kronecker factors or, without that structure, the exact block.
+        enough = any(offered) if any(need.quantity in BLOCKS for need in needs) else all(offered)
+        return (self.record.differentiates_twice or not twice) and enough
+
+    def block_bytes(self) -> int:
+        """Size of the parameter's exact block."""
+        parameter = self.record.parameter(self.name)
+        return parameter.numel() ** 2 * parameter.element_size()
 
 
 def quantities(

@@ -839,10 +839,7 @@ LAYER = Layer(
                 lead=0,
             ),
             "squared_deviations": Rule(
-                weight_squared_deviations,
-                ("input", "weight_shape", "dilation", "padding", "stride"),
-                kernel="weight_squared_deviations",
-                lead=0,
+                weight_squared_deviations, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),

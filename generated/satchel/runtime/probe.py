@@ -133,7 +133,8 @@ class Probe:
             passed = pull(step, columns)
             if ordered:
                 error = SamplesMixed(step.where)
-                self.found.flags += [(self._wrong(below, first)[0], error) for below in passed.values()]
+                own = {edge: below for edge, below in passed.items() if edge[0] not in self.found.shared}
+                self.found.flags += [(self._wrong(below, first)[0], error) for below in own.values()]
             add(self.live, passed)
         for _, edge in step.inputs:
             self.known[edge] = None

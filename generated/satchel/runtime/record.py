@@ -120,14 +120,16 @@ class Record(_Kept):
     def canonical_input(self) -> tuple[int, ...]:
         """Canonical shape of the input."""
         shape = self.batch.canonical_shape(self.input_layout, self.input_shape)
-        assert shape is not None, "the survey refuses what does not fit"
+        if shape is None:
+            raise BatchAxisLost(self.where, self.input_shape, self.samples)
         return shape
 
     @property
     def canonical_output(self) -> tuple[int, ...]:
         """Canonical shape of the output."""
         shape = self.batch.canonical_shape(self.output_layout, self.output_shape)
-        assert shape is not None, "the survey refuses what does not fit"
+        if shape is None:
+            raise BatchAxisLost(self.where, self.output_shape, self.samples)
         return shape
 
     def at_output(self, tensor: Tensor, lead: int) -> Tensor:

@@ -77,9 +77,10 @@ def correlate(
     groups = kernel.shape[0]
     lead = tensor.shape[: -rank - 2]
     images = tensor.reshape(lead.numel(), groups * tensor.shape[-rank - 1], *tensor.shape[-rank:])
-    found = _CONVOLVE[rank](images, kernel.flatten(0, 1), None, stride, padding, dilation, groups)  # type: ignore[operator]
+    found = _CONVOLVE[rank](images, kernel.flatten(0, 1), None, stride, padding, dilation, groups)
     # An output_padding of a stride or more leaves elements beyond the last place.
-    found = found[(..., *(slice(size) for size in places))]
+    inside: tuple[Any, ...] = (..., *(slice(size) for size in places))
+    found = found[inside]
     return found.reshape(*lead, groups, kernel.shape[1], *places)
 
 
