@@ -152,13 +152,10 @@ def joinable(uses: Sequence[Use]) -> bool:
     )
 
 
-def _without_positions(record: Record) -> list[tuple[int, ...]]:
-    """Extents of all other axes of the input and the output."""
-    layer, found = record.definition, []
-    for axes, shape in ((layer.input_axes, record.canonical_input), (layer.output_axes, record.canonical_output)):
-        star = starred(axes)
-        found.append(tuple(size for position, size in enumerate(shape or ()) if position != star))
-    return found
+def _without_positions(record: Record) -> tuple[int, ...]:
+    """Extents of all other axes of the output."""
+    star = starred(record.definition.output_axes)
+    return tuple(size for position, size in enumerate(record.canonical_output) if position != star)
 
 
 def _same_parameters(one: Use, other: Use) -> bool:
