@@ -94,6 +94,12 @@ def excited(m: Any, x: Tensor) -> Tensor:
     return m.head(h * scale[:, :, None, None])
 
 
+def normalised_twice(m: Any, x: Tensor) -> Tensor:
+    """One norm in two places, of different sizes: statistics belong to a use."""
+    h = m.act(m.norm(m.conv(x)))
+    return m.head(m.norm(h[..., :2]).mean((2, 3)) - h.amax((2, 3)))
+
+
 IMAGE = (3, 2, 4, 4)
 ARCHITECTURES = (
     Network("residual", lambda: Wired(
@@ -134,6 +140,12 @@ ARCHITECTURES = (
     Network("text", lambda: Wired(
         text, table=Embedding(6, 3, padding_idx=0), conv=Conv1d(3, 4, 2), act=ReLU(), head=Linear(4, 3)
     ), (4, 5), below=6),
+    Network("normalised_twice", lambda: Wired(
+        normalised_twice, conv=Conv2d(2, 4, 2), norm=GroupNorm(2, 4), act=PReLU(4), head=Linear(4, 3)
+    ), IMAGE),
+    Network("layer_norm_twice", lambda: Wired(
+        lambda m, x: m.head(m.norm(m.act(m.norm(x)).mean(1, keepdim=True)).sum(1)), norm=LayerNorm(4), act=Tanh(), head=Linear(4, 3)
+    ), (3, 2, 4)),
     Network("excited", lambda: Wired(
         excited, conv=Conv2d(2, 3, 2), squeeze=Linear(3, 2), act=ReLU(), gate=Sequential(Linear(2, 3), nn.Sigmoid()),
         head=Sequential(Flatten(), Linear(27, 2)),

@@ -79,6 +79,7 @@ class LayerContext(_Stated):
     passes: Mapping[str, RuleContext | None]
     elementwise: bool
     mixed: bool
+    positional: bool
     parameters: Mapping[str, Mapping[str, RuleContext]]
     buffers: tuple[str, ...]
     extents: Mapping[str, str | int]
@@ -191,6 +192,7 @@ def layer_context(lowered: LoweredLayer) -> LayerContext:
         passes=passes,
         elementwise=lowered.elementwise,
         mixed=lowered.mixed,
+        positional=lowered.positional,
         parameters=parameters,
         buffers=tuple(str(b.base) for b in layer.buffers),
         extents={i.name: size.attribute if isinstance(size, Option) else size for i, size in layer.extents.items()},

@@ -12,7 +12,7 @@ from ..calculus.instantiate import Formula, Instance
 from ..calculus.terms import Term, numerator, solve
 from ..definitions import quantities as Q
 from ..definitions.model import Layer, Quantity
-from ..notation import Index, Option, reads, sigmoid, softplus
+from ..notation import Index, IndexSum, LogSumExp, Option, reads, sigmoid, softplus
 from .composed import Composed, Stage, composed_hessian, composed_vjp, stages_of
 from .deviations import deviation_variants
 from .plan import Axes, extent_symbol, indices_of, leaves
@@ -54,6 +54,7 @@ class LoweredLayer:
     parameters: dict[str, dict[str, LoweredRule]]
     elementwise: bool
     mixed: bool
+    positional: bool
 
     @property
     def rules(self) -> list[LoweredRule]:
@@ -83,7 +84,15 @@ def lower_layer(layer: Layer) -> LoweredLayer:
     mixed = any(
         str(layer.input.base) in rule.operands for quantities in parameters.values() for rule in quantities.values()
     )
-    return LoweredLayer(layer, passes, parameters, elementwise, mixed)
+    return LoweredLayer(layer, passes, parameters, elementwise, mixed, _positional(layer))
+
+
+def _positional(layer: Layer) -> bool:
+    """Whether the input's first starred axis counts positions: each gives its own output, by the same parameters."""
+    star = next((i for i in layer.input.indices if i.many), None)
+    tensors = (*layer.parameters, *layer.buffers)
+    sums = {i for s in layer.statements for e in s.value.atoms(IndexSum, LogSumExp) for i in e.over}
+    return star in layer.output.indices and star not in sums and not any(star in t.indices for t in tensors)
 
 
 def _passes(layer: Layer) -> dict[str, LoweredRule | None]:

@@ -189,6 +189,7 @@ def operation() -> Layer:
         hessian=None,
         elementwise=False,
         mixed=True,
+        positional=False,
         parameters={_PARAMETER: rules},
     )
 

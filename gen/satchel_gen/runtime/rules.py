@@ -78,6 +78,7 @@ class Layer:
     hessian: Rule | None
     elementwise: bool
     mixed: bool
+    positional: bool
     parameters: Mapping[str, Mapping[str, Rule]]
     parameter_axes: Mapping[str, Axes] = field(default_factory=lambda: _EMPTY)
     buffers: tuple[str, ...] = ()

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .axes import Axes, starred
-from .axes import names as axis_names
 from .demand import SECOND_ORDER
 from .errors import SharedByKinds
 from .evaluate import evaluate
@@ -141,20 +140,22 @@ def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
 def joinable(uses: Sequence[Use]) -> bool:
     """Whether the uses differ in nothing but their positions."""
     first = uses[0]
-    layer = first.layer
-    shared = starred(layer.input_axes), starred(layer.output_axes)
-    # With no other axis than the starred one beside the batch, it holds features, not positions.
-    if None in shared or len(axis_names(layer.input_axes)) < 3 or len(axis_names(layer.output_axes)) < 3:
-        return False
-    return all(
-        use.layer is layer
+    return first.layer.positional and all(
+        use.layer is first.layer
         and use.name == first.name
         and use.record.samples == first.record.samples
         and use.record.options == first.record.options
         and use.record.transposed == first.record.transposed
+        and _without_positions(use.record) == _without_positions(first.record)
         and _same_parameters(use, first)
         for use in uses
     )
+
+
+def _without_positions(record: Record) -> tuple[int, ...]:
+    """Extents of all other axes of the output."""
+    star = starred(record.definition.output_axes)
+    return tuple(size for position, size in enumerate(record.canonical_output) if position != star)
 
 
 def _same_parameters(one: Use, other: Use) -> bool:

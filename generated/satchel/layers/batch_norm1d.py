@@ -372,6 +372,7 @@ LAYER = Layer(
     hessian=None,
     elementwise=True,
     mixed=True,
+    positional=True,
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input", "running_mean", "running_var", "eps"), lead=2),

@@ -802,6 +802,7 @@ LAYER = Layer(
     hessian=None,
     elementwise=False,
     mixed=True,
+    positional=False,
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input", "weight_shape", "dilation", "padding", "stride"), lead=2),

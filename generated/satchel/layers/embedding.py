@@ -679,6 +679,7 @@ LAYER = Layer(
     hessian=None,
     elementwise=False,
     mixed=True,
+    positional=True,
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input", "weight", "padding_idx"), lead=2),

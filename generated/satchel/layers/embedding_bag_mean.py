@@ -596,6 +596,7 @@ LAYER = Layer(
     hessian=None,
     elementwise=False,
     mixed=True,
+    positional=False,
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input", "weight"), lead=2),

@@ -107,6 +107,7 @@ LAYER = Layer(
     hessian=None,
     elementwise=True,
     mixed=False,
+    positional=True,
     parameters={},
     when={"approximate": "none"},
     approximation="expand",

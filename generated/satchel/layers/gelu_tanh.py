@@ -133,6 +133,7 @@ LAYER = Layer(
     hessian=None,
     elementwise=True,
     mixed=False,
+    positional=True,
     parameters={},
     when={"approximate": "tanh"},
     approximation="expand",

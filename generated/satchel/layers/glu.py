@@ -90,6 +90,7 @@ LAYER = Layer(
     hessian=Rule(hessian, ("input",)),
     elementwise=False,
     mixed=False,
+    positional=True,
     parameters={},
     extents={"half": 2},
     ranks={

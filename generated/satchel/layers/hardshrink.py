@@ -69,6 +69,7 @@ LAYER = Layer(
     hessian=None,
     elementwise=True,
     mixed=False,
+    positional=True,
     parameters={},
     numbers=("lambd",),
     approximation="expand",

@@ -108,6 +108,7 @@ LAYER = Layer(
     hessian=None,
     elementwise=True,
     mixed=False,
+    positional=True,
     parameters={},
     approximation="expand",
 )

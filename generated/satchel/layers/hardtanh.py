@@ -72,6 +72,7 @@ LAYER = Layer(
     hessian=None,
     elementwise=True,
     mixed=False,
+    positional=True,
     parameters={},
     numbers=("max_val", "min_val"),
     approximation="expand",

@@ -362,6 +362,7 @@ LAYER = Layer(
     hessian=Rule(hessian, ("input", "weight", "eps"), kernel="hessian"),
     elementwise=False,
     mixed=True,
+    positional=False,
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input", "eps"), lead=2),

@@ -604,6 +604,7 @@ LAYER = Layer(
     hessian=None,
     elementwise=False,
     mixed=True,
+    positional=True,
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input",), lead=2),

@@ -56,6 +56,7 @@ LAYER = Layer(
     hessian=Rule(hessian, ("output",), kernel="hessian"),
     elementwise=False,
     mixed=False,
+    positional=True,
     parameters={},
     ranks={
         "r": lambda options, ndim: options["dim"] % ndim - 1,

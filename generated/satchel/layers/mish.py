@@ -96,6 +96,7 @@ LAYER = Layer(
     hessian=None,
     elementwise=True,
     mixed=False,
+    positional=True,
     parameters={},
     approximation="expand",
 )

@@ -207,6 +207,7 @@ LAYER = Layer(
     hessian=None,
     elementwise=True,
     mixed=True,
+    positional=False,
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input",), lead=2),

@@ -223,6 +223,7 @@ LAYER = Layer(
     hessian=Rule(hessian, ("input", "weight", "eps"), kernel="hessian"),
     elementwise=False,
     mixed=True,
+    positional=True,
     parameters={
         "weight": {
             "per_sample": Rule(weight_per_sample, ("input", "eps"), lead=2),

@@ -88,6 +88,7 @@ LAYER = Layer(
     hessian=Rule(hessian, ("input",), kernel="hessian"),
     elementwise=False,
     mixed=False,
+    positional=True,
     parameters={},
     ranks={
         "r": lambda options, ndim: options["dim"] % ndim - 1,

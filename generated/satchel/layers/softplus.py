@@ -82,6 +82,7 @@ LAYER = Layer(
     hessian=None,
     elementwise=True,
     mixed=False,
+    positional=True,
     parameters={},
     numbers=("beta", "threshold"),
     approximation="expand",

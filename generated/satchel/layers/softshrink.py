@@ -71,6 +71,7 @@ LAYER = Layer(
     hessian=None,
     elementwise=True,
     mixed=False,
+    positional=True,
     parameters={},
     numbers=("lambd",),
     approximation="expand",

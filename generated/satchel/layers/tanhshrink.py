@@ -78,6 +78,7 @@ LAYER = Layer(
     hessian=None,
     elementwise=True,
     mixed=False,
+    positional=True,
     parameters={},
     approximation="expand",
 )

@@ -191,6 +191,7 @@ def operation() -> Layer:
         hessian=None,
         elementwise=False,
         mixed=True,
+        positional=False,
         parameters={_PARAMETER: rules},
     )
 
