@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .axes import Axes, starred
+from .axes import names as axis_names
 from .demand import SECOND_ORDER
 from .errors import SharedByKinds
 from .evaluate import evaluate
@@ -148,16 +149,18 @@ def joinable(uses: Sequence[Use]) -> bool:
         and use.record.samples == first.record.samples
         and use.record.options == first.record.options
         and use.record.transposed == first.record.transposed
-        and _without_positions(use.record) == _without_positions(first.record)
+        and _without_positions(use) == _without_positions(first)
         and _same_parameters(use, first)
         for use in uses
     )
 
 
-def _without_positions(record: Record) -> tuple[int, ...]:
-    """Extents of all other axes of the output."""
-    star = starred(record.definition.output_axes)
-    return tuple(size for position, size in enumerate(record.canonical_output) if position != star)
+def _without_positions(use: Use) -> list[int]:
+    """Extents of the output's axes that neither count positions nor belong to the parameter, of which parts may be used."""
+    axes = axis_names(use.layer.output_axes)
+    own = {starred(use.layer.output_axes)}
+    own |= {k for k, axis in enumerate(axes) if axis in axis_names(use.layer.parameter_axes[use.name])}
+    return [size for k, size in enumerate(use.record.canonical_output) if k not in own]
 
 
 def _same_parameters(one: Use, other: Use) -> bool:
