@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import pytest
@@ -112,6 +113,15 @@ def comparable(feature: Any, value: Any) -> Any:
 @pytest.fixture
 def run() -> type[Pass]:
     return Pass
+
+
+@pytest.fixture
+def no_gc() -> Iterator[None]:
+    """What dies in the test dies by reference counts."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 Agree = Callable[..., None]

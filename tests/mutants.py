@@ -73,7 +73,7 @@ MUTANTS = [
     Mutant("lowering: cross term of deviations", f"{GEN}/lowering/deviations.py", "2 * centre * cross", "centre * cross",
            "tests/test_structure.py"),
     Mutant("runtime: columns add instead of standing side by side", f"{GEN}/runtime/harvest.py", "need.quantity != PER_SAMPLE", "True",
-           "tests/test_graphs.py"),
+           "tests/test_paths.py"),
     Mutant("runtime: subsampling of factors alone", f"{GEN}/runtime/subsampling.py", "record.tensor(name)[index]",
            "record.tensor(name)[: len(index)]"),
     Mutant("quantity: square of the residual's diagonal", f"{GEN}/definitions/quantities.py",

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from satchel import backpack, extend
-from satchel.extensions import DiagGGNExact
 from satchel_gen.definitions import DefinitionError, Feature, Layer, Statement, Sum, indices, load, tensors
 from satchel_gen.definitions.quantities import PER_SAMPLE, SUM_OF_SQUARES
 
@@ -65,35 +62,3 @@ def test_definitions_hold_no_derivative_and_no_code():
         assert "diff(" not in text and "torch." not in text.split('"""')[2].replace('="torch.nn.', "")
         families = sum(other.source.file == definition.source.file for other in load().layers)
         assert len(text.splitlines()) <= 40 + 3 * (families - 1)
-
-
-REFUSED = [
-    (definition, refused)
-    for definition in (*load().layers, *load().losses)
-    for refused in getattr(definition, "refused", ())
-]
-
-
-@pytest.mark.parametrize(
-    "definition,refused", REFUSED, ids=[f"{definition.name}-{refused.mentions}" for definition, refused in REFUSED]
-)
-def test_what_a_definition_refuses_is_an_error_that_says_why(definition, refused):
-    """Three samples, as many as the last axis: an input without a batch axis fits as well."""
-    module = getattr(torch.nn, definition.module.rpartition(".")[2])(**refused.arguments)
-    x = torch.randn(3, *refused.shape)
-    if getattr(definition, "of_integers", False):
-        x = torch.randint(3, x.shape)
-    if isinstance(definition, Layer):
-        own = list(module.parameters())
-        model = extend(torch.nn.Sequential(module) if own else torch.nn.Sequential(torch.nn.Linear(3, 3), module))
-        loss, output = extend(torch.nn.MSELoss()), model(x)
-        target = torch.zeros_like(output)
-    else:
-        model, loss = extend(torch.nn.Linear(3, 3)), extend(module)
-        output, target = model(x), torch.zeros(3, dtype=torch.long)
-    with (
-        pytest.raises((RuntimeError, NotImplementedError, ValueError), match=refused.mentions),
-        backpack(DiagGGNExact()),
-    ):
-        loss(output, target).backward()
-    assert not any(hasattr(parameter, "diag_ggn_exact") for parameter in model.parameters())

@@ -92,7 +92,7 @@ def test_ranges_of_columns(name: str, limit: int, program: str, agree: Agree) ->
 
 # --- second derivatives of nodes -----------------------------------------------------------------------------------
 
-REFUSED = {"sdpa", "cdist"}  # test_errors.py
+REFUSED = {"sdpa", "cdist"}  # test_errors_of_modules.py
 
 
 def step_of(y: Tensor, x: Tensor) -> Step:

@@ -1,0 +1,106 @@
+"""Every way to call wrongly: the message names where, what and the remedy, and earlier fields stay as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conftest import FEATURES
+from failures import CURVATURE, FIRST_ORDER, refused, sequence, x, y
+from satchel import backpack, disable, extend
+from satchel.extensions import (
+    KFLR,
+    BatchGrad,
+    SqrtGGNExact,
+    SqrtGGNMC,
+)
+
+
+@pytest.mark.parametrize("given", [BatchGrad, nn.Linear(1, 1), "BatchGrad", None])
+def test_not_an_extension(given: Any) -> None:
+    with pytest.raises(ValueError) as raised:
+        backpack(KFLR(), given)
+    name = given.__name__ if isinstance(given, type) else type(given).__name__
+    assert name in str(raised.value)
+    if isinstance(given, type):
+        assert "BatchGrad()" in str(raised.value), "the remedy"
+
+
+@pytest.mark.parametrize("given", [nn.Linear, F.cross_entropy, None, torch.zeros(1)])
+def test_not_a_module(given: Any) -> None:
+    with pytest.raises(TypeError, match="Module"):
+        extend(given)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("how", ["not extended", "disabled"])
+def test_nothing_reached(feature: Any, how: str) -> None:
+    model, loss = sequence(nn.ReLU()), nn.CrossEntropyLoss()
+    if how == "disabled":
+        model, loss = extend(model), extend(loss)
+    with pytest.raises(RuntimeError, match=f"{feature.__name__}.*extend"), backpack(feature()):
+        with disable():
+            value = loss(model(x), y)
+        value.backward()
+
+
+@pytest.mark.parametrize("feature", CURVATURE)
+@pytest.mark.parametrize("how", ["module", "functional", "sum"])
+def test_loss_not_extended(feature: Any, how: str) -> None:
+    model = extend(sequence(nn.ReLU()))
+    losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "module": nn.CrossEntropyLoss(),
+        "functional": F.cross_entropy,
+        "sum": lambda f, y: f[:, 0].sum(),
+    }
+    message = refused(
+        lambda: losses[how](model(x), y), model, feature(), RuntimeError, feature.__name__, "loss", "extend", "Linear"
+    )
+    assert "weight" in message or "bias" in message
+
+
+@pytest.mark.parametrize("feature", CURVATURE)
+def test_one_of_two_losses_not_extended(feature: Any) -> None:
+    """A part of the curvature would be missing in silence."""
+    model, loss = extend(sequence(nn.Tanh())), extend(nn.CrossEntropyLoss())
+
+    def total() -> Tensor:
+        f = model(x)
+        return loss(f, y) + f.square().mean()
+
+    refused(total, model, feature(), (RuntimeError, NotImplementedError), feature.__name__)
+
+
+def test_non_scalar() -> None:
+    model = extend(sequence())
+    with pytest.raises(RuntimeError, match="scalar"), backpack(BatchGrad()):
+        model(x).backward()
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("how", ["functional", "different reductions"])
+def test_table5_needs_the_reduction(feature: Any, how: str) -> None:
+    model = extend(sequence())
+    ce, summed = extend(nn.CrossEntropyLoss()), extend(nn.CrossEntropyLoss(reduction="sum"))
+
+    def total() -> Tensor:
+        f = model(x)
+        return F.cross_entropy(f, y) if how == "functional" else ce(f, y) + summed(f, y)
+
+    error = refused(total, model, feature(scaling="table5"), RuntimeError, feature.__name__, "backpack")
+    if feature in FIRST_ORDER:
+        assert "table5" in error and "reduction" in error
+
+
+@pytest.mark.parametrize("index", [5, -6])
+@pytest.mark.parametrize("feature", [BatchGrad, SqrtGGNExact, SqrtGGNMC])
+def test_subsampling_out_of_range(feature: Any, index: int) -> None:
+    model, loss = extend(sequence()), extend(nn.CrossEntropyLoss())
+    refused(
+        lambda: loss(model(x), y), model, feature(subsampling=[0, index]), (IndexError, ValueError), str(index), "5"
+    )
