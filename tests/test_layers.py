@@ -50,13 +50,12 @@ class Call:
         return torch.randn(*lead, *like.shape, dtype=torch.float64)
 
     def jacobian(self, variable: Tensor) -> Tensor:
-        """[N, *y, *variable], over the samples' own inputs where the variable has a batch axis."""
+        """[N, *y, *variable], flat; by the input, of each sample by its own."""
+        if variable is self.inner:  # samples do not mix: their sum has the same derivatives
+            (dense,) = jacobian(self.y.sum(0), [variable])
+            return dense.reshape(-1, N, variable[0].numel()).movedim(1, 0)
         (dense,) = jacobian(self.y, [variable])
-        dense = dense.reshape(*self.y.shape, *variable.shape)
-        if variable is not self.inner:
-            return dense.reshape(N, -1, variable.numel())
-        flat = dense.reshape(N, self.y[0].numel(), N, -1)
-        return torch.stack([flat[n, :, n] for n in range(N)])
+        return dense.reshape(N, -1, variable.numel())
 
 
 def apply(record: Record, rule: Any, *arguments: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ x, y, w, b, mean, variance = tensors("input output weight bias running_mean runn
 
 def batch_norm(rank: int) -> Layer:
     """The layer over `rank` spatial axes."""
-    shape = (3, 4, 2, 5)[: rank + 1]
+    shape = (3, 4, 2)[: rank + 1] if rank < 3 else (3, 2, 1, 4)
     normalised = (x[n, c, s] - mean[c]) * (variance[c] + Option("eps")) ** Rational(-1, 2)
     return Layer(
         name=f"BatchNorm{rank}d",

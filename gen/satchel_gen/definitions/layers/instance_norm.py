@@ -12,7 +12,7 @@ x, y, w, b, mean, centred, variance, rstd, normalised = tensors(
 
 def instance_norm(rank: int) -> Layer:
     """The layer over `rank` spatial axes."""
-    shape = (3, 4, 2, 5)[: rank + 1]
+    shape = (3, 4, 2)[: rank + 1] if rank < 3 else (3, 2, 1, 4)
     return Layer(
         name=f"InstanceNorm{rank}d",
         input=x[n, c, s],
