@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import mpmath
 import pytest
@@ -161,7 +162,7 @@ def transposed(tensor: Tensor) -> Tensor:
 def test_kernel_agrees_with_torch(kernels: ModuleType, program: Program, shape: str, dtype: torch.dtype) -> None:
     tensors = operands(program, SHAPES[shape], dtype)
     given = [transposed(tensors[name]) for name in program.tensors]
-    numbers = [tuple(SHAPES[shape][axis] for axis in axes) for axes in program.shapes.values()]
+    numbers: list[Any] = [tuple(SHAPES[shape][axis] for axis in axes) for axes in program.shapes.values()]
     numbers += [NUMBERS[option.attribute] for option in program.options]
     result = getattr(kernels, program.name)(*given, *numbers)
     wide = [t.double() if t.is_floating_point() else t for t in (tensors[name] for name in program.tensors)]
