@@ -6,7 +6,7 @@ is a list of terms with unsolved deltas, which are its structure. Reverse accumu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -37,6 +37,16 @@ class Statement:
 
     def __str__(self) -> str:
         return f"{render(self.target)} = {render(self.value)}"
+
+
+def needed(statements: Sequence[Statement], names: Iterable[str]) -> tuple[Statement, ...]:
+    """Those that define `names`, and those that they read, in order."""
+    wanted, kept = set(names), list[Statement]()
+    for statement in reversed(statements):
+        if statement.name in wanted:
+            kept.insert(0, statement)
+            wanted |= {str(r.base) for r in reads(statement.value)}
+    return tuple(kept)
 
 
 #: A derived statement: its target and the terms that add up to it.

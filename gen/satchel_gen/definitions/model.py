@@ -70,6 +70,9 @@ class _Validated:
     name: str
     source: Source
 
+    def _default_module(self) -> None:
+        object.__setattr__(self, "module", getattr(self, "module", "") or f"torch.nn.{self.name}")
+
     def _fail(self, reason: str) -> None:
         raise DefinitionError(f"{self.source}: {type(self).__name__} {getattr(self, 'name', '')}: {reason}")
 
@@ -169,7 +172,7 @@ class Layer(_Validated):
     source: Source = dataclasses.field(default_factory=_caller)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "module", self.module or f"torch.nn.{self.name}")
+        self._default_module()
         object.__setattr__(self, "statements", tuple(_accesses(s, self.input) for s in self.statements))
         tensors = (self.input, *self.parameters, *self.buffers)
         known = {str(t.base): tuple(t.indices) for t in tensors}
@@ -246,7 +249,7 @@ class Passing(_Validated):
     source: Source = dataclasses.field(default_factory=_caller)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "module", self.module or f"torch.nn.{self.name}")
+        self._default_module()
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,7 @@ class Composite(_Validated):
     source: Source = dataclasses.field(default_factory=_caller)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "module", self.module or f"torch.nn.{self.name}")
+        self._default_module()
         unknown = set(self.without) - {"mkldnn", "cudnn"}
         if unknown:
             self._fail(f"unknown backends: {', '.join(sorted(unknown))}")
@@ -304,7 +307,7 @@ class Loss(_Validated):
     source: Source = dataclasses.field(default_factory=_caller)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "module", self.module or f"torch.nn.{self.name}")
+        self._default_module()
         known = {str(t.base): tuple(t.indices) for t in (self.input, self.target, *self.operands)}
         self._check_statements(self.statements, known, self.input.indices[0])
         count = sympy.Mul(*(Extent(i) for i in self.terms.indices))

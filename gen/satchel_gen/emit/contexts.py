@@ -35,9 +35,10 @@ from .functions import (
     result,
     rule_functions,
     sample_function,
+    signature,
     violation_function,
 )
-from .kernels.context import signature
+from .kernels.context import launcher_signature
 
 AxisNames = tuple[str | tuple[str, ...], ...]
 
@@ -353,7 +354,7 @@ def _dispatcher(kernel: KernelRule) -> Dispatcher:
     return Dispatcher(
         name=rule.name,
         formula=render_formula(rule.formula),
-        signature=", ".join(f"{name}: Tensor" for name in rule.arguments),
+        signature=signature(rule.arguments, {}),
         valid=" and ".join(f"{first}.shape[{place}] == 1" for place in places),
         lines=tuple(unpack_extents(body.extents, rule.arguments) + body.lines),
         separated=result,
@@ -372,7 +373,7 @@ def _within_registers(rule: LoweredRule, program: Resident) -> Dispatcher:
     return Dispatcher(
         name=rule.name,
         formula=program.value,
-        signature=signature(program),
+        signature=launcher_signature(program),
         valid=f"resident({elements}, {stride}, {', '.join(rule.arguments)})",
         lines=(),
         separated=f"{program.name}({called})",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -20,6 +20,11 @@ from ..lowering.rules import LoweredRule
 from ..lowering.squares import Variant
 from ..notation import Extent, LogSumExp, Option, index_atoms, reads
 from .aten import AtenPrinter, Body, unpack_extents
+
+
+def signature(tensors: Iterable[str], numbers: Mapping[str, str]) -> str:
+    """The arguments of an emitted function: tensors, then numbers and shapes by their type."""
+    return ", ".join([*(f"{name}: Tensor" for name in tensors), *(f"{name}: {kind}" for name, kind in numbers.items())])
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,7 @@ class Function:
 
     @property
     def signature(self) -> str:
-        tensors = [f"{name}: Tensor" for name in self.arguments]
-        return ", ".join([*tensors, *(f"{name}: {kind}" for name, kind in self.numbers.items())])
+        return signature(self.arguments, self.numbers)
 
     @property
     def called(self) -> str:
@@ -141,11 +145,10 @@ def _own_intermediates(rule: LoweredRule) -> list[str]:
 
 
 def _intermediate(name: str, rule: LoweredRule) -> Function:
-    last = next(stage for stage in rule.stages if stage.name == name)
-    chain = rule.stages[: rule.stages.index(last) + 1]
-    arguments, numbers = _read_by(chain, rule)
+    chain, arguments, numbers = _chain(name, rule)
+    *before, last = chain
     body = Body(dict(arguments))
-    _emit_chain(body, chain[:-1])
+    _emit_chain(body, before)
     assert last.tree is not None
     value = body(last.tree)
     formula = "\n".join(wrapped(render_formula(stage.formula)) for stage in chain)
@@ -154,13 +157,14 @@ def _intermediate(name: str, rule: LoweredRule) -> Function:
     return Function(f"{name}_from", formula, shapes, tuple(arguments), lines, value, entry=False, numbers=numbers)
 
 
-def _read_by(chain: Sequence[Stage], rule: LoweredRule) -> tuple[dict[str, Axes], dict[str, str]]:
-    """The tensors and numbers that a chain of intermediates reads, of those that the rule has."""
+def _chain(name: str, rule: LoweredRule) -> tuple[tuple[Stage, ...], dict[str, Axes], dict[str, str]]:
+    """The stages up to an intermediate, and the tensors and numbers of the rule that they read."""
+    chain = rule.stages[: [stage.name for stage in rule.stages].index(name) + 1]
     terms = [term for stage in chain for term in stage.formula.terms]
     read = {str(r.base) for term in terms for r in reads(term.factor)}
     options = {option.attribute for term in terms for option in term.factor.atoms(Option)}
     numbers = {o.attribute: o.kind for o in rule.components if o.attribute in options}
-    return {name: axes for name, axes in rule.arguments.items() if name in read}, numbers
+    return chain, {name: axes for name, axes in rule.arguments.items() if name in read}, numbers
 
 
 def _emit_stages(body: Body, rule: LoweredRule) -> None:
@@ -168,8 +172,7 @@ def _emit_stages(body: Body, rule: LoweredRule) -> None:
     if not rule.on_parameter:
         _emit_chain(body, rule.stages)
     for name in _own_intermediates(rule):
-        chain = rule.stages[: [stage.name for stage in rule.stages].index(name) + 1]
-        arguments, numbers = _read_by(chain, rule)
+        _, arguments, numbers = _chain(name, rule)
         body.lines.append(f"{name} = {name}_from({', '.join([*arguments, *numbers])})")
 
 

@@ -6,13 +6,13 @@ derivative, Σ δ ∂²y/∂x∂x′ v, forward through the forward and the reve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import sympy
-from sympy import Expr, Indexed, IndexedBase
+from sympy import Expr, IndexedBase
 
-from ..calculus.derive import Derived, Statement, jvp, vjp
+from ..calculus.derive import Derived, Statement, jvp, needed, vjp
 from ..calculus.instantiate import Formula
 from ..calculus.terms import Term, terms, tidy
 from ..definitions.model import Layer
@@ -35,25 +35,14 @@ class Stage:
         return self.formula.name
 
 
-@dataclass(frozen=True)
-class Composed:
-    """Stages in order; the last is the value."""
-
-    stages: tuple[Stage, ...]
-
-    @property
-    def formula(self) -> Formula:
-        return self.stages[-1].formula
-
-
-def composed_vjp(layer: Layer) -> Composed:
-    """vjp[v, *input] = Σ_y J[y, x] factor[v, y]."""
+def composed_vjp(layer: Layer) -> tuple[Stage, ...]:
+    """vjp[v, *input] = Σ_y J[y, x] factor[v, y]; the last stage is the value."""
     cotangent = IndexedBase("factor")[(V, *layer.output.indices)]
     return _needed(layer, vjp(layer.statements, layer.input, cotangent), "vjp")
 
 
-def composed_hessian(layer: Layer) -> Composed | None:
-    """hessian[v, *input] = Σ_{y,x′} delta[y] ∂²y/∂x∂x′ tangent[v, x′]; None where it vanishes."""
+def composed_hessian(layer: Layer) -> tuple[Stage, ...] | None:
+    """hessian[v, *input] = Σ_{y,x′} delta[y] ∂²y/∂x∂x′ tangent[v, x′], the last stage; None where it vanishes."""
     fresh = Fresh()
     backward = vjp(layer.statements, layer.input, IndexedBase("delta")[tuple(layer.output.indices)], fresh)
     tangent = IndexedBase("tangent")[(V, *layer.input.indices)]
@@ -63,14 +52,9 @@ def composed_hessian(layer: Layer) -> Composed | None:
     return _needed(layer, [*backward[:-1], *derived], "hessian")
 
 
-def stages_of(layer: Layer, names: Sequence[str]) -> tuple[Stage, ...]:
+def stages_of(layer: Layer, names: Iterable[str]) -> tuple[Stage, ...]:
     """The layer's own intermediates that are needed for `names`, in order."""
-    wanted, kept = set(names), list[Statement]()
-    for statement in reversed(layer.statements[:-1]):
-        if statement.name in wanted:
-            kept.insert(0, statement)
-            wanted |= {str(r.base) for r in reads(statement.value)}
-    return tuple(map(_forward_stage, kept))
+    return tuple(map(_forward_stage, needed(layer.statements[:-1], names)))
 
 
 def _forward_stage(statement: Statement) -> Stage:
@@ -96,7 +80,7 @@ def _merged(parts: Sequence[Term]) -> list[Term]:
     ]
 
 
-def _needed(layer: Layer, derived: Sequence[Derived], name: str) -> Composed:
+def _needed(layer: Layer, derived: Sequence[Derived], name: str) -> tuple[Stage, ...]:
     """The derived statements that the last one needs, after the layer's intermediates that they read."""
     derived = _in_output(layer, derived)
     wanted = {str(derived[-1][0].base)}
@@ -107,7 +91,7 @@ def _needed(layer: Layer, derived: Sequence[Derived], name: str) -> Composed:
             wanted |= {str(r.base) for part in parts for r in reads(part.factor)}
     *between, (last, parts) = kept
     stages = [_stage(str(target.base), tuple(target.indices), ps) for target, ps in between]
-    return Composed((*stages_of(layer, sorted(wanted)), *stages, _stage(name, tuple(last.indices), parts)))
+    return (*stages_of(layer, wanted), *stages, _stage(name, tuple(last.indices), parts))
 
 
 def _in_output(layer: Layer, derived: Sequence[Derived]) -> list[Derived]:
@@ -125,11 +109,3 @@ def _in_output(layer: Layer, derived: Sequence[Derived]) -> list[Derived]:
     return [
         (target, [Term(rewritten(part.factor), part.sums, part.deltas) for part in parts]) for target, parts in derived
     ]
-
-
-def tensors(stages: Sequence[Stage]) -> list[Indexed]:
-    """Every tensor access of the stages."""
-    found: list[Indexed] = []
-    for stage in stages:
-        found += [read for term in stage.formula.terms for read in reads(term.factor)]
-    return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr, Indexed, IndexedBase
 
-from ..calculus.derive import Statement
+from ..calculus.derive import Statement, needed
 from ..calculus.likelihood import Likelihood, likelihood, options
 from ..definitions.distributions import Categorical, Distribution
 from ..definitions.model import Loss
@@ -65,14 +65,14 @@ def lower_loss(loss: Loss) -> LoweredLoss:
 
     def rule(name: str, out: Axes, *given: Expr, explicit: tuple[Indexed, ...] = ()) -> LossRule:
         exprs = tuple(_folded(expr, named, loss) for expr in given)
-        needed = _needed(exprs, named)
-        values = (*exprs, *(s.value for s in needed))
+        stages = needed(named, {str(r.base) for expr in exprs for r in reads(expr)})
+        values = (*exprs, *(s.value for s in stages))
         read = {str(r.base) for value in values for r in reads(value)}
         read.add(str(loss.input.base))  # a constant factor still has the input's extents
         operands = tuple(t for t in (loss.input, loss.target, *loss.operands) if str(t.base) in read)
         numbers = tuple(sorted({o for value in values for o in value.atoms(Option)}, key=str))
         columns = sum(i in (*derived.columns, derived.draws) for i in out)
-        return LossRule(name, out, exprs, needed, explicit, operands, numbers, columns)
+        return LossRule(name, out, exprs, stages, explicit, operands, numbers, columns)
 
     rules = [
         rule("gradient", axes, derived.gradient),
@@ -131,14 +131,3 @@ def _folded(expr: Expr, named: tuple[Statement, ...], loss: Loss) -> Expr:
         where = dict(zip(statement.axes, read.indices, strict=True))
         expr = expr.xreplace({statement.value.xreplace(where): statement.target.xreplace(where)})
     return expr
-
-
-def _needed(exprs: tuple[Expr, ...], named: tuple[Statement, ...]) -> tuple[Statement, ...]:
-    """The intermediates that expressions read, and those that they read, in order."""
-    wanted = {str(r.base) for expr in exprs for r in reads(expr)}
-    kept: list[Statement] = []
-    for statement in reversed(named):
-        if statement.name in wanted:
-            kept.insert(0, statement)
-            wanted |= {str(r.base) for r in reads(statement.value)}
-    return tuple(kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -13,7 +13,7 @@ from ..calculus.terms import Term, numerator, solve
 from ..definitions import quantities as Q
 from ..definitions.model import Layer, Quantity
 from ..notation import Index, IndexSum, LogSumExp, Option, reads, sigmoid, softplus
-from .composed import Composed, Stage, composed_hessian, composed_vjp, stages_of
+from .composed import Stage, composed_hessian, composed_vjp, stages_of
 from .deviations import deviation_variants
 from .plan import Axes, extent_symbol, indices_of, leaves
 from .squares import Variant, variants
@@ -109,8 +109,8 @@ def _passes(layer: Layer) -> dict[str, LoweredRule | None]:
     return passes
 
 
-def _composed(layer: Layer, found: Composed, name: str) -> LoweredRule:
-    *stages, last = found.stages
+def _composed(layer: Layer, found: Sequence[Stage], name: str) -> LoweredRule:
+    *stages, last = found
     assert last.tree is not None
     return _rule(layer, name, name, last.formula, (Variant("", last.tree),), tuple(stages))
 
@@ -128,7 +128,7 @@ def _lower(layer: Layer, instance: Instance, quantity: Quantity, prefix: str) ->
         lead = len(quantity.axes) - 1
     centred = any(term.square is not None and term.square.centred is not None for term in formula.terms)
     programs = deviation_variants(formula) if centred else variants(formula)
-    return _rule(layer, prefix + quantity.name, quantity.name, formula, programs, stages_of(layer, sorted(read)), lead)
+    return _rule(layer, prefix + quantity.name, quantity.name, formula, programs, stages_of(layer, read), lead)
 
 
 def term_reads(term: Term) -> list[Indexed]:

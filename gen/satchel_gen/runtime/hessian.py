@@ -30,9 +30,6 @@ from .residual import Blocks, Diagonal, residual_of, signed_pairs, upper_rows
 from .sweep import add, at_edge, at_output, pass_step, take
 from .torch_private import node_outputs
 
-#: Bytes that columns or matrices may take where the user has set no limit: beyond it there is nothing to gain.
-UNLIMITED = 1 << 30
-
 
 class Gathered(Protocol):
     """Collects one range of columns: `visit` gets each layer with wanted parameters, columns [V, *output] and signs [V, N]."""
@@ -76,12 +73,12 @@ class HessianSweep:
         samples: int,
         gather: Gather,
         visit_diagonal: VisitDiagonal,
-        limit: int | None,
+        limit: int,
         itemsize: int,
     ) -> None:
         self.plan, self.residuals, self.samples = plan, residuals, samples
         self.gather, self.visit_diagonal = gather, visit_diagonal
-        self.bytes, self.itemsize = limit or UNLIMITED, itemsize
+        self.bytes, self.itemsize = limit, itemsize
         self.at_most = max(1, self.bytes // max(1, plan.column_bytes(itemsize)))
         self.diagonal: dict[Edge, Tensor] = {}
         self.joint = Joint()

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from .axes import Axes
-from .axes import names as axis_names
 from .backward import arrive
 from .record import Edge, Entry, LossRecord, Mark, Record, alias, attach, entries
 from .rules import Layer, Loss, registry
@@ -76,7 +74,7 @@ class Recorder:
             _attach(_node(base), Mark(self.name, reference))
             return
         own = _ends_in(output, layer.operation)
-        fits = own or len(axis_names(layer.output_axes)) - _joined(layer.output_axes) == output.dim()
+        fits = own or len(layer.output_axes) == output.dim()
         if (inplace and "input" in layer.reads(())) or (fits and not own):
             # What the rules read is gone, or unknown: the module's own nodes pass a factor.
             _attach(_node(output), Mark(self.name, reference))
@@ -181,11 +179,6 @@ def _numbers(module: nn.Module | None, layer: Layer, node: Node, output: Tensor)
         if found[name] is None:
             found[name] = torch.finfo(output.dtype).eps if value == "precision" else value
     return found
-
-
-def _joined(axes: Axes) -> int:
-    """By how many axes a tensor has fewer than the canonical one."""
-    return sum(len(axis) - 1 for axis in axes if isinstance(axis, tuple))
 
 
 def _ends_in(output: Tensor, operation: str) -> bool:

@@ -62,6 +62,12 @@ def transposed_windows(
     return found.flip(*range(-rank, 0))
 
 
+def _images(tensor: Tensor, rank: int, groups: int) -> Tensor:
+    """[*lead, G, C, *spatial] → [lead, G·C, *spatial], what torch convolves."""
+    lead = tensor.shape[: -rank - 2]
+    return tensor.reshape(lead.numel(), groups * tensor.shape[-rank - 1], *tensor.shape[-rank:])
+
+
 def correlate(
     tensor: Tensor,
     kernel: Tensor,
@@ -71,15 +77,13 @@ def correlate(
     padding: Sequence[int],
 ) -> Tensor:
     """[*lead, G, C, *spatial], [G, O, C, *taps] → Σ_{c,a} kernel[g, o, c, a] x[…, g, c, s·h + d·a − p] [*lead, G, O, *places]."""
-    rank = len(stride)
-    groups = kernel.shape[0]
-    lead = tensor.shape[: -rank - 2]
-    images = tensor.reshape(lead.numel(), groups * tensor.shape[-rank - 1], *tensor.shape[-rank:])
+    rank, groups = len(stride), kernel.shape[0]
+    images = _images(tensor, rank, groups)
     found = _CONVOLVE[rank](images, kernel.flatten(0, 1), None, stride, padding, dilation, groups)
     # An output_padding of a stride or more leaves elements beyond the last place.
     inside: tuple[Any, ...] = (..., *(slice(size) for size in places))
     found = found[inside]
-    return found.reshape(*lead, groups, kernel.shape[1], *places)
+    return found.reshape(*tensor.shape[: -rank - 2], groups, kernel.shape[1], *places)
 
 
 def correlate_transposed(
@@ -91,10 +95,8 @@ def correlate_transposed(
     padding: Sequence[int],
 ) -> Tensor:
     """[*lead, G, C, *spatial], [G, C, O, *taps] → Σ_{c,a} kernel[g, c, o, a] x[…, g, c, (u + p − d·a) / s] [*lead, G, O, *places]."""
-    rank = len(stride)
-    groups = kernel.shape[0]
-    lead = tensor.shape[: -rank - 2]
-    images = tensor.reshape(lead.numel(), groups * tensor.shape[-rank - 1], *tensor.shape[-rank:])
+    rank, groups = len(stride), kernel.shape[0]
+    images = _images(tensor, rank, groups)
     reached = [
         s * (size - 1) + d * (count - 1) + 1
         for s, size, d, count in zip(stride, images.shape[-rank:], dilation, kernel.shape[-rank:], strict=True)
@@ -105,4 +107,4 @@ def correlate_transposed(
     for k in reversed(range(rank)):
         pads += [-padding[k], places[k] + padding[k] - reached[k]]
     found = F.pad(full, pads) if any(pads) else full
-    return found.reshape(*lead, groups, kernel.shape[2], *places)
+    return found.reshape(*tensor.shape[: -rank - 2], groups, kernel.shape[2], *places)

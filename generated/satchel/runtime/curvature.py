@@ -33,7 +33,7 @@ from .errors import (
 )
 from .evaluate import evaluate
 from .flags import Flag, first_raised
-from .hessian import UNLIMITED, HessianSweep, residuals_of
+from .hessian import HessianSweep, residuals_of
 from .mixed import mixed_terms
 from .plan import Call, Plan, Step
 from .record import Edge, LossRecord
@@ -278,14 +278,14 @@ def _residual(start: Start, plan: Plan, demand: Demand, shared: set[int], accumu
     delta = start.gradient()
     residuals, at_reused = residuals_of(plan, {start.edge: delta}, start.samples)
     gather = partial(_Gathered, RESIDUAL, demand, shared, accumulate)
-    limit, itemsize = current().memory_limit, delta.element_size()
+    limit, itemsize = current().matrix_bytes, delta.element_size()
     HessianSweep(plan, residuals, start.samples, gather, visit_diagonal, limit, itemsize).run()
     reductions = registry().reductions
     for step in plan.steps:
         if step.record is None or step.node not in at_reused:
             continue
         needs = demand.needs([step.record.definition], RESIDUAL)
-        for parameter, pullback, signs in mixed_terms(plan, step, at_reused[step.node], limit or UNLIMITED):
+        for parameter, pullback, signs in mixed_terms(plan, step, at_reused[step.node], limit):
             found = {need: reductions[need.quantity](pullback, signs) for need in needs}
             accumulate(step.parameters[parameter], RESIDUAL, found)
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 BACKENDS = ("auto", "aten", "triton")
+#: Bytes that columns or matrices may take where the user has set no limit: beyond it there is nothing to gain.
+UNLIMITED = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Settings:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
         if self.memory_limit is not None and not self.memory_limit > 0:
             raise ValueError(f"memory_limit must be a positive number of bytes or None; got {self.memory_limit!r}")
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes that columns or matrices may take."""
+        return self.memory_limit or UNLIMITED
 
 
 _current = Settings()

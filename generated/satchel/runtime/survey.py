@@ -15,7 +15,6 @@ from .curvature import AVERAGED, RESIDUAL, refuse_option, uses_of
 from .demand import CURVATURE, SECOND_ORDER, Demand
 from .errors import CheckpointedRegion, MemoryLimit, SatchelError, SharedByKinds, SparseGradient, UnsupportedModule
 from .flags import Flag, first_raised
-from .hessian import UNLIMITED
 from .nodes import NodeRecord, Owned, Pullback, resolve
 from .plan import Plan
 from .probe import Found, Probe
@@ -133,7 +132,7 @@ def _refuse_undefined(plan: Plan, context: backpack) -> None:
             blocks = [
                 e.name for e in context.demand.extensions if any(need.quantity in BLOCKS for need in e.needs(use.layer))
             ]
-            limit = current().memory_limit or UNLIMITED
+            limit = current().matrix_bytes
             if blocks and not lacking and not use.offers("output_factor_expand") and use.block_bytes() > limit:
                 raise MemoryLimit(blocks, f"the exact block of {record.parameter_name!r}", use.block_bytes(), limit)
             if lacking:

@@ -1,13 +1,10 @@
 """torch.nn.InstanceNorm1d, 2d and 3d: every channel of a sample normalised over its positions."""
 
-from sympy import Rational
-
-from satchel_gen.definitions import Example, Layer, Option, Refused, Statement, Sum, extent, indices, tensors
+from satchel_gen.definitions import Example, Layer, Refused, Statement, indices, tensors
+from satchel_gen.definitions.standardised import normalised, standardised
 
 n, c, s = indices("n c s*")
-x, y, w, b, mean, centred, variance, rstd, normalised = tensors(
-    "input output weight bias mean centred variance rstd normalised"
-)
+x, y, w, b = tensors("input output weight bias")
 
 
 def instance_norm(rank: int) -> Layer:
@@ -18,11 +15,7 @@ def instance_norm(rank: int) -> Layer:
         input=x[n, c, s],
         parameters=(w[c], b[c]),
         statements=(
-            Statement(mean[n, c], Sum(x[n, c, s], s) / extent(s)),
-            Statement(centred[n, c, s], x[n, c, s] - mean[n, c]),
-            Statement(variance[n, c], Sum(centred[n, c, s] ** 2, s) / extent(s)),
-            Statement(rstd[n, c], (variance[n, c] + Option("eps")) ** Rational(-1, 2)),
-            Statement(normalised[n, c, s], centred[n, c, s] * rstd[n, c]),
+            *standardised(x[n, c, s], s),
             Statement(y[n, c, s], w[c] * normalised[n, c, s] + b[c]),
         ),
         options={"track_running_stats": (False,)},

@@ -1,24 +1,17 @@
 """torch.nn.LayerNorm, over the last axes."""
 
-from sympy import Rational
-
-from satchel_gen.definitions import Example, Layer, Length, Option, Statement, Sum, extent, indices, tensors
+from satchel_gen.definitions import Example, Layer, Length, Option, Statement, indices, tensors
+from satchel_gen.definitions.standardised import normalised, standardised
 
 n, r, j = indices("n r* j*")
-x, y, w, b, mean, centred, variance, rstd, normalised = tensors(
-    "input output weight bias mean centred variance rstd normalised"
-)
+x, y, w, b = tensors("input output weight bias")
 
 LAYER_NORM = Layer(
     name="LayerNorm",
     input=x[n, r, j],
     parameters=(w[j], b[j]),
     statements=(
-        Statement(mean[n, r], Sum(x[n, r, j], j) / extent(j)),
-        Statement(centred[n, r, j], x[n, r, j] - mean[n, r]),
-        Statement(variance[n, r], Sum(centred[n, r, j] ** 2, j) / extent(j)),
-        Statement(rstd[n, r], (variance[n, r] + Option("eps")) ** Rational(-1, 2)),
-        Statement(normalised[n, r, j], centred[n, r, j] * rstd[n, r]),
+        *standardised(x[n, r, j], j),
         Statement(y[n, r, j], w[j] * normalised[n, r, j] + b[j]),
     ),
     ranks={j: Length(Option("normalized_shape"))},

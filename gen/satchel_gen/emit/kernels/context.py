@@ -9,6 +9,7 @@ import sympy
 
 from ...lowering.programs import Axes, Pointwise, Program, Read, Resident, Row
 from ...notation import Equal, Extent
+from ..functions import signature
 from ..triton_axes import Group, Names, offset, product, used
 from ..triton_expr import Lines, TritonPrinter
 
@@ -68,7 +69,7 @@ def launcher(program: Program, code: Iterable[str], sizes: Mapping[str, str] | N
         found |= set(wanted)
     shapes = ", ".join(f"{tensor} [{', '.join(names.extents(layout[tensor]))}]" for tensor in tensors)
     return {
-        "signature": signature(program),
+        "signature": launcher_signature(program),
         "shapes": f"{shapes} -> [{', '.join(out_shape(program))}].",
         "contiguous": f"{', '.join(tensors)} = {', '.join(f'{tensor}.contiguous()' for tensor in tensors)}",
         "extents": extents,
@@ -78,12 +79,11 @@ def launcher(program: Program, code: Iterable[str], sizes: Mapping[str, str] | N
     }
 
 
-def signature(program: Program) -> str:
+def launcher_signature(program: Program) -> str:
     """A launcher's arguments: tensors, shapes, numbers."""
-    tensors = [f"{tensor}: Tensor" for tensor in program.tensors]
     numbers = dict.fromkeys(program.shapes, "tuple[int, ...]")
     numbers |= {option.attribute: option.kind for option in program.options}
-    return ", ".join([*tensors, *(f"{name}: {kind}" for name, kind in numbers.items())])
+    return signature(program.tensors, numbers)
 
 
 def number_arguments(program: Program, names: Names) -> dict[str, str]:
@@ -209,14 +209,6 @@ def step_index_of(
     if run == tuple(steps) and layout[at : at + len(run)] == run:
         return layout, {run[-1]: "step"}
     return layout, {group: index[group] for group in run}
-
-
-def tile_offset(
-    layout: tuple[Group, ...], broadcast: Mapping[Group, str], names: Names, size: Mapping[Group, str]
-) -> str:
-    return offset(
-        layout, {group: f"{names.index(group)}{at}" for group, at in broadcast.items() if group in layout}, size
-    )
 
 
 def tile_strides_of(tiles: Iterable[tuple[tuple[Group, ...], tuple[Group, ...]]], names: Names) -> list[str]:
