@@ -215,7 +215,7 @@ def test_nothing_is_computed_twice(monkeypatch: pytest.MonkeyPatch, loss: Any) -
 
 
 @by_name("relu", "sequence", "long_sequence", "grid", "siamese", "flatten")
-@pytest.mark.parametrize("program", ["per_sample", "separated", "gram", "blockwise"])
+@pytest.mark.parametrize("program", ["separated", "gram", "blockwise"])
 def test_every_program(network: Network, loss: Any, dtype: torch.dtype, program: str, agree: Agree) -> None:
     """The choice by cost changes no value: each program in turn, wherever it is valid."""
     case = Case(network, loss, "mean")
@@ -257,7 +257,7 @@ def test_variance_does_not_cancel(positions: int, ratio: float, agree: Agree) ->
     )
     individual = factor[0].double().transpose(-2, -1) @ x.double()
     wanted = {"variance": individual.var(0, correction=0)}
-    for program in ["centred", "per_sample", "blockwise"][positions > 1 :]:
+    for program in ["centred", "blockwise"][positions > 1 :]:
         with forced(program):
             found = linear.weight_squared_deviations(factor, x) / 64
         # A product of ratio² is rounded to 6e-8 of itself before its mean is taken off; operands are centred before they meet.

@@ -16,11 +16,12 @@ def positive(*shape):
 
 
 ELEMENTWISE = {
-    name: getattr(torch, name)
-    for name in "abs alias_copy clone exp expm1 log log1p neg reciprocal relu rsqrt sigmoid sqrt tanh".split()
-} | {
-    name: getattr(F, name)
-    for name in "elu gelu hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish silu softplus softshrink".split()
+    name: getattr(space, name)
+    for space, names in (
+        (torch, "abs alias_copy clone exp expm1 log log1p neg reciprocal relu rsqrt sigmoid sqrt tanh"),
+        (F, "elu gelu hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish silu softplus softshrink"),
+    )
+    for name in names.split()
 }
 #: What makes a node, of a tensor [N, N, N, N]: axes that cannot be told apart by their extents.
 SQUARE = {

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from satchel.extensions import reductions
 from satchel.runtime import cost, precision
+from satchel.runtime.blocks import Blockwise
 from satchel_gen.calculus.evaluate import evaluate
 from satchel_gen.calculus.instantiate import Instance
 from satchel_gen.definitions import Layer, Statement, Sum, indices, tensors
@@ -69,12 +71,15 @@ def test_structure_follows_from_the_formula(layer: Layer) -> None:
 RULES = [(layer, rule) for layer in LAYERS for rule in lower_layer(layer).rules]
 
 
-def emitted(rule: LoweredRule) -> dict[str, Any]:
-    """The rule's functions, run as they are printed."""
+def emitted(layer: Layer, rule: LoweredRule) -> dict[str, Any]:
+    """The rule's functions, run as they are printed, after those of the pullbacks that it may reduce."""
     template = environment().from_string('{% from "functions.jinja" import function %}{{ function(f) }}')
     known: dict[str, Any] = {"torch": torch, "Tensor": torch.Tensor, "widened": precision.widened, **vars(cost)}
-    for function in rule_functions(rule):
-        exec(template.render(f=function), known)
+    known |= {"reductions": reductions, "Blockwise": Blockwise}
+    pull = lower_layer(layer).parameters.get(rule.name.removesuffix(f"_{rule.quantity}"), {}).get("per_sample")
+    for one in [rule] if pull is None else [pull, rule]:
+        for function in rule_functions(one):
+            exec(template.render(f=function), known)
     return known
 
 
@@ -97,11 +102,11 @@ def test_programs_compute_their_formula(
     expected = evaluate(formula.terms, formula.axes, values, extents)
     if formula.groups:
         expected = expected.reshape([int(np.prod([extents[a.name[0]] for a in group])) for group in formula.groups])
-    known = emitted(rule)
+    function = emitted(layer, rule)[rule.name]
     for variant in rule.variants:
         if all(extents[axis.name[0]] == 1 for axis in variant.unit):
-            function = known[f"{rule.name}_{variant.name}" if len(rule.variants) > 1 else rule.name]
-            np.testing.assert_allclose(function(*arguments.values()).numpy(), expected, rtol=1e-10, atol=1e-12)
+            with cost.forced(variant.name):
+                np.testing.assert_allclose(function(*arguments.values()).numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
 # --- what the formulas mean, against the dense curvature of one parameter ------------------------------------------
@@ -112,7 +117,7 @@ def quantities(layer: Layer, parameter: str, arguments: dict[str, torch.Tensor],
     found = []
     for name in names:
         rule = rules[name]
-        found.append(emitted(rule)[rule.name](*(arguments[argument] for argument in rule.arguments)))
+        found.append(emitted(layer, rule)[rule.name](*(arguments[argument] for argument in rule.arguments)))
     return found
 
 

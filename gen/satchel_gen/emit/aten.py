@@ -296,6 +296,26 @@ class Body:
             return f"correlate{'_transposed' if transposed else ''}({', '.join(arguments)})"
         return None
 
+    def _kernel_gradients(self, node: Contract) -> str | None:
+        """A product of windows with a factor, summed over the places, is the gradient of a convolution's kernel, by sample."""
+        for image, factor in ((node.left, node.right), (node.right, node.left)):
+            if not isinstance(image, Leaf) or not image.windows or not isinstance(factor, Leaf):
+                continue
+            taps, places = tuple(w.tap for w in image.windows), tuple(w.place for w in image.windows)
+            lead = tuple(i for i in image.axes if i not in (*places, *taps) and i in factor.axes)
+            inner = tuple(i for i in image.axes if i not in (*lead, *places, *taps))
+            outer = tuple(i for i in factor.axes if i not in (*lead, *places))
+            if set(node.over) != set(places) or not len(lead) == len(outer) == 2 or len(inner) != 1:
+                continue
+            columns, out = outer
+            transposed, geometry = self._geometry(image.windows)
+            kernel = (*inner, out) if transposed else (out, *inner)
+            if factor.axes != (columns, *lead, out, *places) or node.axes != (columns, *lead, *kernel, *taps):
+                continue
+            arguments = [self._sliced(image), self._leaf(factor), self._sizes(taps), *geometry]
+            return f"{'transposed_' if transposed else ''}kernel_gradients({', '.join(arguments)})"
+        return None
+
     def _operand(self, node: Node) -> str:
         """A node that a method is called on, or that is used more than once: parenthesised or named."""
         text = self(node)
@@ -358,9 +378,9 @@ class Body:
         return text if "None" not in places else f"{text}[{', '.join(places)}]"
 
     def _contract(self, node: Contract) -> str:
-        correlation = self._correlation(node)
-        if correlation is not None:
-            return correlation
+        convolution = self._correlation(node) or self._kernel_gradients(node)
+        if convolution is not None:
+            return convolution
         for left, right in ((node.left, node.right), (node.right, node.left)):
             text = self._matmul(left, right, node.over, node.axes)
             if text is not None:

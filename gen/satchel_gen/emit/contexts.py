@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import sympy
@@ -444,18 +445,29 @@ def _scalar_print(expr: Expr, names: Mapping[sympy.Symbol, str]) -> str:
     return AtenPrinter(names, scalars=frozenset({UNIT, SAMPLES})).doprint(expr)
 
 
-def reduction_functions() -> list[Function]:
+@dataclass(frozen=True)
+class ReductionContext:
+    """A quantity as a function of pullbacks, what of it is summed over blocks, and whether its summands have weights."""
+
+    function: Function
+    over: str
+    weighted: bool
+
+
+@cache
+def reductions() -> tuple[ReductionContext, ...]:
     """Every quantity of pullbacks from stored ones: the same formulas, with T a tensor."""
     stored = sympy.IndexedBase("per_sample")
     pullbacks = {T: stored[v, n, p], T.xreplace({p: p2}): stored[v, n, p2]}
     found = [quantity for quantity in (*PULLBACKS, *BLOCKS) if quantity.value != T and quantity.value.has(S)]
-    return [_reduction(quantity, quantity.value.xreplace(pullbacks)) for quantity in found]
+    return tuple(_reduction(quantity, quantity.value.xreplace(pullbacks)) for quantity in found)
 
 
-def _reduction(quantity: Quantity, value: Expr) -> Function:
+def _reduction(quantity: Quantity, value: Expr) -> ReductionContext:
     assert isinstance(value, IndexSum)
     body, sums = value.body, frozenset(value.over)
-    if isinstance(body, sympy.Pow) and isinstance(body.base, Centred):
+    centred = isinstance(body, sympy.Pow) and isinstance(body.base, Centred)
+    if centred:
         term = Term(ONE, sums, (), Term(body.base.body, centred=body.base.over))
         (variant,) = deviation_variants(Formula(quantity.name, quantity.axes, (term,)))
     else:
@@ -468,7 +480,9 @@ def _reduction(quantity: Quantity, value: Expr) -> Function:
         text = f"({text}).reshape(per_sample.shape[{2 - quantity.axes.index(p)} :])"
     lines = unpack_extents(printed.extents, arguments) + printed.lines
     statement = Statement(sympy.IndexedBase(quantity.name)[quantity.axes], value)
-    return Function(quantity.name, str(statement), "", tuple(arguments), tuple(lines), text, entry=False)
+    function = Function(quantity.name, str(statement), "", tuple(arguments), tuple(lines), text, entry=False)
+    over = "deviations" if centred else "columns" if n in quantity.axes else "samples"
+    return ReductionContext(function, over, weighted)
 
 
 def table(layers: tuple[Layer, ...], losses: tuple[Loss, ...]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:

@@ -98,7 +98,7 @@ def _shared_files(definitions: Definitions, package: str) -> dict[str, str]:
         "__init__.py": header + _render("init.py.jinja", **shared),
         "registry.py": header + _render("registry.py.jinja", **shared),
         "extensions/__init__.py": header + _render("extensions.py.jinja", **shared),
-        "extensions/reductions.py": header + _render("reductions.py.jinja", reductions=contexts.reduction_functions()),
+        "extensions/reductions.py": header + _render("reductions.py.jinja", reductions=contexts.reductions()),
         "layers/__init__.py": header + '"""One module per layer: its rules as PyTorch functions."""\n',
         "losses/__init__.py": header + '"""One module per loss: its rules as PyTorch functions."""\n',
         "kernels/__init__.py": header

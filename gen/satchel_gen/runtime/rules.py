@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .axes import Axes
+from .blocks import Reduction
 
 if TYPE_CHECKING:
     from .extension import Extension
@@ -201,7 +202,7 @@ class Registry:
     passing: tuple[type[nn.Module], ...]
     losses: tuple[Loss, ...]
     extensions: tuple[type[Extension], ...]
-    reductions: Mapping[str, Callable[..., Tensor]]
+    reductions: Mapping[str, Reduction]
     composites: tuple[Composite, ...] = ()
 
     @cached_property

@@ -28,8 +28,8 @@ ROWWISE = frozenset(
     f"{name}Backward{k}"
     for k, names in enumerate((
         # elementwise
-        "Abs Add Alias Clone Div Elu Exp Expm1 Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Log Log1P LogSigmoid Mish Mul NativeDropout Neg "
-        "Pow Reciprocal Relu Rsqrt Sigmoid Silu Softplus Softshrink Sqrt Sub Tanh Threshold ToCopy "
+        "Abs Add Alias Clone Div Elu Exp Expm1 Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Log Log1P LogSigmoid Mish Mul NativeDropout "
+        "Neg Pow Reciprocal Relu Rsqrt Sigmoid Silu Softplus Softshrink Sqrt Sub Tanh Threshold ToCopy "
         # by samples and channels
         "AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D AvgPool2D AvgPool3D MaxPool2DWithIndices "
         "MaxPool3DWithIndices ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D "

@@ -6,21 +6,26 @@ share, uses are more positions: their tensors are joined along it. Otherwise ind
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 from operator import add
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import cost
 from .axes import Axes, starred
 from .axes import names as axis_names
+from .blocks import Blockwise, in_blocks
+from .cost import Program, cheapest
 from .demand import SECOND_ORDER
 from .errors import SharedByKinds
-from .evaluate import evaluate
+from .evaluate import evaluate, uses_kernel
 from .extension import Extension
+from .memory import FRESH
 from .record import Record
 from .rules import Layer, Rule, registry
 
@@ -70,22 +75,16 @@ def quantities(
     if not names:
         return {}
     found: dict[str, Tensor] = {}
-    if len(uses) > 1 and not joinable(uses):
-        if any(use.factor is None for use in uses):
-            raise SharedByKinds([use.record.where for use in uses], uses[0].name, names[0])
-        found[PER_SAMPLE] = reduce(add, (_one(use, PER_SAMPLE, use.factor, differentiable) for use in uses))
-    elif PER_SAMPLE in names:
-        found[PER_SAMPLE] = _joined(uses, PER_SAMPLE, (), lead, differentiable)
+    if len(uses) == 1 or joinable(uses):
+        return _of_joined(uses, names, extra, lead, differentiable)
+    if any(use.factor is None for use in uses):
+        raise SharedByKinds([use.record.where for use in uses], uses[0].name, names[0])
+    found[PER_SAMPLE] = reduce(add, (_one(use, PER_SAMPLE, use.factor, differentiable) for use in uses))
     reductions = registry().reductions
     for name in names:
-        if name in found:
-            continue
-        if len(uses) == 1 or joinable(uses):
-            # Also where the individual pullback is stored: reading it again costs more than a rule that never forms it.
-            found[name] = _joined(uses, name, extra, lead, differentiable)
-        elif PER_SAMPLE in found and name in reductions:
+        if name in reductions:
             found[name] = reductions[name](found[PER_SAMPLE], *extra)
-        else:
+        elif name != PER_SAMPLE:
             raise SharedByKinds([use.record.where for use in uses], uses[0].name, name)
     return {name: found[name] for name in names}
 
@@ -110,21 +109,79 @@ def _shaped(rule: Rule, use: Use, value: Tensor) -> Tensor:
     return value.reshape(*value.shape[: rule.lead], *use.record.parameter(use.name).shape)
 
 
-def _joined(uses: Sequence[Use], name: str, extra: Sequence[Tensor], lead: int, differentiable: bool) -> Tensor:
-    """The quantity of uses joined along their shared axis (of one use, as it is)."""
+def _of_joined(
+    uses: Sequence[Use], names: Sequence[str], extra: tuple[Tensor, ...], lead: int, differentiable: bool
+) -> dict[str, Tensor]:
+    """Quantities of uses joined along their shared axis (of one use, as it is).
+
+    What is cheapest by blocks of individual pullbacks shares these.
+    """
     first = uses[0]
-    rule = first.layer.parameters[first.name][name]
+    rules = first.layer.parameters[first.name]
     factors = [use.factor for use in uses if use.factor is not None]
-    arguments = [*([join(factors, first.layer.output_axes, lead)] if factors else []), *extra]
+    arguments = [*([join(factors, first.layer.output_axes, lead)] if factors else [])]
+    each = first.record.parameter(first.name).numel()
+    known: dict[str, Any] = {}
 
     def operand(operand: str) -> Any:
-        if operand not in ("input", "output"):
-            return first.record.operand(operand)
-        axes = first.layer.input_axes if operand == "input" else first.layer.output_axes
-        return join([use.record.operand(operand) for use in uses], axes, 0)
+        if operand not in known:
+            known[operand] = _joined_operand(uses, operand)
+        return known[operand]
 
-    found = evaluate(rule, first.layer, operand, *arguments, differentiable=differentiable)
-    return _shaped(rule, first, found)
+    def given(name: str) -> list[Any]:
+        return [*arguments, *(extra if name != PER_SAMPLE else ())]
+
+    found = {} if differentiable or lead != 1 else _in_blocks(rules, names, given, operand, each)
+    for name in names:
+        if name not in found:
+            found[name] = evaluate(rules[name], first.layer, operand, *given(name), differentiable=differentiable)
+    return {name: _shaped(rules[name], first, found[name]) for name in names}
+
+
+def _in_blocks(
+    rules: Mapping[str, Rule],
+    names: Sequence[str],
+    given: Callable[[str], list[Any]],
+    operand: Callable[[str], Any],
+    each: int,
+) -> dict[str, Tensor]:
+    """What is cheapest by blocks of the same individual pullbacks, and these where they are asked for."""
+    best: dict[str, float] = {}
+    blocked: dict[str, Program] = {}
+    for name in names:
+        rule, values = rules[name], [*given(name), *map(operand, rules[name].operands)]
+        if isinstance(rule.aten, cheapest) and not uses_kernel(rule, values):
+            programs = rule.aten.valid(*values)
+            best[name] = min(program.seconds(cost.machine) for program in programs)
+            blocked.update((name, program) for program in programs if isinstance(program.function, Blockwise))
+    keep = PER_SAMPLE in names and not uses_kernel(rules[PER_SAMPLE], given(PER_SAMPLE))
+    if not keep and not any(program.seconds(cost.machine) <= best[name] for name, program in blocked.items()):
+        return {}
+    together = [name for name, program in blocked.items() if program.among_others(cost.machine) <= best[name]]
+    factor = given(PER_SAMPLE)[0]
+    stored = each * prod(factor.shape[:2]) * factor.element_size()
+    if len(together) + keep < 2 and not (keep and stored >= FRESH):
+        return {}
+    rule, weights = rules[PER_SAMPLE], given(together[0])[1:] if together else []
+    found, kept = in_blocks(
+        rule.aten,
+        {name: registry().reductions[name] for name in together},
+        factor,
+        [operand(name) for name in rule.operands],
+        each,
+        weights,
+        by_sample=sum(name in ("input", "output") for name in rule.operands),
+        keep=keep,
+    )
+    return found if kept is None else found | {PER_SAMPLE: kept}
+
+
+def _joined_operand(uses: Sequence[Use], operand: str) -> Any:
+    layer = uses[0].layer
+    if operand not in ("input", "output"):
+        return uses[0].record.operand(operand)
+    axes = layer.input_axes if operand == "input" else layer.output_axes
+    return join([use.record.operand(operand) for use in uses], axes, 0)
 
 
 def join(tensors: Sequence[Tensor], axes: Axes, lead: int) -> Tensor:
