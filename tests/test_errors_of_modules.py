@@ -20,6 +20,8 @@ from networks import NETWORKS, Case, Wired
 from reference import Reference, contributions
 from satchel import backpack, extend
 from satchel.extensions import (
+    KFAC,
+    KFLR,
     KFRA,
     BatchGrad,
     DiagGGNExact,
@@ -39,6 +41,24 @@ class Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gain * x
+
+
+@pytest.mark.parametrize("feature", [KFAC, KFLR, KFRA])
+def test_factors_of_two_structures(feature: Any) -> None:
+    """A table and a linear map read one tensor by its rows and by its columns."""
+    table, head = nn.Embedding(3, 6), nn.Linear(6, 3, bias=False)
+    head.weight = table.weight
+    model, loss = extend(nn.Sequential(table, nn.Tanh(), head)), extend(nn.CrossEntropyLoss())
+    refused(
+        lambda: loss(model(y), y),
+        model,
+        feature(),
+        NotImplementedError,
+        "shared",
+        "Embedding",
+        "Linear",
+        feature.__name__,
+    )
 
 
 UNSUPPORTED = {"own": Scale, "bilinear": lambda: Bilinear()}

@@ -123,6 +123,16 @@ def scaled() -> nn.Module:
     return Wired(lambda m, x: m.b((m.a(x) * m.p.value).mean(1)), a=nn.Linear(4, 5), p=Embedded(5), b=nn.Linear(5, 3))
 
 
+def scaled_twice() -> nn.Module:
+    """Before and after the positions are gone."""
+    return Wired(
+        lambda m, x: m.b(torch.tanh((m.a(x) * m.p.value).mean(1)) * m.p.value),
+        a=nn.Linear(4, 5),
+        p=Embedded(5),
+        b=nn.Linear(5, 3),
+    )
+
+
 def squared() -> nn.Module:
     """One node takes the parameter twice, and it is computed with before."""
     return Wired(
@@ -180,6 +190,7 @@ def sequence_first() -> nn.Module:
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "positions": positions,
     "scaled": scaled,
+    "scaled twice": scaled_twice,
     "squared": squared,
     "functional": functional,
     "product": product,
@@ -262,6 +273,17 @@ def test_as_many_positions_as_samples(name: str, agree: Agree) -> None:
     if name != "GPT":
         check(name, PULLED, agree, samples=2, positions=2)
         check(name, PULLED, agree, samples=2, positions=4)
+
+
+@pytest.mark.parametrize("name", ["positions", "scaled", "scaled twice", "squared"])
+def test_exact_block(name: str, agree: Agree) -> None:
+    """Where no definition gives a structure, the curvature itself, of the sum over uses."""
+    x = inputs(N)
+    model, loss = extend(built(name)), extend(nn.CrossEntropyLoss())
+    with backpack(KFLR()):
+        loss(model(x), targets(name, x)).backward()
+    wanted = reference(name, N, T, "mean").SqrtGGNExact("p.value").sum(0)
+    agree({"p.value": model.p.value.kflr}, {"p.value": [wanted]})
 
 
 # --- Kronecker factors of linear maps ----------------------------------------------------------------------------

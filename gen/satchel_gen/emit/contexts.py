@@ -10,21 +10,16 @@ from typing import Any
 import sympy
 from sympy import Expr
 
-from ..calculus.derive import Statement
-from ..calculus.instantiate import Formula
-from ..calculus.terms import Term
 from ..definitions.distributions import Distribution, NoDistribution
-from ..definitions.model import Classes, Feature, Layer, Loss, NodeCall, Quantity
-from ..definitions.quantities import BLOCKS, PER_SAMPLE, PULLBACKS, SAMPLES, UNIT, S, T, n, p, p2, v
+from ..definitions.model import Classes, Feature, Layer, Loss, NodeCall
+from ..definitions.quantities import PER_SAMPLE, SAMPLES, UNIT
 from ..formula import render, render_formula, wrapped
-from ..lowering.deviations import deviation_variants
 from ..lowering.kernels import KernelRule, layer_kernels, loss_kernels
 from ..lowering.losses import LossRule, LoweredLoss
-from ..lowering.plan import Axes, extent_symbol, plan
+from ..lowering.plan import Axes, extent_symbol
 from ..lowering.programs import Program, Resident
 from ..lowering.rules import LoweredLayer, LoweredRule
-from ..lowering.squares import Variant
-from ..notation import NDIM, ONE, Centred, Extent, IndexSum, Length, Option, base_name
+from ..notation import NDIM, Extent, Length, Option, base_name
 from .aten import AtenPrinter, Body, unpack_extents
 from .functions import (
     Function,
@@ -32,7 +27,6 @@ from .functions import (
     intermediate_functions,
     loss_function,
     radicand_function,
-    result,
     rule_functions,
     sample_function,
     signature,
@@ -442,33 +436,6 @@ def _table5_text(feature: Feature) -> str:
 
 def _scalar_print(expr: Expr, names: Mapping[sympy.Symbol, str]) -> str:
     return AtenPrinter(names, scalars=frozenset({UNIT, SAMPLES})).doprint(expr)
-
-
-def reduction_functions() -> list[Function]:
-    """Every quantity of pullbacks from stored ones: the same formulas, with T a tensor."""
-    stored = sympy.IndexedBase("per_sample")
-    pullbacks = {T: stored[v, n, p], T.xreplace({p: p2}): stored[v, n, p2]}
-    found = [quantity for quantity in (*PULLBACKS, *BLOCKS) if quantity.value != T and quantity.value.has(S)]
-    return [_reduction(quantity, quantity.value.xreplace(pullbacks)) for quantity in found]
-
-
-def _reduction(quantity: Quantity, value: Expr) -> Function:
-    assert isinstance(value, IndexSum)
-    body, sums = value.body, frozenset(value.over)
-    if isinstance(body, sympy.Pow) and isinstance(body.base, Centred):
-        term = Term(ONE, sums, (), Term(body.base.body, centred=body.base.over))
-        (variant,) = deviation_variants(Formula(quantity.name, quantity.axes, (term,)))
-    else:
-        variant = Variant("", plan(Term(body, sums), quantity.axes))
-    weighted = "sign" in {str(r.base) for r in value.atoms(sympy.Indexed)}
-    arguments: dict[str, Axes] = {"per_sample": (v, n, p)} | ({"sign": (v, n)} if weighted else {})
-    printed = Body(arguments, renamed={"per_sample": "per_sample.flatten(2)"})
-    text = result(printed, variant)
-    if p in quantity.axes and not quantity.matrix:
-        text = f"({text}).reshape(per_sample.shape[{2 - quantity.axes.index(p)} :])"
-    lines = unpack_extents(printed.extents, arguments) + printed.lines
-    statement = Statement(sympy.IndexedBase(quantity.name)[quantity.axes], value)
-    return Function(quantity.name, str(statement), "", tuple(arguments), tuple(lines), text, entry=False)
 
 
 def table(layers: tuple[Layer, ...], losses: tuple[Loss, ...]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:

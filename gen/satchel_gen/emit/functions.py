@@ -118,7 +118,7 @@ def _straight(rule: LoweredRule, formula: str, shapes: str) -> Function:
     text = result(body, variant)
     if any(len(group) != 1 for group in groups):
         text = f"({text}).reshape({', '.join(body.scalar(sympy.Mul(*map(Extent, group))) for group in groups)})"
-    if len(groups) == 3:  # one block is no block
+    if rule.formula.blocks:
         text = f"{text if text.endswith(')') and text.startswith('(') else f'({text})'}.squeeze(0)"
     lines = unpack_extents(body.extents, arguments, rule.shapes) + body.lines
     return Function(rule.name, formula, shapes, tuple(arguments), tuple(lines), text)

@@ -17,6 +17,7 @@ from ..lowering.kernels import loss_kernels
 from ..lowering.losses import lower_loss
 from ..lowering.rules import lower_layer
 from . import contexts
+from .reductions import FACTORS, reduction_contexts
 from .triton import environment, render_kernels
 
 HEADER = (
@@ -93,12 +94,14 @@ def _shared_files(definitions: Definitions, package: str) -> dict[str, str]:
         "features": features,
         "package": package,
         "composites": definitions.composites,
+        "reductions": reduction_contexts(),
+        "factors": sorted(quantity.name for quantity in FACTORS),
     }
     files = {
         "__init__.py": header + _render("init.py.jinja", **shared),
         "registry.py": header + _render("registry.py.jinja", **shared),
         "extensions/__init__.py": header + _render("extensions.py.jinja", **shared),
-        "extensions/reductions.py": header + _render("reductions.py.jinja", reductions=contexts.reduction_functions()),
+        "extensions/reductions.py": header + _render("reductions.py.jinja", **shared),
         "layers/__init__.py": header + '"""One module per layer: its rules as PyTorch functions."""\n',
         "losses/__init__.py": header + '"""One module per loss: its rules as PyTorch functions."""\n',
         "kernels/__init__.py": header

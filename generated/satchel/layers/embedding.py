@@ -576,6 +576,16 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor, pad
 
 
 @widened
+def weight_output_sum(factor: Tensor) -> Tensor:
+    """weight_output_sum[v, n, d] = Σ_{r} factor[v, n, r, d]
+
+    factor [V, N, R, D] → [V, N, 1, D]
+    """
+    V, N, _, D = factor.shape
+    return (factor.sum(2)).reshape(V, N, 1, D)
+
+
+@widened
 def weight_output_factor_expand(factor: Tensor) -> Tensor:
     """weight_output_factor_expand[d, d2] = Σ_{n,r,v} factor[v, n, r, d2] factor[v, n, r, d]
 
@@ -601,6 +611,21 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [R, D, R, D] → [D, D]
     """
     return averaged.sum((0, 2))
+
+
+@widened
+def weight_input_sum(input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+    """weight_input_sum[n, k] = Σ_{r} (1 − [k = padding_idx]) [k = input[n, r]]
+
+    input [N, R], weight [K, D] → [N, 1, K]
+    """
+    N = input.shape[0]
+    K = weight.shape[0]
+    classes = torch.arange(K, device=input.device)
+    classes2 = torch.arange(K, device=weight.device)
+    return (
+        (1 - (classes == padding_idx).to(input.dtype)) * (input[:, :, None] == classes2).to(weight.dtype).sum(1)
+    ).reshape(N, 1, K)
 
 
 @widened
@@ -691,9 +716,11 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(weight_signed_sum_of_squares, ("input", "weight", "padding_idx"), lead=0),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "weight", "padding_idx"), lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input", "weight", "padding_idx"), lead=0),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_sum": Rule(weight_input_sum, ("input", "weight", "padding_idx")),
             "input_factor_expand": Rule(weight_input_factor_expand, ("input", "weight", "padding_idx")),
             "input_factor_reduce": Rule(weight_input_factor_reduce, ("input", "weight", "padding_idx")),
             "input_factor_backpack": Rule(weight_input_factor_backpack, ("input", "weight", "padding_idx")),

@@ -509,6 +509,16 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor) -> 
 
 
 @widened
+def weight_output_sum(factor: Tensor) -> Tensor:
+    """weight_output_sum[v, n, d] = factor[v, n, d]
+
+    factor [V, N, D] → [V, N, 1, D]
+    """
+    V, N, D = factor.shape
+    return (factor).reshape(V, N, 1, D)
+
+
+@widened
 def weight_output_factor_expand(factor: Tensor) -> Tensor:
     """weight_output_factor_expand[d, d2] = Σ_{n,v} factor[v, n, d2] factor[v, n, d]
 
@@ -524,6 +534,18 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [D, D] → [D, D]
     """
     return averaged
+
+
+@widened
+def weight_input_sum(input: Tensor, weight: Tensor) -> Tensor:
+    """weight_input_sum[n, k] = Σ_{r} [k = input[n, r]]
+
+    input [N, R], weight [K, D] → [N, 1, K]
+    """
+    N = input.shape[0]
+    K = weight.shape[0]
+    classes = torch.arange(K, device=weight.device)
+    return ((input[:, :, None] == classes).to(weight.dtype).sum(1)).reshape(N, 1, K)
 
 
 @widened
@@ -567,9 +589,11 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(weight_signed_sum_of_squares, ("input", "weight"), lead=0),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "weight"), lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input", "weight"), lead=0),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_expand, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_sum": Rule(weight_input_sum, ("input", "weight")),
             "input_factor_expand": Rule(weight_input_factor_expand, ("input", "weight")),
             "input_factor_reduce": Rule(weight_input_factor_expand, ("input", "weight")),
             "input_factor_backpack": Rule(weight_input_factor_expand, ("input", "weight")),

@@ -447,6 +447,16 @@ def weight_squared_deviations(factor: Tensor, input: Tensor) -> Tensor:
 
 
 @widened
+def weight_output_sum(factor: Tensor) -> Tensor:
+    """weight_output_sum[v, n, o] = Σ_{r} factor[v, n, r, o]
+
+    factor [V, N, R, O] → [V, N, 1, O]
+    """
+    V, N, _, O = factor.shape
+    return (factor.sum(2)).reshape(V, N, 1, O)
+
+
+@widened
 def weight_output_factor_expand(factor: Tensor) -> Tensor:
     """weight_output_factor_expand[o, o2] = Σ_{n,r,v} factor[v, n, r, o2] factor[v, n, r, o]
 
@@ -472,6 +482,16 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [R, O, R, O] → [O, O]
     """
     return averaged.sum((0, 2))
+
+
+@widened
+def weight_input_sum(input: Tensor) -> Tensor:
+    """weight_input_sum[n, i] = Σ_{r} input[n, r, i]
+
+    input [N, R, I] → [N, 1, I]
+    """
+    N, _, I = input.shape
+    return (input.sum(1)).reshape(N, 1, I)
 
 
 @widened
@@ -620,9 +640,11 @@ LAYER = Layer(
             ),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input",), kernel="weight_diagonal_sum", lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input",), lead=0),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_sum": Rule(weight_input_sum, ("input",)),
             "input_factor_expand": Rule(weight_input_factor_expand, ("input",)),
             "input_factor_reduce": Rule(weight_input_factor_reduce, ("input",)),
             "input_factor_backpack": Rule(weight_input_factor_backpack, ("input",)),
@@ -637,6 +659,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), kernel="bias_signed_sum_of_squares", lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),

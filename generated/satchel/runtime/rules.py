@@ -193,9 +193,23 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Registry:
-    """Everything that is defined. `reductions` give a quantity from a materialised per_sample [V, N, *p].
+class Reduction:
+    """A quantity from the total, over the uses of a parameter, of one that adds.
 
+    of:        the additive quantity
+    function:  its total, then signs [V, N] or the number of `positions`, where the formula reads these → the quantity
+    """
+
+    of: str
+    function: Callable[..., Tensor]
+    positions: bool = False
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Everything that is defined. A quantity without one of the `reductions` adds over the uses of a parameter.
+
+    `factors` are the quantities of a Kronecker structure, which all uses must share.
     `passing` are modules without parameters that are piecewise linear: torch's own backward passes every factor.
     """
 
@@ -203,7 +217,8 @@ class Registry:
     passing: tuple[type[nn.Module], ...]
     losses: tuple[Loss, ...]
     extensions: tuple[type[Extension], ...]
-    reductions: Mapping[str, Callable[..., Tensor]]
+    reductions: Mapping[str, Reduction]
+    factors: frozenset[str]
     composites: tuple[Composite, ...] = ()
 
     @cached_property
