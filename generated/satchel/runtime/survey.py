@@ -67,6 +67,7 @@ def check(
         plan = resolve(plan, found, owned)
         _refuse_undefined(plan, context)
         _warn_of_cost(plan)
+    _refuse_blocks(plan, context.demand)
     _refuse_kinds(plan, context.demand)
     return plan, count, found.flags
 
@@ -130,17 +131,22 @@ def _refuse_undefined(plan: Plan, context: backpack) -> None:
         for name in parameters:
             use = Use(record, name)
             lacking = [e.name for e in context.demand.extensions if not use.serves(e)]
-            blocks = [
-                e.name for e in context.demand.extensions if any(need.quantity == BLOCK for need in e.needs(use.layer))
-            ]
-            limit = current().matrix_bytes
-            if blocks and not lacking and not use.offers("output_factor_expand") and use.block_bytes() > limit:
-                raise MemoryLimit(blocks, f"the exact block of {record.parameter_name!r}", use.block_bytes(), limit)
             if lacking:
                 error = UnsupportedModule(record.owner, record.parameter_name, record.node_name, lacking, supported)
                 if context.strict:
                     raise error
                 warnings.warn(str(error), stacklevel=2)
+
+
+def _refuse_blocks(plan: Plan, demand: Demand) -> None:
+    """Refuse the exact curvature of a parameter that is too large for it."""
+    limit = current().matrix_bytes
+    for use in (Use(record, name) for record, parameters in plan.used for name in parameters):
+        asking = [e for e in demand.extensions if any(need.quantity == BLOCK for need in e.needs(use.layer))]
+        features = [extension.name for extension in asking if use.offers(BLOCK) and use.serves(extension)]
+        if features and use.block_bytes() > limit:
+            where = f"{use.record.where}, the exact block of {use.record.called(use.name)!r}"
+            raise MemoryLimit(features, where, use.block_bytes(), limit)
 
 
 def _refuse_kinds(plan: Plan, demand: Demand) -> None:
