@@ -156,9 +156,8 @@ def alike(uses: Sequence[Use]) -> bool:
 
 
 def _structure(use: Use) -> tuple[object, ...]:
-    """The formula, the place of the parameter in it, and how many blocks joined axes hold."""
-    blocks = [use.record.options.get(extent, extent) for extent in use.layer.extents.values()]
-    return use.layer.name, use.name, use.record.transposed, blocks
+    """The formula, the place of the parameter in it, and how many blocks its joined axes hold."""
+    return use.layer.name, use.name, use.record.transposed, use.record.output_layout.extents
 
 
 def joinable(uses: Sequence[Use]) -> bool:
