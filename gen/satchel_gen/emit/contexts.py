@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..definitions.distributions import Distribution, NoDistribution
 from ..definitions.model import Classes, Feature, Layer, Loss, NodeCall
 from ..definitions.quantities import PER_SAMPLE, SAMPLES, UNIT
 from ..formula import render, render_formula, wrapped
-from ..lowering.kernels import KernelRule, layer_kernels, loss_kernels
+from ..lowering.kernels import KernelRule
 from ..lowering.losses import LossRule, LoweredLoss
 from ..lowering.plan import Axes, extent_symbol
 from ..lowering.programs import Program, Resident
@@ -149,9 +149,9 @@ def axis_names(axes: Axes) -> tuple[str, ...]:
     return tuple(f"{i.name}*" if i.many else i.name for i in axes)
 
 
-def layer_context(lowered: LoweredLayer) -> LayerContext:
+def layer_context(lowered: LoweredLayer, kernels: Collection[KernelRule]) -> LayerContext:
     layer = lowered.layer
-    kernels = {kernel.rule.name for kernel in layer_kernels(lowered)}
+    fused = {kernel.rule.name for kernel in kernels}
     functions: list[Function] = []
     known: dict[tuple[object, ...], str] = {}
 
@@ -168,7 +168,7 @@ def layer_context(lowered: LoweredLayer) -> LayerContext:
             known[entry.body] = entry.name
             functions.extend(emitted)
         operands = (*rule.operands, *rule.numbers)
-        return RuleContext(known[entry.body], operands, rule.name if rule.name in kernels else None, rule.lead)
+        return RuleContext(known[entry.body], operands, rule.name if rule.name in fused else None, rule.lead)
 
     passes = {name: context(rule) for name, rule in lowered.passes.items()}
     parameters = {
@@ -234,15 +234,15 @@ def _node_call(layer: Layer, node: NodeCall) -> str:
     return f"NodeCall({node.name!r}, {node.input!r}, {parameters!r}{options})"
 
 
-def loss_context(lowered: LoweredLoss) -> LossContext:
+def loss_context(lowered: LoweredLoss, programs: Collection[Program]) -> LossContext:
     loss = lowered.loss
     functions: list[Function] = []
-    kernels = {program.name for program in loss_kernels(lowered)}
+    fused = {program.name for program in programs}
 
     def context(function: Function, operands: tuple[str, ...], numbers: Iterable[str]) -> RuleContext:
         functions.append(function)
         name = function.name
-        return RuleContext(name, (*operands, *numbers), name if name in kernels else None)
+        return RuleContext(name, (*operands, *numbers), name if name in fused else None)
 
     def of(rule: LossRule, function: Function) -> RuleContext:
         return context(function, tuple(str(t.base) for t in rule.operands), (o.attribute for o in rule.numbers))
@@ -273,7 +273,7 @@ def loss_context(lowered: LoweredLoss) -> LossContext:
         module=loss.module,
         formulas=tuple(str(s) for s in loss.statements),
         notes=tuple(_loss_notes(lowered)),
-        kernels=module_name(loss) if kernels else "",
+        kernels=module_name(loss) if programs else "",
         input_axes=axis_names(loss.input.indices),
         target_axes=axis_names(loss.target.indices),
         operands={str(t.base): axis_names(t.indices) for t in loss.operands},
@@ -314,11 +314,11 @@ def _violation_text(loss: Loss) -> str:
     return f"target outside 0 ≤ y < {count}, {count} the number of classes, and not the ignored {loss.domain.ignored}"
 
 
-def layer_programs(lowered: LoweredLayer) -> tuple[list[Program], list[Dispatcher]]:
+def layer_programs(kernels: Iterable[KernelRule]) -> tuple[list[Program], list[Dispatcher]]:
     """The kernels of a layer and the functions that choose between them."""
     programs: list[Program] = []
     dispatchers = []
-    for kernel in layer_kernels(lowered):
+    for kernel in kernels:
         programs.append(kernel.program)
         if kernel.separated_program is not None:
             programs.append(kernel.separated_program)

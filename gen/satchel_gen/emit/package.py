@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..definitions import Definitions, Feature, Layer, Loss
-from ..lowering.kernels import loss_kernels
+from ..lowering.kernels import layer_kernels, loss_kernels
 from ..lowering.losses import lower_loss
 from ..lowering.rules import lower_layer
 from . import contexts
@@ -56,10 +56,11 @@ def _render(template: str, **context: object) -> str:
 
 def _layer_files(layer: Layer) -> dict[str, str]:
     lowered = lower_layer(layer)
-    context = contexts.layer_context(lowered)
+    kernels = layer_kernels(lowered)
+    context = contexts.layer_context(lowered, kernels)
     name, header = contexts.module_name(lowered.layer), HEADER.format(source=_source(layer))
     files = {f"layers/{name}.py": header + _render("layer.py.jinja", layer=context)}
-    programs, dispatchers = contexts.layer_programs(lowered)
+    programs, dispatchers = contexts.layer_programs(kernels)
     if programs:
         choices = _render("dispatch.jinja", dispatchers=dispatchers)
         files[f"kernels/{name}.py"] = header + render_kernels(context.module, context.formula, programs, choices, name)
@@ -68,10 +69,10 @@ def _layer_files(layer: Layer) -> dict[str, str]:
 
 def _loss_files(loss: Loss) -> dict[str, str]:
     lowered = lower_loss(loss)
-    context = contexts.loss_context(lowered)
+    programs = loss_kernels(lowered)
+    context = contexts.loss_context(lowered, programs)
     name, header = contexts.module_name(lowered.loss), HEADER.format(source=_source(loss))
     files = {f"losses/{name}.py": header + _render("loss.py.jinja", loss=context)}
-    programs = loss_kernels(lowered)
     if programs:
         files[f"kernels/{name}.py"] = header + render_kernels(context.module, context.formula, programs)
     return files
