@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from satchel.extensions.reductions import REDUCTIONS
 from satchel.runtime import cost, precision
 from satchel_gen.calculus.evaluate import evaluate
 from satchel_gen.calculus.instantiate import Instance
@@ -114,6 +115,34 @@ def quantities(layer: Layer, parameter: str, arguments: dict[str, torch.Tensor],
         rule = rules[name]
         found.append(emitted(rule)[rule.name](*(arguments[argument] for argument in rule.arguments)))
     return found
+
+
+SHARED = [
+    (layer, parameter, rule)
+    for layer in (GROUPED, DEPTHWISE, MERGED, SCALE)
+    for parameter, rules in lower_layer(layer).parameters.items()
+    for rule in rules.values()
+    if rule.quantity != "averaged_factor"  # of pairs
+]
+
+
+@pytest.mark.parametrize("layer,parameter,rule", SHARED, ids=[f"{layer.name}-{rule.name}" for layer, _, rule in SHARED])
+def test_positions_of_several_uses_are_those_of_one(layer: Layer, parameter: str, rule: LoweredRule) -> None:
+    """Each quantity of all positions, from totals of what is additive over two parts of them."""
+    whole = draw(rule, MANY)
+    reduction = REDUCTIONS.get(rule.quantity)
+    of = lower_layer(layer).parameters[parameter][reduction.of if reduction else rule.quantity]
+    total: Any = 0
+    for start, length in ((0, 1), (1, MANY["r"] - 1)):
+        part = {name: whole[name] for name in of.arguments}
+        for name, axes in of.arguments.items():
+            if r in axes:
+                part[name] = part[name].narrow(axes.index(r), start, length)
+        total = total + emitted(of)[of.name](*part.values())
+    if reduction is not None:
+        more = [MANY["r"]] if reduction.positions else [whole["sign"]] if "sign" in whole else []
+        total = reduction.function(total, *more)
+    torch.testing.assert_close(total, emitted(rule)[rule.name](*whole.values()))
 
 
 def test_blocks_of_a_grouped_layer() -> None:
