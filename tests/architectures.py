@@ -32,7 +32,7 @@ from torch.nn import (
     Upsample,
 )  # fmt: skip
 
-from networks import Network, Wired
+from cases import Network, Wired
 
 
 def residual(m: Any, x: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from architectures import ARCHITECTURES
+from cases import Case, Network
 from conftest import FEATURES, KERNELS, Agree, Pass, is_sampled, label
-from networks import Case, Network
 from satchel import extensions
 
 EXACT = [feature for feature in FEATURES if not is_sampled(feature)]

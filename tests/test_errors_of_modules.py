@@ -15,9 +15,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import satchel
+from cases import Case, Wired
 from conftest import DEFINITIONS, FEATURES, comparable, is_sampled
 from failures import PULLED, refused, sequence, x, y
-from networks import NETWORKS, Case, Wired
+from networks import NETWORKS
 from reference import Reference, contributions
 from satchel import backpack, extend
 from satchel.extensions import (

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cases import Case, Network, drawn
 from conftest import DEFINITIONS, FEATURES, KERNELS, LAYERS, LOSSES, Agree, Pass, is_sampled, label, module_class
-from networks import Case, Network, drawn
 from reference import jacobian
 from satchel import extend
 from satchel.runtime.averaged import averaged_quantities
