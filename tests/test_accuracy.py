@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cases import drawn
 from conftest import DEFINITIONS, module_class
-from networks import drawn
 from satchel import extend
 from satchel.runtime.evaluate import evaluate
 from satchel.runtime.record import layer_record

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from cases import Case, Network, Wired, projection
 from conftest import FEATURES, Agree, Pass, is_sampled
-from networks import Case, Network, Wired, projection
 from satchel.registry import REGISTRY
 from satchel.runtime import windows
 

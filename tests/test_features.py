@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cases import Case, Network
 from conftest import DEFINITIONS, FEATURES, KERNELS, LOSSES, Agree, Pass, as_list, comparable, is_sampled
-from networks import NETWORKS, Case, Network
+from networks import NETWORKS
 from satchel import backpack, extend, extensions
 from satchel.layers import linear
 from satchel.registry import REGISTRY

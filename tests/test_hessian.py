@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import satchel
+from cases import Case, Network, Wired
 from conftest import Agree, Pass
-from networks import NETWORKS, Case, Network, Wired
+from networks import NETWORKS
 from reference import own_sample
 from satchel.extensions import KFRA, DiagHessian
 from satchel.registry import REGISTRY

@@ -47,7 +47,7 @@ def test_all_programs_agree_with_the_stored_pullback(layer, rule, extents, monke
     factor, *others = operands(rule, extents)
     weights = others[: "sign" in rule.arguments]
     pullbacks = emitted(layer, f"{rule.name.removesuffix(rule.quantity)}per_sample")(factor, *others[len(weights) :])
-    reference = REDUCTIONS[rule.quantity](pullbacks, *weights)
+    reference = REDUCTIONS[rule.quantity].function(pullbacks, *weights)
     programs = emitted(layer, rule.name).valid(factor, *others)
     assert {program.name for program in programs} == {
         variant.name for variant in rule.variants if all(extents[i.name.upper()] == 1 for i in variant.unit)

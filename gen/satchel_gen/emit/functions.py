@@ -99,7 +99,7 @@ def _straight(rule: LoweredRule, formula: str, shapes: str) -> Function:
     text = result(body, variant)
     if any(len(group) != 1 for group in groups):
         text = f"({text}).reshape({', '.join(body.scalar(sympy.Mul(*map(Extent, group))) for group in groups)})"
-    if len(groups) == 3:  # one block is no block
+    if rule.formula.blocks:
         text = f"{text if text.endswith(')') and text.startswith('(') else f'({text})'}.squeeze(0)"
     lines = unpack_extents(body.extents, arguments, rule.shapes) + body.lines
     return Function(rule.name, formula, shapes, tuple(arguments), tuple(lines), text)
@@ -208,7 +208,7 @@ def _blockwise(rule: LoweredRule) -> str:
         raise CalculusError(
             f"{rule.name}: blocks of samples are taken of the first operand alone, not of {list(rule.arguments)}"
         )
-    return f"{rule.name.removesuffix(rule.quantity)}per_sample, reductions.{rule.quantity.upper()}"
+    return f"{rule.name.removesuffix(rule.quantity)}per_sample, REDUCTIONS['{rule.quantity}']"
 
 
 def loss_function(rule: LossRule) -> Function:

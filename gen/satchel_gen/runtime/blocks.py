@@ -7,29 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cost import blocks
 from .memory import empty
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """A quantity as a function of pullbacks [V, N, *p] and, where `weighted`, of weights [V, N].
-
-    over: "columns" where the value keeps the samples, so that those of blocks stand side by side; "samples" where values add;
-    "deviations" where it is Σ (T − mean_n T)²: those of blocks are merged with the distance of their means.
-    """
-
-    function: Callable[..., Tensor]
-    over: Literal["columns", "samples", "deviations"]
-    weighted: bool = False
-
-    def __call__(self, pullbacks: Tensor, *weights: Tensor) -> Tensor:
-        return self.function(pullbacks, *weights)
+from .rules import Reduction
 
 
 class _Total:
@@ -41,20 +26,20 @@ class _Total:
         self.count = 0
         self.mean: Tensor | None = None
 
-    def add(self, pullbacks: Tensor, weights: tuple[Tensor, ...], first: int) -> None:
+    def add(self, pullbacks: Tensor, signs: tuple[Tensor, ...], first: int) -> None:
         """`first`: the first sample of the block."""
         over = self.reduction.over
         if over == "deviations":
             value = self._merged(pullbacks, first)
         else:
-            value = self.reduction(pullbacks, *(weights if self.reduction.weighted else ()))
+            value = self.reduction.function(pullbacks, *(signs if self.reduction.signed else ()))
         key = first if over == "columns" else 0
         self.parts[key] = self.parts[key] + value if key in self.parts else value
 
     def _merged(self, pullbacks: Tensor, first: int) -> Tensor:
         """What a block adds to the squared deviations (Chan, Golub and LeVeque, 1979, eq. 2.1)."""
         count, mean = pullbacks.shape[1], pullbacks.mean(1)
-        value = self.reduction(pullbacks) if count > 1 else torch.zeros_like(mean[0])
+        value = self.reduction.function(pullbacks) if count > 1 else torch.zeros_like(mean[0])
         if first == 0 or self.mean is None:
             self.count, self.mean = count, mean
             return value
@@ -75,7 +60,7 @@ def in_blocks(
     factor: Tensor,
     operands: Sequence[Any],
     each: int,
-    weights: Sequence[Tensor] = (),
+    signs: Sequence[Tensor] = (),
     by_sample: int = 1,
     keep: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -90,7 +75,7 @@ def in_blocks(
         own = [operand[samples] for operand in operands[:by_sample]]
         pullbacks = pull(factor[columns, samples], *own, *operands[by_sample:])
         for total in totals.values():
-            total.add(pullbacks, tuple(some[columns, samples] for some in weights), samples.start)
+            total.add(pullbacks, tuple(some[columns, samples] for some in signs), samples.start)
         if keep:
             kept = empty((V, N, *pullbacks.shape[2:]), like=pullbacks) if kept is None else kept
             kept[columns, samples] = pullbacks
@@ -106,6 +91,6 @@ class Blockwise:
     each: int
 
     def __call__(self, factor: Tensor, *operands: Any) -> Tensor:
-        weights, operands = operands[: self.reduction.weighted], operands[self.reduction.weighted :]
-        found, _ = in_blocks(self.pull, {"": self.reduction}, factor, operands, self.each, weights)
+        signs, operands = operands[: self.reduction.signed], operands[self.reduction.signed :]
+        found, _ = in_blocks(self.pull, {"": self.reduction}, factor, operands, self.each, signs)
         return found[""]

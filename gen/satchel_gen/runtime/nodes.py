@@ -28,6 +28,7 @@ from .rules import Layer, Rule, registry
 from .settings import current
 from .sweep import add, take
 from .torch_private import leaf_of, saved
+from .uses import PER_SAMPLE
 
 #: The columns that pass a node at once, where no limit is set, hold at most this much.
 _CHUNK_BYTES = 1 << 27
@@ -156,6 +157,9 @@ class NodeRecord(Record):
     def where(self) -> str:
         return f"{self.owner}, parameter {self.parameter_name!r} in {self.node_name}"
 
+    def called(self, parameter: str) -> str:
+        return self.parameter_name
+
 
 # --------------------------------------------------------------------------------------------------- any other node
 
@@ -169,7 +173,8 @@ def operation() -> Layer:
     def per_sample(factor: Tensor) -> Tensor:
         return factor
 
-    rules = {"per_sample": Rule(per_sample), **{name: Rule(f) for name, f in registry().reductions.items()}}
+    reductions = registry().reductions.items()
+    rules = {name: Rule(reduction.function) for name, reduction in reductions if reduction.of == PER_SAMPLE}
     return Layer(
         name="operation",
         module=nn.Module,
@@ -186,7 +191,7 @@ def operation() -> Layer:
         elementwise=False,
         mixed=True,
         positional=False,
-        parameters={_PARAMETER: rules},
+        parameters={_PARAMETER: {PER_SAMPLE: Rule(per_sample), **rules}},
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..extensions import reductions
+from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
@@ -79,7 +79,7 @@ def weight_sample_squares(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SAMPLE_SQUARES, C * G * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], C * G * KH * KW * O),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -109,7 +109,7 @@ def weight_signed_sample_squares(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SIGNED_SAMPLE_SQUARES, C * G * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], C * G * KH * KW * O),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=N * V + C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -176,7 +176,7 @@ def weight_squared_norm(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SQUARED_NORM, C * G * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], C * G * KH * KW * O),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=N + C * G * IH * IW * N + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -215,7 +215,7 @@ def weight_sum_of_squares(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SUM_OF_SQUARES, C * G * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], C * G * KH * KW * O),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -245,7 +245,7 @@ def weight_signed_sum_of_squares(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SIGNED_SUM_OF_SQUARES, C * G * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], C * G * KH * KW * O),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=N * V + C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -294,7 +294,7 @@ def weight_squared_deviations(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SQUARED_DEVIATIONS, C * G * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], C * G * KH * KW * O),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -302,6 +302,15 @@ def weight_squared_deviations(
             calls=3 * block_count(V, N, C * G * KH * KW * O),
         ),
     )
+
+
+@widened
+def weight_output_sum(factor: Tensor) -> Tensor:
+    """weight_output_sum[v, n, g, o] = Σ_{h,w} factor[v, n, g, o, h, w]
+
+    factor [V, N, G, O, H, W] → [V, N, G, O]
+    """
+    return factor.sum((4, 5))
 
 
 @widened
@@ -329,6 +338,27 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [G, O, H, W, G, O, H, W] → [G, O, O]
     """
     return (averaged.diagonal(0, 0, 4).sum((1, 2, 4, 5)).permute(2, 0, 1)).squeeze(0)
+
+
+@widened
+def weight_input_sum(
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_input_sum[n, g, c, kh, kw] = Σ_{h,w} input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw
+        dilation[1] + w stride[1] − padding[1]]
+
+    input [N, G, C, IH, IW] → [N, G, C KH KW]
+    """
+    N, G, C, _, _ = input.shape
+    *_, KH, KW = weight_shape
+    *_, H, W = output_shape
+    patches = windows(input, (H, W), (KH, KW), stride, dilation, padding)
+    return (patches.sum((3, 4))).reshape(N, G, C * KH * KW)
 
 
 @widened
@@ -408,15 +438,6 @@ def weight_input_factor_backpack(
 
 
 @widened
-def bias_per_sample(factor: Tensor) -> Tensor:
-    """bias_per_sample[v, n, g, o] = Σ_{h,w} factor[v, n, g, o, h, w]
-
-    factor [V, N, G, O, H, W] → [V, N, G, O]
-    """
-    return factor.sum((4, 5))
-
-
-@widened
 def bias_sample_squares(factor: Tensor) -> Tensor:
     """bias_sample_squares[n, g, o] = Σ_{v} (Σ_{h,w} factor[v, n, g, o, h, w])²
 
@@ -488,6 +509,16 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
     N = factor.shape[1]
     mean = factor.sum((1, 4, 5)) / N
     return torch.square(factor.sum((4, 5)) - mean[:, None, :, :]).sum((0, 1))
+
+
+@widened
+def bias_output_sum(factor: Tensor) -> Tensor:
+    """bias_output_sum[v, n, g, o] = Σ_{h,w} factor[v, n, g, o, h, w]
+
+    factor [V, N, G, O, H, W] → [V, N, 1, G O]
+    """
+    V, N, G, O, _, _ = factor.shape
+    return (factor.sum((4, 5))).reshape(V, N, 1, G * O)
 
 
 @widened
@@ -578,9 +609,13 @@ LAYER = Layer(
             "squared_deviations": Rule(
                 weight_squared_deviations, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_sum": Rule(
+                weight_input_sum, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+            ),
             "input_factor_expand": Rule(
                 weight_input_factor_expand, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
             ),
@@ -592,7 +627,7 @@ LAYER = Layer(
             ),
         },
         "bias": {
-            "per_sample": Rule(bias_per_sample, (), lead=2),
+            "per_sample": Rule(weight_output_sum, (), lead=2),
             "sample_squares": Rule(bias_sample_squares, (), lead=1),
             "signed_sample_squares": Rule(bias_signed_sample_squares, (), lead=1),
             "sample_diagonal": Rule(bias_sample_diagonal, (), lead=1),
@@ -601,6 +636,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
+            "output_sum": Rule(bias_output_sum, ()),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..extensions import reductions
+from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
@@ -78,7 +78,7 @@ def weight_sample_squares(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SAMPLE_SQUARES, C * G * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], C * G * KW * O),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=C * G * IW * N + C * G * KW * N * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -108,7 +108,7 @@ def weight_signed_sample_squares(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SIGNED_SAMPLE_SQUARES, C * G * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], C * G * KW * O),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=N * V + C * G * IW * N + C * G * KW * N * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -174,7 +174,7 @@ def weight_squared_norm(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SQUARED_NORM, C * G * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], C * G * KW * O),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=N + C * G * IW * N + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -210,7 +210,7 @@ def weight_sum_of_squares(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SUM_OF_SQUARES, C * G * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], C * G * KW * O),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=C * G * IW * N + C * G * KW * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -240,7 +240,7 @@ def weight_signed_sum_of_squares(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SIGNED_SUM_OF_SQUARES, C * G * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], C * G * KW * O),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=N * V + C * G * IW * N + C * G * KW * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -289,7 +289,7 @@ def weight_squared_deviations(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SQUARED_DEVIATIONS, C * G * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], C * G * KW * O),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=C * G * IW * N + C * G * KW * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -297,6 +297,15 @@ def weight_squared_deviations(
             calls=3 * block_count(V, N, C * G * KW * O),
         ),
     )
+
+
+@widened
+def weight_output_sum(factor: Tensor) -> Tensor:
+    """weight_output_sum[v, n, g, o] = Σ_{w} factor[v, n, g, o, w]
+
+    factor [V, N, G, O, W] → [V, N, G, O]
+    """
+    return factor.sum(4)
 
 
 @widened
@@ -324,6 +333,26 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [G, O, W, G, O, W] → [G, O, O]
     """
     return (averaged.diagonal(0, 0, 3).sum((1, 3)).permute(2, 0, 1)).squeeze(0)
+
+
+@widened
+def weight_input_sum(
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_input_sum[n, g, c, kw] = Σ_{w} input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]]
+
+    input [N, G, C, IW] → [N, G, C KW]
+    """
+    N, G, C, _ = input.shape
+    KW = weight_shape[3]
+    W = output_shape[3]
+    patches = transposed_windows(input, (W,), (KW,), stride, dilation, padding)
+    return (patches.sum(3)).reshape(N, G, C * KW)
 
 
 @widened
@@ -391,15 +420,6 @@ def weight_input_factor_backpack(
     W = output_shape[3]
     patches = transposed_windows(input, (W,), (KW,), stride, dilation, padding)
     return (torch.einsum("ngcwa,ngCwb->gcaCb", patches, patches) / N).reshape(G, C * KW, C * KW).squeeze(0)
-
-
-@widened
-def bias_per_sample(factor: Tensor) -> Tensor:
-    """bias_per_sample[v, n, g, o] = Σ_{w} factor[v, n, g, o, w]
-
-    factor [V, N, G, O, W] → [V, N, G, O]
-    """
-    return factor.sum(4)
 
 
 @widened
@@ -474,6 +494,16 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
     N = factor.shape[1]
     mean = factor.sum((1, 4)) / N
     return torch.square(factor.sum(4) - mean[:, None, :, :]).sum((0, 1))
+
+
+@widened
+def bias_output_sum(factor: Tensor) -> Tensor:
+    """bias_output_sum[v, n, g, o] = Σ_{w} factor[v, n, g, o, w]
+
+    factor [V, N, G, O, W] → [V, N, 1, G O]
+    """
+    V, N, G, O, _ = factor.shape
+    return (factor.sum(4)).reshape(V, N, 1, G * O)
 
 
 @widened
@@ -563,9 +593,13 @@ LAYER = Layer(
             "squared_deviations": Rule(
                 weight_squared_deviations, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_sum": Rule(
+                weight_input_sum, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+            ),
             "input_factor_expand": Rule(
                 weight_input_factor_expand, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
             ),
@@ -577,7 +611,7 @@ LAYER = Layer(
             ),
         },
         "bias": {
-            "per_sample": Rule(bias_per_sample, (), lead=2),
+            "per_sample": Rule(weight_output_sum, (), lead=2),
             "sample_squares": Rule(bias_sample_squares, (), lead=1),
             "signed_sample_squares": Rule(bias_signed_sample_squares, (), lead=1),
             "sample_diagonal": Rule(bias_sample_diagonal, (), lead=1),
@@ -586,6 +620,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
+            "output_sum": Rule(bias_output_sum, ()),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..extensions import reductions
+from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
@@ -82,7 +82,7 @@ def weight_sample_squares(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SAMPLE_SQUARES, C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], C * G * KD * KH * KW * O),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * N * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -115,7 +115,7 @@ def weight_signed_sample_squares(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SIGNED_SAMPLE_SQUARES, C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], C * G * KD * KH * KW * O),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=N * V + C * G * ID * IH * IW * N + C * G * KD * KH * KW * N * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -189,7 +189,7 @@ def weight_squared_norm(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SQUARED_NORM, C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], C * G * KD * KH * KW * O),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=N + C * G * ID * IH * IW * N + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -233,7 +233,7 @@ def weight_sum_of_squares(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SUM_OF_SQUARES, C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], C * G * KD * KH * KW * O),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -266,7 +266,7 @@ def weight_signed_sum_of_squares(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SIGNED_SUM_OF_SQUARES, C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], C * G * KD * KH * KW * O),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=N * V + C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -319,7 +319,7 @@ def weight_squared_deviations(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, reductions.SQUARED_DEVIATIONS, C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], C * G * KD * KH * KW * O),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -329,6 +329,15 @@ def weight_squared_deviations(
             calls=3 * block_count(V, N, C * G * KD * KH * KW * O),
         ),
     )
+
+
+@widened
+def weight_output_sum(factor: Tensor) -> Tensor:
+    """weight_output_sum[v, n, g, o] = Σ_{d,h,w} factor[v, n, g, o, d, h, w]
+
+    factor [V, N, G, O, D, H, W] → [V, N, G, O]
+    """
+    return factor.sum((4, 5, 6))
 
 
 @widened
@@ -357,6 +366,27 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [G, O, D, H, W, G, O, D, H, W] → [G, O, O]
     """
     return (averaged.diagonal(0, 0, 5).sum((1, 2, 3, 5, 6, 7)).permute(2, 0, 1)).squeeze(0)
+
+
+@widened
+def weight_input_sum(
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_input_sum[n, g, c, kd, kh, kw] = Σ_{d,h,w} input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0],
+        (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]]
+
+    input [N, G, C, ID, IH, IW] → [N, G, C KD KH KW]
+    """
+    N, G, C, _, _, _ = input.shape
+    *_, KD, KH, KW = weight_shape
+    *_, D, H, W = output_shape
+    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
+    return (patches.sum((3, 4, 5))).reshape(N, G, C * KD * KH * KW)
 
 
 @widened
@@ -445,15 +475,6 @@ def weight_input_factor_backpack(
 
 
 @widened
-def bias_per_sample(factor: Tensor) -> Tensor:
-    """bias_per_sample[v, n, g, o] = Σ_{d,h,w} factor[v, n, g, o, d, h, w]
-
-    factor [V, N, G, O, D, H, W] → [V, N, G, O]
-    """
-    return factor.sum((4, 5, 6))
-
-
-@widened
 def bias_sample_squares(factor: Tensor) -> Tensor:
     """bias_sample_squares[n, g, o] = Σ_{v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w])²
 
@@ -525,6 +546,16 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
     N = factor.shape[1]
     mean = factor.sum((1, 4, 5, 6)) / N
     return torch.square(factor.sum((4, 5, 6)) - mean[:, None, :, :]).sum((0, 1))
+
+
+@widened
+def bias_output_sum(factor: Tensor) -> Tensor:
+    """bias_output_sum[v, n, g, o] = Σ_{d,h,w} factor[v, n, g, o, d, h, w]
+
+    factor [V, N, G, O, D, H, W] → [V, N, 1, G O]
+    """
+    V, N, G, O, _, _, _ = factor.shape
+    return (factor.sum((4, 5, 6))).reshape(V, N, 1, G * O)
 
 
 @widened
@@ -616,9 +647,13 @@ LAYER = Layer(
             "squared_deviations": Rule(
                 weight_squared_deviations, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_sum": Rule(
+                weight_input_sum, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+            ),
             "input_factor_expand": Rule(
                 weight_input_factor_expand, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
             ),
@@ -630,7 +665,7 @@ LAYER = Layer(
             ),
         },
         "bias": {
-            "per_sample": Rule(bias_per_sample, (), lead=2),
+            "per_sample": Rule(weight_output_sum, (), lead=2),
             "sample_squares": Rule(bias_sample_squares, (), lead=1),
             "signed_sample_squares": Rule(bias_signed_sample_squares, (), lead=1),
             "sample_diagonal": Rule(bias_sample_diagonal, (), lead=1),
@@ -639,6 +674,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
+            "output_sum": Rule(bias_output_sum, ()),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

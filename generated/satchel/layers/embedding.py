@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..extensions import reductions
+from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
@@ -61,7 +61,7 @@ def weight_sample_squares(factor: Tensor, input: Tensor, weight: Tensor, padding
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SAMPLE_SQUARES, D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], D * K),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=N * R + D * K * N + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
@@ -107,7 +107,7 @@ def weight_signed_sample_squares(
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SIGNED_SAMPLE_SQUARES, D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], D * K),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=N * R + N * V + D * K * N + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
@@ -158,7 +158,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor, weight: Tensor, padding_i
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SQUARED_NORM, D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], D * K),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=N + N * R + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
@@ -195,7 +195,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor, padding
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SUM_OF_SQUARES, D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], D * K),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=D * K + N * R + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
@@ -237,7 +237,7 @@ def weight_signed_sum_of_squares(
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SIGNED_SUM_OF_SQUARES, D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], D * K),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=D * K + N * R + N * V + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
@@ -301,7 +301,7 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor, pad
             valid=R == 1 and V == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SQUARED_DEVIATIONS, D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], D * K),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=D * K + N * R + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
@@ -309,6 +309,16 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor, pad
             calls=6 * block_count(V, N, D * K),
         ),
     )
+
+
+@widened
+def weight_output_sum(factor: Tensor) -> Tensor:
+    """weight_output_sum[v, n, d] = Σ_{r} factor[v, n, r, d]
+
+    factor [V, N, R, D] → [V, N, 1, D]
+    """
+    V, N, _, D = factor.shape
+    return (factor.sum(2)).reshape(V, N, 1, D)
 
 
 @widened
@@ -337,6 +347,21 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [R, D, R, D] → [D, D]
     """
     return averaged.sum((0, 2))
+
+
+@widened
+def weight_input_sum(input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+    """weight_input_sum[n, k] = Σ_{r} (1 − [k = padding_idx]) [k = input[n, r]]
+
+    input [N, R], weight [K, D] → [N, 1, K]
+    """
+    N = input.shape[0]
+    K = weight.shape[0]
+    classes = torch.arange(K, device=input.device)
+    classes2 = torch.arange(K, device=weight.device)
+    return (
+        (1 - (classes == padding_idx).to(input.dtype)) * (input[:, :, None] == classes2).to(weight.dtype).sum(1)
+    ).reshape(N, 1, K)
 
 
 @widened
@@ -427,9 +452,11 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(weight_signed_sum_of_squares, ("input", "weight", "padding_idx"), lead=0),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "weight", "padding_idx"), lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input", "weight", "padding_idx"), lead=0),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_sum": Rule(weight_input_sum, ("input", "weight", "padding_idx")),
             "input_factor_expand": Rule(weight_input_factor_expand, ("input", "weight", "padding_idx")),
             "input_factor_reduce": Rule(weight_input_factor_reduce, ("input", "weight", "padding_idx")),
             "input_factor_backpack": Rule(weight_input_factor_backpack, ("input", "weight", "padding_idx")),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..extensions import reductions
+from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
@@ -60,7 +60,7 @@ def weight_sample_squares(factor: Tensor, input: Tensor, weight: Tensor) -> tupl
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SAMPLE_SQUARES, D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], D * K),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=N * R + D * K * N + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
@@ -101,7 +101,7 @@ def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, we
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SIGNED_SAMPLE_SQUARES, D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], D * K),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=N * R + N * V + D * K * N + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
@@ -167,7 +167,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor, weight: Tensor) -> tuple[
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SQUARED_NORM, D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], D * K),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=N + N * R + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
@@ -213,7 +213,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor) -> tupl
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SUM_OF_SQUARES, D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], D * K),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=D * K + N * R + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
@@ -252,7 +252,7 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, we
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SIGNED_SUM_OF_SQUARES, D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], D * K),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=D * K + N * R + N * V + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
@@ -317,7 +317,7 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor) -> 
             valid=R == 1 and V == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SQUARED_DEVIATIONS, D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], D * K),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=D * K + N * R + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
@@ -325,6 +325,16 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor) -> 
             calls=5 * block_count(V, N, D * K),
         ),
     )
+
+
+@widened
+def weight_output_sum(factor: Tensor) -> Tensor:
+    """weight_output_sum[v, n, d] = factor[v, n, d]
+
+    factor [V, N, D] → [V, N, 1, D]
+    """
+    V, N, D = factor.shape
+    return (factor).reshape(V, N, 1, D)
 
 
 @widened
@@ -343,6 +353,18 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [D, D] → [D, D]
     """
     return averaged
+
+
+@widened
+def weight_input_sum(input: Tensor, weight: Tensor) -> Tensor:
+    """weight_input_sum[n, k] = Σ_{r} [k = input[n, r]] / R
+
+    input [N, R], weight [K, D] → [N, 1, K]
+    """
+    N, R = input.shape
+    K = weight.shape[0]
+    classes = torch.arange(K, device=weight.device)
+    return ((input[:, :, None] == classes).to(weight.dtype).sum(1) / R).reshape(N, 1, K)
 
 
 @widened
@@ -386,9 +408,11 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(weight_signed_sum_of_squares, ("input", "weight"), lead=0),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "weight"), lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input", "weight"), lead=0),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_expand, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_sum": Rule(weight_input_sum, ("input", "weight")),
             "input_factor_expand": Rule(weight_input_factor_expand, ("input", "weight")),
             "input_factor_reduce": Rule(weight_input_factor_expand, ("input", "weight")),
             "input_factor_backpack": Rule(weight_input_factor_expand, ("input", "weight")),

@@ -222,21 +222,6 @@ def weight_block(factor: Tensor, input: Tensor, eps: float) -> Tensor:
 
 
 @widened
-def weight_averaged_block(averaged: Tensor, input: Tensor, eps: float) -> Tensor:
-    """weight_averaged_block[g, c, g2, c2] = Σ_{n,s,s2} averaged[g, c, s, g2, c2, s2] normalised[n, g, c, s]
-        normalised[n, g2, c2, s2] / N
-
-    averaged [G, C, S, G, C, S], input [N, G, C, S] → [G C, G C]
-    """
-    G, C, _, _, _, _ = averaged.shape
-    N = input.shape[0]
-    normalised = normalised_from(input, eps)
-    return (
-        torch.einsum("ngcs,GCngcs->gcGC", normalised, torch.einsum("nGCS,gcsGCS->GCngcs", normalised, averaged)) / N
-    ).reshape(C * G, C * G)
-
-
-@widened
 def bias_per_sample(factor: Tensor) -> Tensor:
     """bias_per_sample[v, n, g, c] = Σ_{s} factor[v, n, g, c, s]
 
@@ -320,6 +305,16 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
 
 
 @widened
+def bias_output_sum(factor: Tensor) -> Tensor:
+    """bias_output_sum[v, n, g, c] = Σ_{s} factor[v, n, g, c, s]
+
+    factor [V, N, G, C, S] → [V, N, 1, G C]
+    """
+    V, N, G, C, _ = factor.shape
+    return (factor.sum(4)).reshape(V, N, 1, C * G)
+
+
+@widened
 def bias_output_factor_expand(factor: Tensor) -> Tensor:
     """bias_output_factor_expand[g, c, g2, c2] = Σ_{n,s,v} factor[v, n, g, c, s] factor[v, n, g2, c2, s]
 
@@ -385,7 +380,6 @@ LAYER = Layer(
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "eps"), lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input", "eps"), lead=0),
             "block": Rule(weight_block, ("input", "eps")),
-            "averaged_block": Rule(weight_averaged_block, ("input", "eps")),
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
@@ -397,6 +391,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
+            "output_sum": Rule(bias_output_sum, ()),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

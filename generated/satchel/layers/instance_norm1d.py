@@ -218,17 +218,6 @@ def weight_block(factor: Tensor, input: Tensor, eps: float) -> Tensor:
 
 
 @widened
-def weight_averaged_block(averaged: Tensor, input: Tensor, eps: float) -> Tensor:
-    """weight_averaged_block[c, c2] = Σ_{n,s,s2} averaged[c, s, c2, s2] normalised[n, c, s] normalised[n, c2, s2] / N
-
-    averaged [C, S, C, S], input [N, C, S] → [C, C]
-    """
-    N = input.shape[0]
-    normalised = normalised_from(input, eps)
-    return torch.einsum("ncs,Cncs->cC", normalised, torch.einsum("nCS,csCS->Cncs", normalised, averaged)) / N
-
-
-@widened
 def bias_per_sample(factor: Tensor) -> Tensor:
     """bias_per_sample[v, n, c] = Σ_{s} factor[v, n, c, s]
 
@@ -312,6 +301,16 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
 
 
 @widened
+def bias_output_sum(factor: Tensor) -> Tensor:
+    """bias_output_sum[v, n, c] = Σ_{s} factor[v, n, c, s]
+
+    factor [V, N, C, S] → [V, N, 1, C]
+    """
+    V, N, C, _ = factor.shape
+    return (factor.sum(3)).reshape(V, N, 1, C)
+
+
+@widened
 def bias_output_factor_expand(factor: Tensor) -> Tensor:
     """bias_output_factor_expand[c, c2] = Σ_{n,s,v} factor[v, n, c, s] factor[v, n, c2, s]
 
@@ -375,7 +374,6 @@ LAYER = Layer(
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "eps"), lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input", "eps"), lead=0),
             "block": Rule(weight_block, ("input", "eps")),
-            "averaged_block": Rule(weight_averaged_block, ("input", "eps")),
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
@@ -387,6 +385,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
+            "output_sum": Rule(bias_output_sum, ()),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

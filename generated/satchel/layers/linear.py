@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..extensions import reductions
+from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
@@ -85,7 +85,7 @@ def weight_sample_squares(factor: Tensor, input: Tensor) -> tuple[Program, ...]:
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SAMPLE_SQUARES, I * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], I * O),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=I * N * O + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
@@ -120,7 +120,7 @@ def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor) ->
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SIGNED_SAMPLE_SQUARES, I * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], I * O),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=N * V + I * N * O + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
@@ -167,7 +167,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor) -> tuple[Program, ...]:
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SQUARED_NORM, I * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], I * O),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=N + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
@@ -209,7 +209,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor) -> tuple[Program, ...]:
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SUM_OF_SQUARES, I * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], I * O),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=I * O + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
@@ -244,7 +244,7 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor) ->
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SIGNED_SUM_OF_SQUARES, I * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], I * O),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=I * O + N * V + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
@@ -301,7 +301,7 @@ def weight_squared_deviations(factor: Tensor, input: Tensor) -> tuple[Program, .
             valid=R == 1 and V == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, reductions.SQUARED_DEVIATIONS, I * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], I * O),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=I * O + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
@@ -309,6 +309,16 @@ def weight_squared_deviations(factor: Tensor, input: Tensor) -> tuple[Program, .
             calls=3 * block_count(V, N, I * O),
         ),
     )
+
+
+@widened
+def weight_output_sum(factor: Tensor) -> Tensor:
+    """weight_output_sum[v, n, o] = Σ_{r} factor[v, n, r, o]
+
+    factor [V, N, R, O] → [V, N, 1, O]
+    """
+    V, N, _, O = factor.shape
+    return (factor.sum(2)).reshape(V, N, 1, O)
 
 
 @widened
@@ -337,6 +347,16 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [R, O, R, O] → [O, O]
     """
     return averaged.sum((0, 2))
+
+
+@widened
+def weight_input_sum(input: Tensor) -> Tensor:
+    """weight_input_sum[n, i] = Σ_{r} input[n, r, i]
+
+    input [N, R, I] → [N, 1, I]
+    """
+    N, _, I = input.shape
+    return (input.sum(1)).reshape(N, 1, I)
 
 
 @widened
@@ -485,9 +505,11 @@ LAYER = Layer(
             ),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input",), kernel="weight_diagonal_sum", lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input",), lead=0),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_sum": Rule(weight_input_sum, ("input",)),
             "input_factor_expand": Rule(weight_input_factor_expand, ("input",)),
             "input_factor_reduce": Rule(weight_input_factor_reduce, ("input",)),
             "input_factor_backpack": Rule(weight_input_factor_backpack, ("input",)),
@@ -502,6 +524,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), kernel="bias_signed_sum_of_squares", lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),

@@ -9,26 +9,28 @@ edges. It needs first derivatives alone, so it passes any node.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
+from functools import reduce
+from operator import add
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from .axes import names
 from .evaluate import evaluate
 from .joint import Joint, Slot, both_through, elements, rows_through
 from .passing import edge_shape, features
 from .plan import Plan, Step
 from .record import Edge, Record
 from .rules import Need
-from .uses import Use, join, quantities
+from .uses import BLOCK, PER_SAMPLE, Use
 
-Visit: TypeAlias = Callable[[list[tuple[Step, str]], Tensor], None]
+#: Two uses of a parameter, and Ḡ between their outputs [*output, *output].
+Pair: TypeAlias = tuple[Use, Use, Tensor]
+Visit: TypeAlias = Callable[[Tensor, Sequence[Pair]], None]
 
 
 def sweep_averaged(plan: Plan, start: Edge, averaged: Tensor, samples: int, visit: Visit) -> None:
-    """Pass Ḡ [F, F] from `start`; `visit` gets each wanted parameter's uses and Ḡ over them, joined along their positions."""
+    """Pass Ḡ [F, F] from `start`; `visit` gets each wanted parameter, with Ḡ between its uses."""
     joint = Joint()
     joint.add(start, start, averaged)
     uses = plan.uses
@@ -48,51 +50,48 @@ def sweep_averaged(plan: Plan, start: Edge, averaged: Tensor, samples: int, visi
 
 
 def _visit(joint: Joint, step: Step, record: Record, slot: Slot, uses: Mapping[int, list[Step]], visit: Visit) -> None:
-    kept: Slot | None = None
+    if any(len(uses[id(parameter)]) > 1 for parameter in step.parameters.values()):
+        _keep(joint, slot)
     for name, parameter in step.parameters.items():
         using = uses[id(parameter)]
-        if len(using) == 1:
-            block = joint.get(slot, slot)
-            assert block is not None
-            visit([(step, name)], block.reshape(*record.canonical_output[1:] * 2))
-            continue
-        if kept is None:
-            kept = (slot[0], -1 - slot[1])
-            for other in list(joint.slots):
-                block = joint.get(slot, other)
-                if block is not None:
-                    joint.add(kept, other, block)
-            own = joint.get(slot, slot)
-            assert own is not None
-            joint.add(kept, kept, own)
-    # A parameter is complete with its last use.
-    for parameter in step.parameters.values():
-        using = uses[id(parameter)]
-        if len(using) > 1 and using[-1] is step:
-            visit([(use, _name(use, parameter)) for use in using], _over_uses(joint, using))
+        if using == [step]:
+            visit(parameter, _pairs(joint, {slot: Use(record, name)}))
+        elif using[-1] is step:  # a parameter is complete with its last use
+            visit(parameter, _pairs(joint, dict(_kept_use(use, parameter) for use in using)))
 
 
-def _name(step: Step, parameter: Tensor) -> str:
-    return next(name for name, candidate in step.parameters.items() if candidate is parameter)
-
-
-def _over_uses(joint: Joint, using: Sequence[Step]) -> Tensor:
-    """Ḡ over the outputs of several layers of one kind, joined along their positions on both sides."""
-    records = [step.record for step in using if step.record is not None]
-    shapes = [record.canonical_output[1:] for record in records]
-    slots = [(step.node, -1 - record.output_nr) for step, record in zip(using, records, strict=True)]
-    axes = names(records[0].definition.output_axes)[1:]
-    own = joint.get(slots[0], slots[0])
+def _keep(joint: Joint, slot: Slot) -> None:
+    """Hold an output until all uses of the layer's parameters are in."""
+    kept = _kept(slot)
+    for other in list(joint.slots):
+        block = joint.get(slot, other)
+        if block is not None:
+            joint.add(kept, other, block)
+    own = joint.get(slot, slot)
     assert own is not None
-    rows = []
-    for a, shape_a in zip(slots, shapes, strict=True):
-        blocks = []
-        for b, shape_b in zip(slots, shapes, strict=True):
+    joint.add(kept, kept, own)
+
+
+def _kept(slot: Slot) -> Slot:
+    return (slot[0], -1 - slot[1])
+
+
+def _kept_use(step: Step, parameter: Tensor) -> tuple[Slot, Use]:
+    assert step.record is not None
+    name = next(name for name, candidate in step.parameters.items() if candidate is parameter)
+    return _kept((step.node, step.record.output_nr)), Use(step.record, name)
+
+
+def _pairs(joint: Joint, uses: Mapping[Slot, Use]) -> list[Pair]:
+    """Ḡ between the outputs of any two uses, canonical; absent where it is zero."""
+    found: list[Pair] = []
+    for a, one in uses.items():
+        for b, other in uses.items():
             block = joint.get(a, b)
-            block = own.new_zeros(prod(shape_a), prod(shape_b)) if block is None else block
-            blocks.append(block.reshape(*shape_a, *shape_b))
-        rows.append(join(blocks, axes, len(shape_a)))
-    return join(rows, axes, 0)
+            if block is not None:
+                shape = (*one.record.canonical_output[1:], *other.record.canonical_output[1:])
+                found.append((one, other, block.reshape(shape)))
+    return found
 
 
 def _rows_through(step: Step, rows: Mapping[Slot, Tensor], samples: int) -> dict[Edge, Tensor]:
@@ -132,7 +131,8 @@ def needed_bytes(plan: Plan, samples: int, itemsize: int) -> tuple[int, str]:
     for step in plan.steps:
         arriving = sum(size for edge, size in kept.items() if edge[0] is step.node and edge[1] >= 0)
         incoming = {edge: features(edge_shape(edge), samples) for _, edge in step.inputs}
-        by_rule = step.record is not None and step.record.definition.sandwich is not None
+        blocks = any(Use(record, name).offers(BLOCK) for record, parameters in step.used for name in parameters)
+        by_rule = step.record is not None and step.record.definition.sandwich is not None and not blocks
         work = 0 if by_rule else samples * (arriving + 2 * sum(incoming.values())) * (arriving + sum(incoming.values()))
         here = (sum(kept.values()) + sum(incoming.values())) ** 2 + work
         if here > most:
@@ -146,14 +146,25 @@ def needed_bytes(plan: Plan, samples: int, itemsize: int) -> tuple[int, str]:
     return most * itemsize, where
 
 
-def averaged_quantities(
-    using: Sequence[tuple[Step, str]], averaged: Tensor, needs: Sequence[Need]
-) -> dict[Need, Tensor]:
-    """The quantities of Ḡ for one parameter."""
-    records = [(step.record, name) for step, name in using if step.record is not None]
-    asked = {need.quantity: need for need in needs}
-    found = quantities([Use(record, name) for record, name in records], asked, averaged)
-    return {asked[name]: value for name, value in found.items()}
+def averaged_quantities(pairs: Sequence[Pair], needs: Sequence[Need]) -> dict[Need, Tensor]:
+    """The quantities of Ḡ for one parameter: they add over pairs of uses."""
+    found: dict[Need, Tensor] = {}
+    for need in needs:
+        if all(use.offers(need.quantity) for pair in pairs for use in pair[:2]):
+            parts = (
+                _block(*pair) if need.quantity == BLOCK else pair[0].value(need.quantity, pair[2]) for pair in pairs
+            )
+            found[need] = reduce(add, parts)
+    return found
+
+
+def _block(one: Use, other: Use, averaged: Tensor) -> Tensor:
+    """1/N Σ_n J_nᵀ Ḡ J_n [P, P] between two uses: individual pullbacks of its columns, then of its rows."""
+    samples, shape, further = one.record.samples, one.record.canonical_output[1:], other.record.canonical_output[1:]
+    columns = averaged.reshape(*shape, -1).movedim(-1, 0)[:, None]
+    rows = one.value(PER_SAMPLE, columns.expand(-1, samples, *shape)).flatten(2)
+    rows = rows.permute(2, 1, 0).reshape(-1, samples, *further)
+    return other.value(PER_SAMPLE, rows).flatten(2).mean(1)
 
 
 def start_of(factor: Tensor, samples: int) -> Tensor:

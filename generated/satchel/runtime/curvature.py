@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .averaged import averaged_quantities, needed_bytes, start_of, sweep_averaged
+from .averaged import Pair, averaged_quantities, needed_bytes, start_of, sweep_averaged
 from .axes import canonical_shape, extents
 from .demand import CURVATURE, SECOND_ORDER, Demand, Source
 from .errors import (
@@ -27,7 +27,6 @@ from .errors import (
     NotTwiceDifferentiable,
     OperandDifferentiated,
     SequentialReuse,
-    SharedByKinds,
     TargetRefused,
     UnsupportedOption,
 )
@@ -42,7 +41,7 @@ from .second import is_twice_differentiable
 from .settings import current
 from .subsampling import quantities_of
 from .sweep import at_edge, chunks, sweep
-from .uses import PER_SAMPLE, Use, joinable, summed
+from .uses import PER_SAMPLE, Use, summed
 
 #: Takes a quantity of a parameter, and the source that it comes from, and adds it to what is there.
 Accumulate: TypeAlias = Callable[[Tensor, Source, dict[Need, Tensor]], None]
@@ -185,9 +184,6 @@ def check_plan(plan: Plan, demand: Demand, samples: int, flags: Sequence[Flag]) 
     for parameter, steps in shared.items():
         if RESIDUAL in sources and (use := _mixed_without_rule(plan, steps, parameter)) is not None:
             raise SequentialReuse(use[0], use[1], demand.features(layers, "residual"))
-        using = uses_of(steps, parameter)
-        if AVERAGED in sources and not joinable(using):
-            raise SharedByKinds([use.record.where for use in using], using[0].name, "averaged_factor")
     for extension in demand.extensions:
         extension.check(samples)
     limit = current().memory_limit
@@ -243,11 +239,9 @@ def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> Non
         _residual(start, plan, demand, shared, accumulate)
     if averaged and exact is not None:
 
-        def visit(using: list[tuple[Step, str]], matrix: Tensor) -> None:
-            step, name = using[0]
-            assert step.record is not None
-            needs = demand.needs([step.record.definition], AVERAGED)
-            accumulate(step.parameters[name], AVERAGED, averaged_quantities(using, matrix, needs))
+        def visit(parameter: Tensor, pairs: Sequence[Pair]) -> None:
+            needs = demand.needs((one.layer for one, _, _ in pairs), AVERAGED)
+            accumulate(parameter, AVERAGED, averaged_quantities(pairs, needs))
 
         sweep_averaged(plan, start.edge, start_of(exact, start.samples), start.samples, visit)
 
@@ -286,7 +280,7 @@ def _residual(start: Start, plan: Plan, demand: Demand, shared: set[int], accumu
             continue
         needs = demand.needs([step.record.definition], RESIDUAL)
         for parameter, pullback, signs in mixed_terms(plan, step, at_reused[step.node], limit):
-            found = {need: reductions[need.quantity](pullback, signs) for need in needs}
+            found = {need: reductions[need.quantity].function(pullback, signs) for need in needs}
             accumulate(step.parameters[parameter], RESIDUAL, found)
 
 

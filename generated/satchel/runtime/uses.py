@@ -2,8 +2,8 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """What a parameter gets from its uses: one, several by layers of one kind, or several by any layers.
 
-Uses of a parameter sum before they are squared. Where the layers are of one kind and have an axis that any number of positions
-share, uses are more positions: their tensors are joined along it. Otherwise individual pullbacks are summed and then reduced.
+Several uses are one with more outputs. Where the layers are of one kind and have an axis that any number of positions share, their
+tensors are joined along it. Otherwise what adds over the uses (individual pullbacks, say) is summed, and all else is reduced from that.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .rules import Layer, Rule, registry
 
 PER_SAMPLE = "per_sample"
 #: What stands for Kronecker factors where there are none.
-BLOCKS = ("block", "averaged_block")
+BLOCK = "block"
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,21 @@ class Use:
         twice = any(need.source in SECOND_ORDER for need in needs)
         offered = [self.offers(need.quantity) for need in needs]
         # A parameter has Kronecker factors or, without that structure, the exact block.
-        enough = any(offered) if any(need.quantity in BLOCKS for need in needs) else all(offered)
+        enough = any(offered) if any(need.quantity == BLOCK for need in needs) else all(offered)
         return (self.record.differentiates_twice or not twice) and enough
+
+    def value(self, name: str, *arguments: Tensor, differentiable: bool = False) -> Tensor:
+        """A quantity of the use, from what its rule takes."""
+        rule = self.layer.parameters[self.name][name]
+        found = evaluate(rule, self.layer, self.record.operand, *arguments, differentiable=differentiable)
+        return _shaped(rule, self, found)
+
+    @property
+    def positions(self) -> int:
+        """How many elements of a sample's output share an element of the parameter: the extent of the axes that it lacks."""
+        own = axis_names(self.layer.parameter_axes[self.name])
+        _, *sizes = zip(axis_names(self.layer.output_axes), self.record.canonical_output, strict=True)
+        return prod(size for axis, size in sizes if axis not in own)
 
     def block_bytes(self) -> int:
         """Size of the parameter's exact block."""
@@ -69,37 +82,38 @@ class Use:
 def quantities(
     uses: Sequence[Use], names: Iterable[str], *extra: Tensor, lead: int = 1, differentiable: bool = False
 ) -> dict[str, Tensor]:
-    """The quantities `names` of one parameter. `lead` counts the axes in front of the factors' output axes.
-
-    Uses that cannot be joined give reductions of their summed individual pullbacks.
-    """
+    """The quantities `names` of one parameter. `lead` counts the axes in front of the factors' output axes."""
     names = [name for name in names if all(use.offers(name) for use in uses)]
-    if not names:
-        return {}
+    if len(uses) > 1 and not joinable(uses):
+        return _totalled(uses, names, extra, differentiable)
+    return _of_joined(uses, names, extra, lead, differentiable)
+
+
+def _totalled(
+    uses: Sequence[Use], names: Iterable[str], extra: Sequence[Tensor], differentiable: bool
+) -> dict[str, Tensor]:
+    """Totals of what is additive over uses, and reductions of these."""
+    totals: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}
-    if len(uses) == 1 or joinable(uses):
-        return _of_joined(uses, names, extra, lead, differentiable)
-    if any(use.factor is None for use in uses):
-        raise SharedByKinds([use.record.where for use in uses], uses[0].name, names[0])
-    found[PER_SAMPLE] = reduce(add, (_one(use, PER_SAMPLE, use.factor, differentiable) for use in uses))
-    reductions = registry().reductions
     for name in names:
-        if name in reductions:
-            found[name] = reductions[name](found[PER_SAMPLE], *extra)
-        elif name != PER_SAMPLE:
+        if name in registry().factors and not alike(uses):
             raise SharedByKinds([use.record.where for use in uses], uses[0].name, name)
-    return {name: found[name] for name in names}
+        reduction = registry().reductions.get(name)
+        of = name if reduction is None else reduction.of
+        if of not in totals:
+            totals[of] = summed(uses, of, differentiable)
+        if reduction is None:
+            found[name] = totals[of]
+        else:
+            more = [sum(use.positions for use in uses)] if reduction.positions else extra
+            found[name] = reduction.function(totals[of], *more)
+    return found
 
 
-def summed(uses: Sequence[Use], name: str) -> Tensor:
+def summed(uses: Sequence[Use], name: str, differentiable: bool = False) -> Tensor:
     """A quantity that is additive over uses."""
-    return reduce(add, (_one(use, name, use.factor) for use in uses))
-
-
-def _one(use: Use, name: str, factor: Tensor | None, differentiable: bool = False) -> Tensor:
-    rule = use.layer.parameters[use.name][name]
-    found = evaluate(rule, use.layer, use.record.operand, factor, differentiable=differentiable)
-    return _shaped(rule, use, found)
+    given = [(use, () if use.factor is None else (use.factor,)) for use in uses]
+    return reduce(add, (use.value(name, *factor, differentiable=differentiable) for use, factor in given))
 
 
 def _shaped(rule: Rule, use: Use, value: Tensor) -> Tensor:
@@ -164,14 +178,14 @@ def _in_blocks(
     stored = each * prod(factor.shape[:2]) * factor.element_size()
     if len(together) + keep < 2 and not (keep and stored >= FRESH):
         return {}
-    rule, weights = rules[PER_SAMPLE], given(together[0])[1:] if together else []
+    rule, signs = rules[PER_SAMPLE], given(together[0])[1:] if together else []
     found, kept = in_blocks(
         rule.aten,
         {name: registry().reductions[name] for name in together},
         factor,
         [operand(name) for name in rule.operands],
         each,
-        weights,
+        signs,
         by_sample=sum(name in ("input", "output") for name in rule.operands),
         keep=keep,
     )
@@ -197,18 +211,29 @@ def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.to(wide) for tensor in tensors]
 
 
+def alike(uses: Sequence[Use]) -> bool:
+    """Whether the uses have one Kronecker structure of the parameter."""
+    return all(_structure(use) == _structure(uses[0]) for use in uses)
+
+
+def _structure(use: Use) -> tuple[object, ...]:
+    """The formula, the place of the parameter in it, and how many blocks its joined axes hold."""
+    return use.layer.name, use.name, use.record.transposed, use.record.output_layout.extents
+
+
 def joinable(uses: Sequence[Use]) -> bool:
-    """Whether the uses differ in nothing but their positions."""
+    """Whether the uses differ in nothing but their positions, along one axis."""
     first = uses[0]
-    return first.layer.positional and all(
-        use.layer is first.layer
-        and use.name == first.name
-        and use.record.samples == first.record.samples
-        and use.record.options == first.record.options
-        and use.record.transposed == first.record.transposed
-        and _without_positions(use) == _without_positions(first)
-        and _same_parameters(use, first)
-        for use in uses
+    return (
+        first.layer.positional
+        and alike(uses)
+        and all(
+            use.record.samples == first.record.samples
+            and use.record.options == first.record.options
+            and _without_positions(use) == _without_positions(first)
+            and _same_parameters(use, first)
+            for use in uses
+        )
     )
 
 
