@@ -316,6 +316,23 @@ class Body:
             return f"{'transposed_' if transposed else ''}kernel_gradients({', '.join(arguments)})"
         return None
 
+    def _window_gram(self, node: Contract) -> str | None:
+        """A product of the windows of a tensor with themselves, summed over samples and places."""
+        one, other = node.left, node.right
+        if not isinstance(one, Leaf) or not isinstance(other, Leaf) or not one.windows or one.name != other.name:
+            return None
+        (places, taps), (_, others) = (
+            [tuple(getattr(w, kind) for w in image.windows) for kind in ("place", "tap")] for image in (one, other)
+        )
+        if [w.place for w in other.windows] != list(places) or set(node.over) != {one.axes[0], *places}:
+            return None
+        (group, inner), second = one.axes[1:3], other.axes[2]
+        transposed, geometry = self._geometry(one.windows)
+        if transposed or node.axes != (group, inner, *taps, second, *others):
+            return None
+        arguments = [self._sliced(one), self._sizes(places), self._sizes(taps), *geometry]
+        return f"window_gram({', '.join(arguments)})"
+
     def _operand(self, node: Node) -> str:
         """A node that a method is called on, or that is used more than once: parenthesised or named."""
         text = self(node)
@@ -378,7 +395,7 @@ class Body:
         return text if "None" not in places else f"{text}[{', '.join(places)}]"
 
     def _contract(self, node: Contract) -> str:
-        convolution = self._correlation(node) or self._kernel_gradients(node)
+        convolution = self._correlation(node) or self._kernel_gradients(node) or self._window_gram(node)
         if convolution is not None:
             return convolution
         for left, right in ((node.left, node.right), (node.right, node.left)):

@@ -16,6 +16,7 @@ from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.window_gram import window_gram
 from ..runtime.windows import (
     correlate_transposed,
     kernel_gradients,
@@ -372,8 +373,7 @@ def weight_input_factor_expand(
     N, G, C, _ = input.shape
     KW = weight_shape[3]
     W = output_shape[3]
-    patches = windows(input, (W,), (KW,), stride, dilation, padding)
-    return (torch.einsum("ngcwa,ngCwb->gcaCb", patches, patches) / (N * W)).reshape(G, C * KW, C * KW).squeeze(0)
+    return (window_gram(input, (W,), (KW,), stride, dilation, padding) / (N * W)).reshape(G, C * KW, C * KW).squeeze(0)
 
 
 @widened
@@ -418,8 +418,7 @@ def weight_input_factor_backpack(
     N, G, C, _ = input.shape
     KW = weight_shape[3]
     W = output_shape[3]
-    patches = windows(input, (W,), (KW,), stride, dilation, padding)
-    return (torch.einsum("ngcwa,ngCwb->gcaCb", patches, patches) / N).reshape(G, C * KW, C * KW).squeeze(0)
+    return (window_gram(input, (W,), (KW,), stride, dilation, padding) / N).reshape(G, C * KW, C * KW).squeeze(0)
 
 
 @widened

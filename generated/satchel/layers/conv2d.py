@@ -16,6 +16,7 @@ from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.window_gram import window_gram
 from ..runtime.windows import (
     correlate_transposed,
     kernel_gradients,
@@ -379,9 +380,8 @@ def weight_input_factor_expand(
     N, G, C, _, _ = input.shape
     *_, KH, KW = weight_shape
     *_, H, W = output_shape
-    patches = windows(input, (H, W), (KH, KW), stride, dilation, padding)
     return (
-        (torch.einsum("ngchwab,ngChwde->gcabCde", patches, patches) / (H * N * W))
+        (window_gram(input, (H, W), (KH, KW), stride, dilation, padding) / (H * N * W))
         .reshape(G, C * KH * KW, C * KH * KW)
         .squeeze(0)
     )
@@ -431,9 +431,10 @@ def weight_input_factor_backpack(
     N, G, C, _, _ = input.shape
     *_, KH, KW = weight_shape
     *_, H, W = output_shape
-    patches = windows(input, (H, W), (KH, KW), stride, dilation, padding)
     return (
-        (torch.einsum("ngchwab,ngChwde->gcabCde", patches, patches) / N).reshape(G, C * KH * KW, C * KH * KW).squeeze(0)
+        (window_gram(input, (H, W), (KH, KW), stride, dilation, padding) / N)
+        .reshape(G, C * KH * KW, C * KH * KW)
+        .squeeze(0)
     )
 
 

@@ -17,6 +17,7 @@ from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.window_gram import window_gram
 from ..runtime.windows import (
     correlate_transposed,
     kernel_gradients,
@@ -408,9 +409,8 @@ def weight_input_factor_expand(
     N, G, C, _, _, _ = input.shape
     *_, KD, KH, KW = weight_shape
     *_, D, H, W = output_shape
-    patches = windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
     return (
-        (torch.einsum("ngcdhwabe,ngCdhwfij->gcabeCfij", patches, patches) / (D * H * N * W))
+        (window_gram(input, (D, H, W), (KD, KH, KW), stride, dilation, padding) / (D * H * N * W))
         .reshape(G, C * KD * KH * KW, C * KD * KH * KW)
         .squeeze(0)
     )
@@ -465,9 +465,8 @@ def weight_input_factor_backpack(
     N, G, C, _, _, _ = input.shape
     *_, KD, KH, KW = weight_shape
     *_, D, H, W = output_shape
-    patches = windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
     return (
-        (torch.einsum("ngcdhwabe,ngCdhwfij->gcabeCfij", patches, patches) / N)
+        (window_gram(input, (D, H, W), (KD, KH, KW), stride, dilation, padding) / N)
         .reshape(G, C * KD * KH * KW, C * KD * KH * KW)
         .squeeze(0)
     )
