@@ -55,6 +55,14 @@ class AtenPrinter(StrPrinter):
             text += (" - " if text else "-") + self.parenthesize(-part, 45)
         return text
 
+    def _print_Mul(self, expr: sympy.Mul) -> str:
+        """What passes a threshold, by one operation."""
+        for part in expr.args:
+            above, rest = _threshold(part), sympy.Mul(*(other for other in expr.args if other is not part))
+            if above is not None and above.lhs in self.names and rest.atoms(sympy.Indexed):
+                return f"torch.ops.aten.threshold_backward({self._print(rest)}, {self._print(above.lhs)}, {above.rhs})"
+        return super()._print_Mul(expr)
+
     def _print_Mod(self, expr: Expr) -> str:
         return " % ".join(self.parenthesize(part, 50) for part in expr.args)
 
@@ -136,6 +144,31 @@ def _repeated(expr: Expr) -> list[Expr]:
         if type(part).__name__ in _FUNCTIONS and part.atoms(sympy.Indexed):
             counts[part] = counts.get(part, 0) + 1
     return sorted((call for call, count in counts.items() if count > 1), key=lambda call: (call.count_ops(), str(call)))
+
+
+def _threshold(expr: Expr) -> Expr | None:
+    """x > c, of what is 1 there and 0 elsewhere."""
+    if not isinstance(expr, sympy.Piecewise) or [value for value, _ in expr.args] != [1, 0]:
+        return None
+    above = expr.args[0][1]
+    return above if isinstance(above, sympy.StrictGreaterThan) and above.rhs.is_number else None
+
+
+def _with_thresholds(node: Map) -> Map:
+    """A product with a threshold that it reads as an operand, as one expression."""
+    for read, child in zip(node.reads, node.children, strict=True):
+        trailing = isinstance(child, Map) and child.axes == node.axes[len(node.axes) - len(child.axes) :]
+        if (
+            isinstance(child, Map)
+            and trailing
+            and node.expr.is_Mul
+            and read in node.expr.args
+            and _threshold(child.expr) is not None
+        ):
+            others = [(r, c) for r, c in zip(node.reads, node.children, strict=True) if r is not read]
+            reads, children = zip(*others, *zip(child.reads, child.children, strict=True), strict=True)
+            return Map(node.expr.xreplace({read: child.expr}), reads, children, node.axes)
+    return node
 
 
 def _of_numbers(expr: Expr, scalars: frozenset[Expr]) -> bool:
@@ -341,6 +374,7 @@ class Body:
         return f"({text})"
 
     def _map(self, node: Map) -> str:
+        node = _with_thresholds(node)
         names: dict[Expr, str] = {}
         like = self._like(node)
         for read, child in zip(node.reads, node.children, strict=True):

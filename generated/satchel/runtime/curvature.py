@@ -40,7 +40,7 @@ from .rules import Layer, Need, registry
 from .second import is_twice_differentiable
 from .settings import current
 from .subsampling import quantities_of
-from .sweep import at_edge, chunks, sweep
+from .sweep import AT_ONCE, at_edge, chunks, sweep
 from .uses import PER_SAMPLE, Use, summed
 
 #: Takes a quantity of a parameter, and the source that it comes from, and adds it to what is there.
@@ -255,7 +255,7 @@ def _columns(
     size = factor.shape[0] if limit is None else limit // max(per_column, 1)
     for columns in chunks(factor, size):
         gathered = _Gathered(source, demand, shared, accumulate)
-        sweep(plan, {edge: columns}, gathered.visit)
+        sweep(plan, {edge: columns}, gathered.visit, None if shared else AT_ONCE)
         gathered.finish()
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import reduce
 from math import prod
+from operator import add
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -64,7 +65,7 @@ def by_displacement(
     tensor: Tensor, places: Sequence[int], taps: Sequence[int], dilation: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
     """By one product per displacement of two taps: stride 1."""
-    N, G, C = tensor.shape[:3]
+    G, C = tensor.shape[1:3]
     pads = [
         (p, max(0, h + d * (a - 1) - p - x))
         for x, h, a, d, p in zip(tensor.shape[3:], places, taps, dilation, padding, strict=True)
@@ -92,7 +93,7 @@ def _boxes(
     x: Tensor, displacement: Sequence[int], starts: Sequence[range], places: Sequence[int], dilation: Sequence[int]
 ) -> list[tuple[tuple[int, ...], Tensor]]:
     """For each tap a of `starts`, Σ_u x[u] x[u + d·k] over the box of extents `places` at d·a. x: [*spatial, N, C]."""
-    *_, N, C = x.shape
+    C = x.shape[-1]
     *outer, (k, tap, extent, d) = zip(displacement, starts, places, dilation, strict=True)
     # Places of the outer axes one by one, the last axis in the pieces between the ends of all boxes.
     rows = [slice(d_ * t[0], d_ * t[-1] + h) for _, t, h, d_ in outer]
@@ -108,7 +109,7 @@ def _boxes(
     found = []
     for last in tap:
         inside = [product for first, product in pieces if d * last <= first < d * last + extent]
-        total = inside[0] if len(inside) == 1 else torch.stack(inside).sum(0)
+        total = reduce(add, inside)
         for others in itertools.product(*(t for _, t, _, _ in outer)):
             box = tuple(
                 slice(d_ * (a - t[0]), d_ * (a - t[0]) + h) for a, (_, t, h, d_) in zip(others, outer, strict=True)
