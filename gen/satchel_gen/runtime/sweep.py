@@ -69,8 +69,10 @@ def _fewer(step: Step, columns: Mapping[int, Tensor], at_once: int | None) -> in
 def pass_step(step: Step, columns: Mapping[int, Tensor]) -> dict[Edge, Tensor]:
     """Columns [V, *output] by output number → Jᵀ of them [V, *input] by edge."""
     record = step.record
+    if not step.inputs:
+        return {}
     if record is None:
-        return pull(step, columns) if step.inputs else {}
+        return pull(step, columns)
     layer = record.definition
     if layer.vjp is None:  # the input is not differentiable
         return {}
