@@ -43,6 +43,8 @@ MUTANTS = [
     Mutant("definition: scale of tanh", f"{GEN}/definitions/layers/tanh.py", "tanh(z))", "2 * tanh(z))"),
     Mutant("definition: index of the weight", f"{GEN}/definitions/layers/linear.py", "Sum(W[o, i] * x[n, r, i], i) + b[o]",
            "Sum(W[o, i] * x[n, r, i], i) + 2 * b[o]"),
+    Mutant("definition: norms centred once", f"{GEN}/definitions/standardised.py", "Statement(shifted[axes], x - shift[kept])",
+           "Statement(shifted[axes], x)", "tests/test_accuracy.py"),
     Mutant("definition: scale of the squared error", f"{GEN}/definitions/losses/mse_loss.py", "(f[n, j] - y[n, j]) ** 2",
            "(f[n, j] - y[n, j]) ** 2 / 2"),
     Mutant("definition: variance of the likelihood", f"{GEN}/definitions/losses/mse_loss.py", "Rational(1, 2)", "Rational(1, 1)",

@@ -2,8 +2,10 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.GroupNorm.
 
-    mean[n, g] = (Σ_{c,s} input[n, g, c, s]) / (C S)
-centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
+    shift[n, g] = (Σ_{c,s} input[n, g, c, s]) / (C S), held constant
+shifted[n, g, c, s] = input[n, g, c, s] − shift[n, g]
+mean[n, g] = (Σ_{c,s} shifted[n, g, c, s]) / (C S)
+centred[n, g, c, s] = shifted[n, g, c, s] − mean[n, g]
 variance[n, g] = (Σ_{c,s} centred[n, g, c, s]²) / (C S)
 rstd[n, g] = 1/sqrt(variance[n, g] + eps)
 normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]
@@ -38,8 +40,10 @@ def vjp_resident_kernel(
     BLOCK: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """mean[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
-    centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
+    """shift[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
+    shifted[n, g, c, s] = input[n, g, c, s] − shift[n, g]
+    mean[n, g] = Σ_{c,s} shifted[n, g, c, s] / (C S)
+    centred[n, g, c, s] = shifted[n, g, c, s] − mean[n, g]
     variance[n, g] = Σ_{c,s} centred[n, g, c, s]² / (C S)
     rstd[n, g] = 1/sqrt(variance[n, g] + eps)
     bar_normalised[v, n, g, c, s] = factor[v, n, g, c, s] weight[g, c]
@@ -58,8 +62,10 @@ def vjp_resident_kernel(
     eps = tl.full((), eps, COMPUTE)
     input = tl.load(input_ptr + origin + cs, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + g * C + c, mask=inside, other=0).to(COMPUTE)
-    mean = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(C, COMPUTE) / tl.cast(S, COMPUTE)
-    centred = input - mean
+    shift = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(C, COMPUTE) / tl.cast(S, COMPUTE)
+    shifted = input - shift
+    mean = tl.sum(tl.where(inside, shifted, 0.0), axis=0, keep_dims=True) / tl.cast(C, COMPUTE) / tl.cast(S, COMPUTE)
+    centred = shifted - mean
     variance = (
         tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True)
         / tl.cast(C, COMPUTE)
@@ -133,8 +139,10 @@ def hessian_resident_kernel(
     BLOCK: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """mean[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
-    centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
+    """shift[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
+    shifted[n, g, c, s] = input[n, g, c, s] − shift[n, g]
+    mean[n, g] = Σ_{c,s} shifted[n, g, c, s] / (C S)
+    centred[n, g, c, s] = shifted[n, g, c, s] − mean[n, g]
     variance[n, g] = Σ_{c,s} centred[n, g, c, s]² / (C S)
     bar_normalised[n, g, c, s] = delta[n, g, c, s] weight[g, c]
     bar_rstd[n, g] = Σ_{c,s} bar_normalised[n, g, c, s] centred[n, g, c, s]
@@ -159,8 +167,10 @@ def hessian_resident_kernel(
     delta = tl.load(delta_ptr + origin + cs, mask=inside, other=0).to(COMPUTE)
     input = tl.load(input_ptr + origin + cs, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + g * C + c, mask=inside, other=0).to(COMPUTE)
-    mean = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(C, COMPUTE) / tl.cast(S, COMPUTE)
-    centred = input - mean
+    shift = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(C, COMPUTE) / tl.cast(S, COMPUTE)
+    shifted = input - shift
+    mean = tl.sum(tl.where(inside, shifted, 0.0), axis=0, keep_dims=True) / tl.cast(C, COMPUTE) / tl.cast(S, COMPUTE)
+    centred = shifted - mean
     variance = (
         tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True)
         / tl.cast(C, COMPUTE)

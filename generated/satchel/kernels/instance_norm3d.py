@@ -2,8 +2,10 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.InstanceNorm3d.
 
-    mean[n, c] = (Σ_{s} input[n, c, s]) / S
-centred[n, c, s] = input[n, c, s] − mean[n, c]
+    shift[n, c] = (Σ_{s} input[n, c, s]) / S, held constant
+shifted[n, c, s] = input[n, c, s] − shift[n, c]
+mean[n, c] = (Σ_{s} shifted[n, c, s]) / S
+centred[n, c, s] = shifted[n, c, s] − mean[n, c]
 variance[n, c] = (Σ_{s} centred[n, c, s]²) / S
 rstd[n, c] = 1/sqrt(variance[n, c] + eps)
 normalised[n, c, s] = centred[n, c, s] rstd[n, c]
@@ -37,8 +39,10 @@ def vjp_resident_kernel(
     BLOCK: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """mean[n, c] = Σ_{s} input[n, c, s] / S
-    centred[n, c, s] = input[n, c, s] − mean[n, c]
+    """shift[n, c] = Σ_{s} input[n, c, s] / S
+    shifted[n, c, s] = input[n, c, s] − shift[n, c]
+    mean[n, c] = Σ_{s} shifted[n, c, s] / S
+    centred[n, c, s] = shifted[n, c, s] − mean[n, c]
     variance[n, c] = Σ_{s} centred[n, c, s]² / S
     rstd[n, c] = 1/sqrt(variance[n, c] + eps)
     bar_normalised[v, n, c, s] = factor[v, n, c, s] weight[c]
@@ -57,8 +61,10 @@ def vjp_resident_kernel(
     eps = tl.full((), eps, COMPUTE)
     input = tl.load(input_ptr + origin + s, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + c, mask=row_inside, other=0).to(COMPUTE)
-    mean = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
-    centred = input - mean
+    shift = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
+    shifted = input - shift
+    mean = tl.sum(tl.where(inside, shifted, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
+    centred = shifted - mean
     variance = tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
     rstd = tl.rsqrt(eps + variance)
     t = eps + variance
@@ -126,8 +132,10 @@ def hessian_resident_kernel(
     BLOCK: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """mean[n, c] = Σ_{s} input[n, c, s] / S
-    centred[n, c, s] = input[n, c, s] − mean[n, c]
+    """shift[n, c] = Σ_{s} input[n, c, s] / S
+    shifted[n, c, s] = input[n, c, s] − shift[n, c]
+    mean[n, c] = Σ_{s} shifted[n, c, s] / S
+    centred[n, c, s] = shifted[n, c, s] − mean[n, c]
     variance[n, c] = Σ_{s} centred[n, c, s]² / S
     bar_normalised[n, c, s] = delta[n, c, s] weight[c]
     bar_rstd[n, c] = Σ_{s} bar_normalised[n, c, s] centred[n, c, s]
@@ -152,8 +160,10 @@ def hessian_resident_kernel(
     delta = tl.load(delta_ptr + origin + s, mask=inside, other=0).to(COMPUTE)
     input = tl.load(input_ptr + origin + s, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + c, mask=row_inside, other=0).to(COMPUTE)
-    mean = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
-    centred = input - mean
+    shift = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
+    shifted = input - shift
+    mean = tl.sum(tl.where(inside, shifted, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
+    centred = shifted - mean
     variance = tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
     bar_normalised = delta * weight
     bar_rstd = tl.sum(tl.where(inside, bar_normalised * centred, 0.0), axis=0, keep_dims=True)

@@ -2,8 +2,10 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.LayerNorm.
 
-    mean[n, r] = (Σ_{j} input[n, r, j]) / J
-centred[n, r, j] = input[n, r, j] − mean[n, r]
+    shift[n, r] = (Σ_{j} input[n, r, j]) / J, held constant
+shifted[n, r, j] = input[n, r, j] − shift[n, r]
+mean[n, r] = (Σ_{j} shifted[n, r, j]) / J
+centred[n, r, j] = shifted[n, r, j] − mean[n, r]
 variance[n, r] = (Σ_{j} centred[n, r, j]²) / J
 rstd[n, r] = 1/sqrt(variance[n, r] + eps)
 normalised[n, r, j] = centred[n, r, j] rstd[n, r]
@@ -36,8 +38,10 @@ def vjp_resident_kernel(
     BLOCK: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """mean[n, r] = Σ_{j} input[n, r, j] / J
-    centred[n, r, j] = input[n, r, j] − mean[n, r]
+    """shift[n, r] = Σ_{j} input[n, r, j] / J
+    shifted[n, r, j] = input[n, r, j] − shift[n, r]
+    mean[n, r] = Σ_{j} shifted[n, r, j] / J
+    centred[n, r, j] = shifted[n, r, j] − mean[n, r]
     variance[n, r] = Σ_{j} centred[n, r, j]² / J
     rstd[n, r] = 1/sqrt(variance[n, r] + eps)
     bar_normalised[v, n, r, j] = factor[v, n, r, j] weight[j]
@@ -54,8 +58,10 @@ def vjp_resident_kernel(
     eps = tl.full((), eps, COMPUTE)
     input = tl.load(input_ptr + origin + j, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + j, mask=inside, other=0).to(COMPUTE)
-    mean = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
-    centred = input - mean
+    shift = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
+    shifted = input - shift
+    mean = tl.sum(tl.where(inside, shifted, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
+    centred = shifted - mean
     variance = tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
     rstd = tl.rsqrt(eps + variance)
     t = eps + variance
@@ -121,8 +127,10 @@ def hessian_resident_kernel(
     BLOCK: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """mean[n, r] = Σ_{j} input[n, r, j] / J
-    centred[n, r, j] = input[n, r, j] − mean[n, r]
+    """shift[n, r] = Σ_{j} input[n, r, j] / J
+    shifted[n, r, j] = input[n, r, j] − shift[n, r]
+    mean[n, r] = Σ_{j} shifted[n, r, j] / J
+    centred[n, r, j] = shifted[n, r, j] − mean[n, r]
     variance[n, r] = Σ_{j} centred[n, r, j]² / J
     bar_normalised[n, r, j] = delta[n, r, j] weight[j]
     bar_rstd[n, r] = Σ_{j} bar_normalised[n, r, j] centred[n, r, j]
@@ -145,8 +153,10 @@ def hessian_resident_kernel(
     delta = tl.load(delta_ptr + origin + j, mask=inside, other=0).to(COMPUTE)
     input = tl.load(input_ptr + origin + j, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + j, mask=inside, other=0).to(COMPUTE)
-    mean = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
-    centred = input - mean
+    shift = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
+    shifted = input - shift
+    mean = tl.sum(tl.where(inside, shifted, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
+    centred = shifted - mean
     variance = tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
     bar_normalised = delta * weight
     bar_rstd = tl.sum(tl.where(inside, bar_normalised * centred, 0.0), axis=0, keep_dims=True)
