@@ -59,27 +59,26 @@ def vjp_resident_kernel(
     c = tl.cast(row % C, tl.int64)
     origin = row.to(tl.int64) * S
     eps = tl.full((), eps, COMPUTE)
+    fixed = 1 / tl.cast(S, COMPUTE)
     input = tl.load(input_ptr + origin + s, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + c, mask=row_inside, other=0).to(COMPUTE)
-    shift = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
+    shift = fixed * tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True)
     shifted = input - shift
-    mean = tl.sum(tl.where(inside, shifted, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
+    mean = fixed * tl.sum(tl.where(inside, shifted, 0.0), axis=0, keep_dims=True)
     centred = shifted - mean
-    variance = tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
+    variance = fixed * tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True)
     rstd = tl.rsqrt(eps + variance)
     t = eps + variance
-    fixed = -0.5 / (t * tl.sqrt(t))
-    fixed_2 = 2 * centred / tl.cast(S, COMPUTE)
-    fixed_3 = 1 / tl.cast(S, COMPUTE)
+    fixed_2 = -0.5 / (t * tl.sqrt(t))
     for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         start = v * size
         factor = tl.load(factor_ptr + start + origin + s, mask=inside, other=0).to(COMPUTE)
         bar_normalised = factor * weight
         bar_rstd = tl.sum(tl.where(inside, bar_normalised * centred, 0.0), axis=0, keep_dims=True)
-        bar_variance = bar_rstd * fixed
-        bar_centred = bar_normalised * rstd + bar_variance * fixed_2
+        bar_variance = bar_rstd * fixed_2
+        bar_centred = bar_normalised * rstd + 2 * bar_variance * centred * fixed
         bar_mean = -tl.sum(tl.where(inside, bar_centred, 0.0), axis=0, keep_dims=True)
-        tl.store(out_ptr + start + origin + s, bar_centred + bar_mean * fixed_3, mask=inside)
+        tl.store(out_ptr + start + origin + s, bar_centred + bar_mean * fixed, mask=inside)
 
 
 def vjp_resident(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -157,26 +156,25 @@ def hessian_resident_kernel(
     c = tl.cast(row % C, tl.int64)
     origin = row.to(tl.int64) * S
     eps = tl.full((), eps, COMPUTE)
+    fixed = 1 / tl.cast(S, COMPUTE)
     delta = tl.load(delta_ptr + origin + s, mask=inside, other=0).to(COMPUTE)
     input = tl.load(input_ptr + origin + s, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + c, mask=row_inside, other=0).to(COMPUTE)
-    shift = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
+    shift = fixed * tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True)
     shifted = input - shift
-    mean = tl.sum(tl.where(inside, shifted, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
+    mean = fixed * tl.sum(tl.where(inside, shifted, 0.0), axis=0, keep_dims=True)
     centred = shifted - mean
-    variance = tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
+    variance = fixed * tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True)
     bar_normalised = delta * weight
     bar_rstd = tl.sum(tl.where(inside, bar_normalised * centred, 0.0), axis=0, keep_dims=True)
     t = eps + variance
     bar_variance = -0.5 * bar_rstd / (t * tl.sqrt(t))
-    fixed = 1 / tl.cast(S, COMPUTE)
     t_2 = eps + variance
     fixed_2 = -0.5 / (t_2 * tl.sqrt(t_2))
     fixed_3 = 3 * bar_rstd / (eps + variance)
     t_3 = eps + variance
     fixed_4 = 0.25 / (t_3 * tl.sqrt(t_3))
     fixed_5 = 2 * bar_variance * fixed
-    fixed_6 = 2 * centred * fixed
     for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         start = v * size
         tangent = tl.load(tangent_ptr + start + origin + s, mask=inside, other=0).to(COMPUTE)
@@ -186,7 +184,7 @@ def hessian_resident_kernel(
         dot_rstd = dot_variance * fixed_2
         dot_bar_rstd = tl.sum(tl.where(inside, bar_normalised * dot_centred, 0.0), axis=0, keep_dims=True)
         dot_bar_variance = fixed_4 * (dot_variance * fixed_3 - 2 * dot_bar_rstd)
-        dot_bar_centred = bar_normalised * dot_rstd + dot_bar_variance * fixed_6 + dot_centred * fixed_5
+        dot_bar_centred = bar_normalised * dot_rstd + 2 * centred * dot_bar_variance * fixed + dot_centred * fixed_5
         dot_bar_mean = -tl.sum(tl.where(inside, dot_bar_centred, 0.0), axis=0, keep_dims=True)
         tl.store(out_ptr + start + origin + s, dot_bar_centred + dot_bar_mean * fixed, mask=inside)
 
