@@ -20,7 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layers import layer_norm as aten
-from ..runtime.triton_launch import REDUCE_LANES, REDUCE_ROWS, accumulator, resident, row_tile, splits, triton_type
+from ..runtime.triton_launch import (
+    REDUCE_LANES,
+    REDUCE_ROWS,
+    accumulator,
+    registers,
+    resident,
+    row_tile,
+    splits,
+    triton_type,
+)
 
 
 @triton.jit
@@ -106,6 +115,7 @@ def vjp_resident(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> T
         BLOCK=block,
         BLOCK_ROW=block_row,
         num_warps=warps,
+        **registers(warps),
     )
     return out
 
@@ -212,6 +222,7 @@ def hessian_resident(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tens
         BLOCK=block,
         BLOCK_ROW=block_row,
         num_warps=warps,
+        **registers(warps),
     )
     return out
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layers import softmin as aten
-from ..runtime.triton_launch import accumulator, resident, row_tile, splits, triton_type
+from ..runtime.triton_launch import accumulator, registers, resident, row_tile, splits, triton_type
 
 
 @triton.jit
@@ -82,6 +82,7 @@ def vjp_resident(factor: Tensor, input: Tensor) -> Tensor:
         BLOCK=block,
         BLOCK_ROW=block_row,
         num_warps=warps,
+        **registers(warps),
     )
     return out
 
@@ -163,6 +164,7 @@ def hessian_resident(delta: Tensor, tangent: Tensor, input: Tensor) -> Tensor:
         BLOCK=block,
         BLOCK_ROW=block_row,
         num_warps=warps,
+        **registers(warps),
     )
     return out
 

@@ -17,7 +17,7 @@ TILE_ROWS = 128  # no tile has more rows
 SMALLEST_TILE = 32  # rows and columns of the smallest matrix tile
 POINTWISE_BLOCK = 1024
 REDUCE_ROWS, REDUCE_LANES = 8, 128
-ROW_STEPS, ROW_LANES = 32, 32
+ROW_STEPS, ROW_LANES, ROW_WARPS = 32, 32, 4
 RESIDENT = 4096  # float32 numbers of the longest row that stays in registers
 
 
@@ -84,9 +84,22 @@ def row_tile(elements: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return block, rows, min(16, max(4, width * block * rows // 256))
 
 
+def registers(warps: int) -> dict[str, int]:
+    """All the registers that a block of some warps can have: unasked, ptxas spills a few where one more block then fits.
+
+    AMD's compiler has no such option.
+    """
+    return {} if torch.version.hip is not None else {"maxnreg": min(255, 65536 // (32 * warps))}
+
+
 def tiles(*choices: tuple[dict[str, int], int]) -> list[triton.Config]:
-    """Autotuning configurations from (block sizes, warps); the interpreter, which cannot measure, takes the first."""
-    configs = [triton.Config(blocks, num_warps=warps) for blocks, warps in choices]
+    """Autotuning configurations from (block sizes, warps); the interpreter, which cannot measure, takes the first.
+
+    The first has its registers, so that it spills none; of the others ptxas decides, and the tuner measures.
+    """
+    (blocks, warps), *others = choices
+    configs = [triton.Config(blocks, num_warps=warps, **registers(warps))]
+    configs += [triton.Config(blocks, num_warps=warps) for blocks, warps in others]
     return configs[:1] if triton.knobs.runtime.interpret else configs
 
 
@@ -97,6 +110,7 @@ def fitting(configs: list[triton.Config], tensors: dict[str, Any], **constants: 
 
 
 MATRIX_TILES = tiles(
+    ({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8),
     ({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8),
     ({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 8),
     ({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16}, 4),
