@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 ROOT = Path(__file__).parents[1]
 FEATURES = "tests/test_features.py"
@@ -129,13 +129,11 @@ def _last(text: str) -> str:
 
 def main(selection: str = "") -> int:
     chosen = [mutant for mutant in MUTANTS if selection in mutant.name]
-    table = Table("mutant", "killed", "by", title="Mutation check")
-    survivors = 0
+    console, survivors = Console(width=200), 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for mutant, (dead, reason) in zip(chosen, pool.map(killed, chosen), strict=True):
-            table.add_row(mutant.name, "[green]yes[/]" if dead else "[bold red]NO[/]", reason)
+            console.print("[green]killed[/]  " if dead else "[bold red]SURVIVED[/]", f"{mutant.name}: {escape(reason)}")
             survivors += not dead
-    Console(width=200).print(table)
     print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed")
     return 1 if survivors or not chosen else 0
 

@@ -92,15 +92,9 @@ def registers(warps: int) -> dict[str, int]:
     return {} if torch.version.hip is not None else {"maxnreg": min(255, 65536 // (32 * warps))}
 
 
-def tiles(*choices: tuple[dict[str, int], int]) -> list[triton.Config]:
-    """Autotuning configurations from (block sizes, warps); the interpreter, which cannot measure, takes the first.
-
-    The first has its registers, so that it spills none; of the others ptxas decides, and the tuner measures.
-    """
-    (blocks, warps), *others = choices
-    configs = [triton.Config(blocks, num_warps=warps, **registers(warps))]
-    configs += [triton.Config(blocks, num_warps=warps) for blocks, warps in others]
-    return configs[:1] if triton.knobs.runtime.interpret else configs
+def tiles(*configs: triton.Config) -> list[triton.Config]:
+    """Autotuning configurations; the interpreter, which cannot measure, takes the first."""
+    return list(configs[:1] if triton.knobs.runtime.interpret else configs)
 
 
 def fitting(configs: list[triton.Config], tensors: dict[str, Any], **constants: Any) -> list[triton.Config]:
@@ -109,11 +103,16 @@ def fitting(configs: list[triton.Config], tensors: dict[str, Any], **constants: 
     return [config for config in configs if config.kwargs["BLOCK_M"] * config.kwargs["BLOCK_N"] <= most]
 
 
+#: What a dtype starts from has its registers, so that it spills none; of the others ptxas decides, and the tuner measures.
 MATRIX_TILES = tiles(
-    ({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8),
-    ({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8),
-    ({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 8),
-    ({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16}, 4),
-    ({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}, 4),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, num_warps=8, **registers(8)),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, num_warps=8),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=8),
+    triton.Config({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16}, num_warps=4),
+    triton.Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}, num_warps=4, **registers(4)),
 )
-GRAM_TILES = tiles(({"BLOCK_K": 16}, 8), ({"BLOCK_K": 32}, 8), ({"BLOCK_K": 32}, 4))
+GRAM_TILES = tiles(
+    triton.Config({"BLOCK_K": 16}, num_warps=8),
+    triton.Config({"BLOCK_K": 32}, num_warps=8),
+    triton.Config({"BLOCK_K": 32}, num_warps=4),
+)
