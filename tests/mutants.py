@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 ROOT = Path(__file__).parents[1]
 FEATURES = "tests/test_features.py"
@@ -43,6 +43,8 @@ MUTANTS = [
     Mutant("definition: scale of tanh", f"{GEN}/definitions/layers/tanh.py", "tanh(z))", "2 * tanh(z))"),
     Mutant("definition: index of the weight", f"{GEN}/definitions/layers/linear.py", "Sum(W[o, i] * x[n, r, i], i) + b[o]",
            "Sum(W[o, i] * x[n, r, i], i) + 2 * b[o]"),
+    Mutant("definition: norms centred once", f"{GEN}/definitions/standardised.py", "Statement(shifted[axes], x - shift[kept])",
+           "Statement(shifted[axes], x)", "tests/test_accuracy.py"),
     Mutant("definition: scale of the squared error", f"{GEN}/definitions/losses/mse_loss.py", "(f[n, j] - y[n, j]) ** 2",
            "(f[n, j] - y[n, j]) ** 2 / 2"),
     Mutant("definition: variance of the likelihood", f"{GEN}/definitions/losses/mse_loss.py", "Rational(1, 2)", "Rational(1, 1)",
@@ -133,13 +135,11 @@ def _last(text: str) -> str:
 
 def main(selection: str = "") -> int:
     chosen = [mutant for mutant in MUTANTS if selection in mutant.name]
-    table = Table("mutant", "killed", "by", title="Mutation check")
-    survivors = 0
+    console, survivors = Console(width=200), 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for mutant, (dead, reason) in zip(chosen, pool.map(killed, chosen), strict=True):
-            table.add_row(mutant.name, "[green]yes[/]" if dead else "[bold red]NO[/]", reason)
+            console.print("[green]killed[/]  " if dead else "[bold red]SURVIVED[/]", f"{mutant.name}: {escape(reason)}")
             survivors += not dead
-    Console(width=200).print(table)
     print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed")
     return 1 if survivors or not chosen else 0
 

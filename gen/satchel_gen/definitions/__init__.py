@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from ..calculus.derive import Statement
+from ..calculus.derive import Constant, Statement
 from ..notation import (
     NDIM,
     Equal,
@@ -93,8 +93,8 @@ def _modules(folder: str) -> list[ModuleType]:
 
 
 __all__ = [
-    "NDIM", "Bernoulli", "Categorical", "Classes", "Composite", "DefinitionError", "Definitions", "Equal", "Example", "Feature",
-    "Index", "Laplace", "Layer", "Length", "LogSumExp", "Loss", "NoDistribution", "NodeCall", "Normal", "Option", "Passing",
+    "NDIM", "Bernoulli", "Categorical", "Classes", "Composite", "Constant", "DefinitionError", "Definitions", "Equal", "Example",
+    "Feature", "Index", "Laplace", "Layer", "Length", "LogSumExp", "Loss", "NoDistribution", "NodeCall", "Normal", "Option", "Passing",
     "Poisson", "Quantity", "Refused", "Statement", "Sum", "activation", "extent", "indices", "load", "options", "sigmoid",
     "softplus", "tensors", "z",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import reduce
 from math import prod
 from operator import add
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,9 +82,11 @@ def by_displacement(
         for g in range(G):
             for a, total in _boxes(last_first[g], displacement, starts, places, dilation):
                 b = tuple(i + k for i, k in zip(a, displacement, strict=True))
-                result[(g, slice(None), *a, slice(None), *b)] = total
+                here: tuple[Any, ...] = (g, slice(None), *a, slice(None), *b)
+                mirrored: tuple[Any, ...] = (g, slice(None), *b, slice(None), *a)
+                result[here] = total
                 if displacement != zero:
-                    result[(g, slice(None), *b, slice(None), *a)] = total.mT
+                    result[mirrored] = total.mT
     return result
 
 

@@ -2,8 +2,10 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """torch.nn.GroupNorm
 
-mean[n, g] = (Σ_{c,s} input[n, g, c, s]) / (C S)
-centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
+shift[n, g] = (Σ_{c,s} input[n, g, c, s]) / (C S), held constant
+shifted[n, g, c, s] = input[n, g, c, s] − shift[n, g]
+mean[n, g] = (Σ_{c,s} shifted[n, g, c, s]) / (C S)
+centred[n, g, c, s] = shifted[n, g, c, s] − mean[n, g]
 variance[n, g] = (Σ_{c,s} centred[n, g, c, s]²) / (C S)
 rstd[n, g] = 1/sqrt(variance[n, g] + eps)
 normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]
@@ -21,8 +23,10 @@ from ..runtime.rules import Layer, Rule
 
 @widened
 def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """mean[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
-    centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
+    """shift[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
+    shifted[n, g, c, s] = input[n, g, c, s] − shift[n, g]
+    mean[n, g] = Σ_{c,s} shifted[n, g, c, s] / (C S)
+    centred[n, g, c, s] = shifted[n, g, c, s] − mean[n, g]
     variance[n, g] = Σ_{c,s} centred[n, g, c, s]² / (C S)
     rstd[n, g] = 1/sqrt(variance[n, g] + eps)
     bar_normalised[v, n, g, c, s] = factor[v, n, g, c, s] weight[g, c]
@@ -36,8 +40,10 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     factor [V, N, G, C, S], input [N, G, C, S], weight [G, C] → [V, N, G, C, S]
     """
     *_, C, S = factor.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
+    shift = input.sum((2, 3)) / (C * S)
+    shifted = input - shift[:, :, None, None]
+    mean = shifted.sum((2, 3)) / (C * S)
+    centred = shifted - mean[:, :, None, None]
     variance = centred.square().sum((2, 3)) / (C * S)
     rstd = torch.pow(variance + eps, -1 / 2)
     bar_normalised = weight[:, :, None] * factor
@@ -50,8 +56,10 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @widened
 def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """mean[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
-    centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
+    """shift[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
+    shifted[n, g, c, s] = input[n, g, c, s] − shift[n, g]
+    mean[n, g] = Σ_{c,s} shifted[n, g, c, s] / (C S)
+    centred[n, g, c, s] = shifted[n, g, c, s] − mean[n, g]
     variance[n, g] = Σ_{c,s} centred[n, g, c, s]² / (C S)
     bar_normalised[n, g, c, s] = delta[n, g, c, s] weight[g, c]
     bar_rstd[n, g] = Σ_{c,s} bar_normalised[n, g, c, s] centred[n, g, c, s]
@@ -71,8 +79,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     delta [N, G, C, S], tangent [V, N, G, C, S], input [N, G, C, S], weight [G, C] → [V, N, G, C, S]
     """
     *_, C, S = delta.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
+    shift = input.sum((2, 3)) / (C * S)
+    shifted = input - shift[:, :, None, None]
+    mean = shifted.sum((2, 3)) / (C * S)
+    centred = shifted - mean[:, :, None, None]
     variance = centred.square().sum((2, 3)) / (C * S)
     bar_normalised = weight[:, :, None] * delta
     bar_rstd = (bar_normalised * centred).sum((2, 3))
@@ -95,8 +105,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
 
 
 def normalised_from(input: Tensor, eps: float) -> Tensor:
-    """mean[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
-    centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
+    """shift[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
+    shifted[n, g, c, s] = input[n, g, c, s] − shift[n, g]
+    mean[n, g] = Σ_{c,s} shifted[n, g, c, s] / (C S)
+    centred[n, g, c, s] = shifted[n, g, c, s] − mean[n, g]
     variance[n, g] = Σ_{c,s} centred[n, g, c, s]² / (C S)
     rstd[n, g] = 1/sqrt(variance[n, g] + eps)
     normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]
@@ -104,8 +116,10 @@ def normalised_from(input: Tensor, eps: float) -> Tensor:
     input [N, G, C, S] → [N, G, C, S]
     """
     *_, C, S = input.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
+    shift = input.sum((2, 3)) / (C * S)
+    shifted = input - shift[:, :, None, None]
+    mean = shifted.sum((2, 3)) / (C * S)
+    centred = shifted - mean[:, :, None, None]
     variance = centred.square().sum((2, 3)) / (C * S)
     rstd = torch.pow(variance + eps, -1 / 2)
     return rstd[:, :, None, None] * centred
@@ -348,8 +362,10 @@ LAYER = Layer(
     name="GroupNorm",
     module=torch.nn.GroupNorm,
     formula=(
-        "mean[n, g] = (Σ_{c,s} input[n, g, c, s]) / (C S); "
-        "centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]; "
+        "shift[n, g] = (Σ_{c,s} input[n, g, c, s]) / (C S), held constant; "
+        "shifted[n, g, c, s] = input[n, g, c, s] − shift[n, g]; "
+        "mean[n, g] = (Σ_{c,s} shifted[n, g, c, s]) / (C S); "
+        "centred[n, g, c, s] = shifted[n, g, c, s] − mean[n, g]; "
         "variance[n, g] = (Σ_{c,s} centred[n, g, c, s]²) / (C S); "
         "rstd[n, g] = 1/sqrt(variance[n, g] + eps); "
         "normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]; "

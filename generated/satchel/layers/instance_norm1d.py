@@ -2,8 +2,10 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """torch.nn.InstanceNorm1d
 
-mean[n, c] = (Σ_{s} input[n, c, s]) / S
-centred[n, c, s] = input[n, c, s] − mean[n, c]
+shift[n, c] = (Σ_{s} input[n, c, s]) / S, held constant
+shifted[n, c, s] = input[n, c, s] − shift[n, c]
+mean[n, c] = (Σ_{s} shifted[n, c, s]) / S
+centred[n, c, s] = shifted[n, c, s] − mean[n, c]
 variance[n, c] = (Σ_{s} centred[n, c, s]²) / S
 rstd[n, c] = 1/sqrt(variance[n, c] + eps)
 normalised[n, c, s] = centred[n, c, s] rstd[n, c]
@@ -21,8 +23,10 @@ from ..runtime.rules import Layer, Rule
 
 @widened
 def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """mean[n, c] = Σ_{s} input[n, c, s] / S
-    centred[n, c, s] = input[n, c, s] − mean[n, c]
+    """shift[n, c] = Σ_{s} input[n, c, s] / S
+    shifted[n, c, s] = input[n, c, s] − shift[n, c]
+    mean[n, c] = Σ_{s} shifted[n, c, s] / S
+    centred[n, c, s] = shifted[n, c, s] − mean[n, c]
     variance[n, c] = Σ_{s} centred[n, c, s]² / S
     rstd[n, c] = 1/sqrt(variance[n, c] + eps)
     bar_normalised[v, n, c, s] = factor[v, n, c, s] weight[c]
@@ -35,8 +39,10 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     factor [V, N, C, S], input [N, C, S], weight [C] → [V, N, C, S]
     """
     S = factor.shape[3]
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
+    shift = input.sum(2) / S
+    shifted = input - shift[:, :, None]
+    mean = shifted.sum(2) / S
+    centred = shifted - mean[:, :, None]
     variance = centred.square().sum(2) / S
     rstd = torch.pow(variance + eps, -1 / 2)
     bar_normalised = weight[:, None] * factor
@@ -49,8 +55,10 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @widened
 def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """mean[n, c] = Σ_{s} input[n, c, s] / S
-    centred[n, c, s] = input[n, c, s] − mean[n, c]
+    """shift[n, c] = Σ_{s} input[n, c, s] / S
+    shifted[n, c, s] = input[n, c, s] − shift[n, c]
+    mean[n, c] = Σ_{s} shifted[n, c, s] / S
+    centred[n, c, s] = shifted[n, c, s] − mean[n, c]
     variance[n, c] = Σ_{s} centred[n, c, s]² / S
     bar_normalised[n, c, s] = delta[n, c, s] weight[c]
     bar_rstd[n, c] = Σ_{s} bar_normalised[n, c, s] centred[n, c, s]
@@ -70,8 +78,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     delta [N, C, S], tangent [V, N, C, S], input [N, C, S], weight [C] → [V, N, C, S]
     """
     S = delta.shape[2]
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
+    shift = input.sum(2) / S
+    shifted = input - shift[:, :, None]
+    mean = shifted.sum(2) / S
+    centred = shifted - mean[:, :, None]
     variance = centred.square().sum(2) / S
     bar_normalised = weight[:, None] * delta
     bar_rstd = (bar_normalised * centred).sum(2)
@@ -94,8 +104,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
 
 
 def normalised_from(input: Tensor, eps: float) -> Tensor:
-    """mean[n, c] = Σ_{s} input[n, c, s] / S
-    centred[n, c, s] = input[n, c, s] − mean[n, c]
+    """shift[n, c] = Σ_{s} input[n, c, s] / S
+    shifted[n, c, s] = input[n, c, s] − shift[n, c]
+    mean[n, c] = Σ_{s} shifted[n, c, s] / S
+    centred[n, c, s] = shifted[n, c, s] − mean[n, c]
     variance[n, c] = Σ_{s} centred[n, c, s]² / S
     rstd[n, c] = 1/sqrt(variance[n, c] + eps)
     normalised[n, c, s] = centred[n, c, s] rstd[n, c]
@@ -103,8 +115,10 @@ def normalised_from(input: Tensor, eps: float) -> Tensor:
     input [N, C, S] → [N, C, S]
     """
     S = input.shape[2]
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
+    shift = input.sum(2) / S
+    shifted = input - shift[:, :, None]
+    mean = shifted.sum(2) / S
+    centred = shifted - mean[:, :, None]
     variance = centred.square().sum(2) / S
     rstd = torch.pow(variance + eps, -1 / 2)
     return rstd[:, :, None] * centred
@@ -342,8 +356,10 @@ LAYER = Layer(
     name="InstanceNorm1d",
     module=torch.nn.InstanceNorm1d,
     formula=(
-        "mean[n, c] = (Σ_{s} input[n, c, s]) / S; "
-        "centred[n, c, s] = input[n, c, s] − mean[n, c]; "
+        "shift[n, c] = (Σ_{s} input[n, c, s]) / S, held constant; "
+        "shifted[n, c, s] = input[n, c, s] − shift[n, c]; "
+        "mean[n, c] = (Σ_{s} shifted[n, c, s]) / S; "
+        "centred[n, c, s] = shifted[n, c, s] − mean[n, c]; "
         "variance[n, c] = (Σ_{s} centred[n, c, s]²) / S; "
         "rstd[n, c] = 1/sqrt(variance[n, c] + eps); "
         "normalised[n, c, s] = centred[n, c, s] rstd[n, c]; "

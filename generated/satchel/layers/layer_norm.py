@@ -2,8 +2,10 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """torch.nn.LayerNorm
 
-mean[n, r] = (Σ_{j} input[n, r, j]) / J
-centred[n, r, j] = input[n, r, j] − mean[n, r]
+shift[n, r] = (Σ_{j} input[n, r, j]) / J, held constant
+shifted[n, r, j] = input[n, r, j] − shift[n, r]
+mean[n, r] = (Σ_{j} shifted[n, r, j]) / J
+centred[n, r, j] = shifted[n, r, j] − mean[n, r]
 variance[n, r] = (Σ_{j} centred[n, r, j]²) / J
 rstd[n, r] = 1/sqrt(variance[n, r] + eps)
 normalised[n, r, j] = centred[n, r, j] rstd[n, r]
@@ -21,8 +23,10 @@ from ..runtime.rules import Layer, Rule
 
 @widened
 def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """mean[n, r] = Σ_{j} input[n, r, j] / J
-    centred[n, r, j] = input[n, r, j] − mean[n, r]
+    """shift[n, r] = Σ_{j} input[n, r, j] / J
+    shifted[n, r, j] = input[n, r, j] − shift[n, r]
+    mean[n, r] = Σ_{j} shifted[n, r, j] / J
+    centred[n, r, j] = shifted[n, r, j] − mean[n, r]
     variance[n, r] = Σ_{j} centred[n, r, j]² / J
     rstd[n, r] = 1/sqrt(variance[n, r] + eps)
     bar_normalised[v, n, r, j] = factor[v, n, r, j] weight[j]
@@ -35,8 +39,10 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J], weight [J] → [V, N, R, J]
     """
     J = factor.shape[3]
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
+    shift = input.sum(2) / J
+    shifted = input - shift[:, :, None]
+    mean = shifted.sum(2) / J
+    centred = shifted - mean[:, :, None]
     variance = centred.square().sum(2) / J
     rstd = torch.pow(variance + eps, -1 / 2)
     bar_normalised = weight * factor
@@ -49,8 +55,10 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @widened
 def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """mean[n, r] = Σ_{j} input[n, r, j] / J
-    centred[n, r, j] = input[n, r, j] − mean[n, r]
+    """shift[n, r] = Σ_{j} input[n, r, j] / J
+    shifted[n, r, j] = input[n, r, j] − shift[n, r]
+    mean[n, r] = Σ_{j} shifted[n, r, j] / J
+    centred[n, r, j] = shifted[n, r, j] − mean[n, r]
     variance[n, r] = Σ_{j} centred[n, r, j]² / J
     bar_normalised[n, r, j] = delta[n, r, j] weight[j]
     bar_rstd[n, r] = Σ_{j} bar_normalised[n, r, j] centred[n, r, j]
@@ -70,8 +78,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     delta [N, R, J], tangent [V, N, R, J], input [N, R, J], weight [J] → [V, N, R, J]
     """
     J = delta.shape[2]
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
+    shift = input.sum(2) / J
+    shifted = input - shift[:, :, None]
+    mean = shifted.sum(2) / J
+    centred = shifted - mean[:, :, None]
     variance = centred.square().sum(2) / J
     bar_normalised = weight * delta
     bar_rstd = (bar_normalised * centred).sum(2)
@@ -94,8 +104,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
 
 
 def normalised_from(input: Tensor, eps: float) -> Tensor:
-    """mean[n, r] = Σ_{j} input[n, r, j] / J
-    centred[n, r, j] = input[n, r, j] − mean[n, r]
+    """shift[n, r] = Σ_{j} input[n, r, j] / J
+    shifted[n, r, j] = input[n, r, j] − shift[n, r]
+    mean[n, r] = Σ_{j} shifted[n, r, j] / J
+    centred[n, r, j] = shifted[n, r, j] − mean[n, r]
     variance[n, r] = Σ_{j} centred[n, r, j]² / J
     rstd[n, r] = 1/sqrt(variance[n, r] + eps)
     normalised[n, r, j] = centred[n, r, j] rstd[n, r]
@@ -103,8 +115,10 @@ def normalised_from(input: Tensor, eps: float) -> Tensor:
     input [N, R, J] → [N, R, J]
     """
     J = input.shape[2]
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
+    shift = input.sum(2) / J
+    shifted = input - shift[:, :, None]
+    mean = shifted.sum(2) / J
+    centred = shifted - mean[:, :, None]
     variance = centred.square().sum(2) / J
     rstd = torch.pow(variance + eps, -1 / 2)
     return rstd[:, :, None] * centred
@@ -342,8 +356,10 @@ LAYER = Layer(
     name="LayerNorm",
     module=torch.nn.LayerNorm,
     formula=(
-        "mean[n, r] = (Σ_{j} input[n, r, j]) / J; "
-        "centred[n, r, j] = input[n, r, j] − mean[n, r]; "
+        "shift[n, r] = (Σ_{j} input[n, r, j]) / J, held constant; "
+        "shifted[n, r, j] = input[n, r, j] − shift[n, r]; "
+        "mean[n, r] = (Σ_{j} shifted[n, r, j]) / J; "
+        "centred[n, r, j] = shifted[n, r, j] − mean[n, r]; "
         "variance[n, r] = (Σ_{j} centred[n, r, j]²) / J; "
         "rstd[n, r] = 1/sqrt(variance[n, r] + eps); "
         "normalised[n, r, j] = centred[n, r, j] rstd[n, r]; "
