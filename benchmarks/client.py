@@ -24,7 +24,7 @@ class Worker:
 
     def ask(self, timeout: float, **request: Any) -> dict[str, Any]:
         """The answer; {"failed": why} where there is none."""
-        forks = request["do"] in ("memory", "values")
+        forks = request["do"] in ("memory", "values", "count")
         process = self._forker if forks else self._timer
         assert process.stdin is not None
         process.stdin.write(json.dumps(request) + "\n")

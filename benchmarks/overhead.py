@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+import plot
 import report
+from bound import bound
 from cells import CELLS
 from check import agreement
 from client import Worker
@@ -36,7 +39,7 @@ class Run:
 
     def __init__(self, workers: list[Worker], network: str, cells: list[str], budget: float) -> None:
         self.workers, self.network, self.cells, self.budget = workers, network, cells, budget
-        self.results: dict[str, dict[str, Cell]] = {cell: {} for cell in cells}
+        self.results: report.Results = {cell: {worker.implementation: {} for worker in workers} for cell in cells}
         self._steps: dict[tuple[str, str], dict[str, int]] = {}
         self._spent: dict[tuple[str, str], float] = {}
         self._rounds: dict[tuple[str, str], list[Any]] = {}
@@ -44,22 +47,36 @@ class Run:
     def check(self) -> None:
         """Whoever computes something else than satchel has failed."""
         reference = next((worker for worker in self.workers if worker.implementation == "satchel"), None)
+        errors: dict[tuple[str, str], Cell] = {}
         for cell, worker in self._pairs():
-            if reference is not None and worker is not reference:
-                self._note(cell, worker, agreement(reference, worker, self.network, cell, self.budget))
-
-    def remember_peaks(self) -> None:
-        for cell, worker in self._pairs():
-            answer = worker.ask(self.budget, do="memory", network=self.network, cell=cell)
-            self._note(cell, worker, peaks(answer))
+            if reference is None or worker is reference:
+                continue
+            for feature in CELLS[cell]:
+                key = feature, worker.implementation
+                if key not in errors:
+                    errors[key] = agreement(reference, worker, self.network, feature, self.budget)
+                self._note(cell, worker, {"errors": {}, **self.results[cell][worker.implementation]})
+                self.results[cell][worker.implementation]["errors"][feature] = errors[key].get("error")
+                if "failed" in errors[key]:
+                    self._note(cell, worker, {"failed": errors[key]["failed"]})
+                    break
 
     def prepare(self) -> None:
+        """First steps. A set is not tried by whom one of its members is too dear."""
         for cell, worker in self._pairs():
-            answer = worker.ask(self.budget, do="prepare", network=self.network, cell=cell)
+            members = {name: self.results.get(name, {}).get(worker.implementation, {}) for name in CELLS[cell]}
+            answer = next(
+                ({"failed": f"{name}: {found['failed']}"} for name, found in members.items() if "failed" in found), None
+            ) or worker.ask(self.budget, do="prepare", network=self.network, cell=cell)
             if "failed" in answer:
                 self._note(cell, worker, answer)
             else:
-                self._steps[cell, worker.implementation] = answer
+                self._steps[cell, worker.implementation] = {step: int(count) for step, count in answer.items()}
+
+    def remember_peaks(self) -> None:
+        for cell, worker in self._pairs():
+            answer = worker.ask(10 * self.budget, do="memory", network=self.network, cell=cell)
+            self._note(cell, worker, peaks(answer))
 
     def round(self, first: bool) -> None:
         """One ratio of each cell that has time left."""
@@ -76,7 +93,13 @@ class Run:
             else:
                 self._rounds.setdefault(key, []).append(answer)
 
-    def summarise(self) -> dict[str, dict[str, Cell]]:
+    def find_bounds(self, rates: dict[str, Any]) -> None:
+        for cell, worker in self._pairs():
+            if worker.implementation == "satchel":
+                counts = worker.ask(10 * self.budget, do="count", network=self.network, cell=cell)
+                self._note(cell, worker, {"bound": counts if "failed" in counts else bound(counts, rates, cell)})
+
+    def summarise(self) -> report.Results:
         for cell, worker in self._pairs():
             self._note(cell, worker, timings(self._rounds[cell, worker.implementation]))
         return self.results
@@ -87,11 +110,11 @@ class Run:
             (cell, worker)
             for cell in self.cells
             for worker in self.workers
-            if "failed" not in self.results[cell].get(worker.implementation, {})
+            if "failed" not in self.results[cell][worker.implementation]
         ]
 
     def _note(self, cell: str, worker: Worker, found: Cell) -> None:
-        self.results[cell].setdefault(worker.implementation, {}).update(found)
+        self.results[cell][worker.implementation].update(found)
 
 
 def chosen(given: str | None, known: dict[str, Any], option: str) -> list[str]:
@@ -114,9 +137,8 @@ def main(
     memory: Annotated[float, typer.Option(help="GB that a process may take.")] = 13,
     checks: Annotated[bool, typer.Option(help="Compare results with satchel's first.")] = True,
     peak: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
-    quick: Annotated[
-        bool, typer.Option(help="For development: one network, few features and repeats, no checks.")
-    ] = False,
+    bounds: Annotated[bool, typer.Option(help="Count what satchel's programs cost at the least.")] = True,
+    quick: Annotated[bool, typer.Option(help="For development: one network, few features and repeats.")] = False,
     compare: Annotated[Path | None, typer.Option(help="An earlier result, to be shown beside this one.")] = None,
     out: Annotated[Path, typer.Option(help="Where to write the results.")] = Path("overhead.json"),
 ) -> None:
@@ -124,7 +146,7 @@ def main(
     console = Console()
     if quick:
         networks, features, impl = networks or QUICK["networks"], features or QUICK["features"], impl or QUICK["impl"]
-        repeats, checks = min(repeats, 5), False
+        repeats, checks, bounds = min(repeats, 5), False, False
     cells, names = chosen(features, CELLS, "--features"), chosen(impl, PEERS, "--impl")
     interpreters = dict.fromkeys(names, sys.executable) | dict(pair.split("=", 1) for pair in python or ())
     workers = [Worker(name, interpreters[name], threads, int(memory * 1e9)) for name in names]
@@ -135,12 +157,18 @@ def main(
             console.print(f"[red]{worker.implementation} takes no part: {worker.about['failed']}[/]", highlight=False)
     workers = [worker for worker in workers if "failed" not in worker.about]
 
+    measurer = next((worker for worker in workers if worker.implementation == "satchel"), None)
+    rates = measurer.ask(120, do="machine", network="", cell="") if measurer and bounds else {}
+    results["machine"] = rates
+
     for name in chosen(networks, NETWORKS, "--networks"):
         own = [cell for cell in cells if not NETWORKS[name].cells or cell in NETWORKS[name].cells]
         run = Run(workers, name, own, budget)
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(name, total=repeats + 3)
-            for stage in [run.check] * checks + [run.remember_peaks] * peak + [run.prepare]:
+            stages = [run.check] * checks + [run.prepare] + [run.remember_peaks] * peak
+            stages += [partial(run.find_bounds, rates)] * bool(rates)
+            task = progress.add_task(name, total=repeats + len(stages))
+            for stage in stages:
                 stage()
                 progress.advance(task)
             for index in range(repeats):
@@ -148,13 +176,15 @@ def main(
                 progress.advance(task)
         results["networks"][name] = run.summarise()
         out.write_text(json.dumps(results, indent=2) + "\n")  # after each network: a long run may be interrupted
-        for table in report.tables(name, run.results):
-            console.print(table)
+        for grid in report.grids(name, run.results):
+            console.print(report.rich_table(grid))
     for worker in workers:
         worker.close()
     if compare:
         console.print(report.comparison(json.loads(compare.read_text()), results))
-    console.print(f"Wrote {out}")
+    out.with_suffix(".md").write_text(report.markdown(results))
+    plot.draw(results, out.with_suffix(".png"))
+    console.print(f"Wrote {out}, and .md and .png beside it")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Tables of results."""
+"""Tables of results, on the terminal and in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -12,30 +13,67 @@ from rich.table import Table
 from summary import Cell
 
 Results = dict[str, dict[str, Cell]]
+TITLES = {
+    "wall": "elapsed time with the features / without (quartiles)",
+    "cpu": "CPU time with the features / without (quartiles)",
+    "memory": "peak memory in MB above the gradient's",
+}
 
 
-def tables(network: str, results: Results) -> Iterator[Table]:
-    """Cells down, implementations across: ratios of elapsed and CPU time with quartiles, then memory."""
-    implementations = list(dict.fromkeys(name for cell in results.values() for name in cell))
-    for clock, title in (("wall", "elapsed"), ("cpu", "CPU")):
-        yield _table(f"{network}: {title} time with the features / without", implementations, results, clock)
-    if any("memory" in found for cell in results.values() for found in cell.values()):
-        yield _table(f"{network}: peak memory in MB above the gradient's", implementations, results, "memory")
+@dataclass(frozen=True)
+class Grid:
+    """Cells down, implementations across. `best`: the column of each row's least number, if there is one."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    best: list[int | None]
 
 
-def _table(title: str, implementations: list[str], results: Results, what: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    table.add_column("features")
-    for implementation in implementations:
-        table.add_column(implementation, justify="right")
+def grids(network: str, results: Results) -> Iterator[Grid]:
+    for what, title in TITLES.items():
+        if any(what in found for cell in results.values() for found in cell.values()):
+            yield grid(f"{network}: {title}", results, what)
+
+
+def grid(title: str, results: Results, what: str) -> Grid:
+    implementations = list(next(iter(results.values())))
+    bounded = what != "memory" and any("bound" in found for cell in results.values() for found in cell.values())
+    rows, best = [], []
     for cell, found in results.items():
-        best = min((value(found[name], what) for name in found), default=None)
-        texts = []
-        for name in implementations:
-            text = escape(shown(found.get(name, {}), what))
-            texts.append(f"[bold]{text}[/]" if name in found and value(found[name], what) == best else text)
-        table.add_row(cell, *texts)
+        numbers = [value(found[name], what) for name in implementations]
+        least = min(numbers)
+        best.append(None if least == float("inf") else 1 + numbers.index(least))
+        bounds = [bound_ratio(found, what)] if bounded else []
+        rows.append([cell, *(shown(found[name], what) for name in implementations), *bounds])
+    return Grid(title, ["features", *implementations, *(["bound"] if bounded else [])], rows, best)
+
+
+def rich_table(grid: Grid) -> Table:
+    table = Table(title=grid.title, box=box.SIMPLE_HEAD)
+    for index, name in enumerate(grid.head):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row, best in zip(grid.rows, grid.best, strict=True):
+        table.add_row(*(f"[bold]{escape(text)}[/]" if k == best else escape(text) for k, text in enumerate(row)))
     return table
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """All tables, with the environment."""
+    about = results["environment"]
+    versions = ", ".join(f"{name} {found.get('version', '–')}" for name, found in results["implementations"].items())
+    lines = [f"{about['cpu']}, {about['threads']} threads, commit {about['commit'][:12]}; {versions}.", ""]
+    for network, found in results["networks"].items():
+        for table in grids(network, found):
+            lines += [f"**{table.title}**", "", _line(table.head), _line(["---"] * len(table.head))]
+            for row, best in zip(table.rows, table.best, strict=True):
+                lines.append(_line([f"**{text}**" if k == best else text for k, text in enumerate(row)]))
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _line(texts: list[str]) -> str:
+    return f"| {' | '.join(text.replace('|', '/') for text in texts)} |"
 
 
 def value(found: Cell, what: str) -> float:
@@ -45,24 +83,39 @@ def value(found: Cell, what: str) -> float:
     return float(found[what]["extra_mb" if what == "memory" else "ratio"])
 
 
+def bound_ratio(found: dict[str, Cell], clock: str) -> str:
+    ratio = lower_bound(found, clock)
+    return "–" if ratio is None else f"{ratio:.2f}"
+
+
+def lower_bound(found: dict[str, Cell], clock: str) -> float | None:
+    """1 + the least time of satchel's programs / that of the gradient, as measured beside satchel."""
+    cell = found.get("satchel", {})
+    if "failed" in cell or clock not in cell.get("bound", {}) or clock not in cell:
+        return None
+    return 1 + 1000 * float(cell["bound"][clock]) / float(cell[clock]["plain_ms"])
+
+
 def shown(found: Cell, what: str) -> str:
-    if not found:
-        return "–"
     if "failed" in found:
-        return brief(found["failed"])
+        return _brief(found["failed"])
+    if what not in found:
+        return "–"
+    if "failed" in found[what]:
+        return _brief(found[what]["failed"])
     if what == "memory":
-        memory = found.get("memory", {"failed": "–"})
-        return brief(memory["failed"]) if "failed" in memory else f"{memory['extra_mb']:.0f}"
+        return f"{found[what]['extra_mb']:.0f}"
     ratio = found[what]
     return f"{ratio['ratio']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
 
 
-def brief(reason: str) -> str:
+def _brief(reason: str) -> str:
+    """A table has no room for it; the JSON has it all."""
     return reason if len(reason) <= 24 else f"{reason[:23]}…"
 
 
 def comparison(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    """Ratios of earlier and these results, where both have the cell."""
+    """Earlier and these results, where both have the cell; the change is that of the CPU ratio."""
     table = Table(title="before → after", box=box.SIMPLE_HEAD)
     for column in ("network", "features", "implementation"):
         table.add_column(column)
@@ -73,9 +126,10 @@ def comparison(before: dict[str, Any], after: dict[str, Any]) -> Table:
             for name, new in found.items():
                 old = before["networks"].get(network, {}).get(cell, {}).get(name)
                 if old is not None:
-                    columns = [f"{_number(old, w)} → {_number(new, w)}" for w in ("wall", "cpu", "memory")]
-                    change = f"{value(new, 'cpu') / value(old, 'cpu'):.2f}"
-                    table.add_row(network, cell, name, columns[0], columns[1], change, columns[2])
+                    wall, cpu, memory = (f"{_number(old, w)} → {_number(new, w)}" for w in TITLES)
+                    known = "inf" not in (str(value(old, "cpu")), str(value(new, "cpu")))
+                    change = f"{value(new, 'cpu') / value(old, 'cpu'):.2f}" if known else "–"
+                    table.add_row(network, cell, name, wall, cpu, change, memory)
     return table
 
 

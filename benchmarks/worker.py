@@ -5,6 +5,8 @@ Speaks JSON lines. Every request names a network and a cell and what to `do`:
     time     seconds per step of wall and CPU, plain and with the features, one right after the other
     memory   bytes of the two peaks above the process's own, in a fork
     values   write the results of a small batch to `path`
+    count    the work of satchel's rules (see bound.py)
+    machine  what the machine can do (see bound.py)
 The answer is an object; {"failed": why} where it could not be done.
 """
 
@@ -24,6 +26,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 
+import bound
 from cells import CELLS, is_exact
 from meter import high_water, seconds_per_step, trimmed_resident
 from peers import PEERS, Unsupported, build
@@ -36,9 +39,8 @@ SMALL = 3
 class Steps:
     """A plain step and one with features, each with what it leaves freed."""
 
-    def __init__(self, implementation: str, network: str, cell: str) -> None:
-        made = NETWORKS[network].task, is_exact(cell)
-        self._plain, self._extended = made[0](made[1]), made[0](made[1])
+    def __init__(self, implementation: str, network: str, cell: str, batch: int | None = None) -> None:
+        self._plain, self._extended = (NETWORKS[network].task(is_exact(cell), batch) for _ in range(2))
         self._compute = build(implementation, self._extended, CELLS[cell])
 
     def plain(self) -> None:
@@ -61,10 +63,14 @@ def prepare(steps: Steps) -> dict[str, int]:
     return counts
 
 
-def memory(steps: Steps) -> dict[str, int]:
-    """Peaks above what the process holds once it has run; the first run of each loads code."""
-    steps.plain()
+def memory(implementation: str, network: str, cell: str) -> dict[str, int]:
+    """Peaks above what the process holds once a tiny batch has loaded all code. Both steps have run before."""
+    tiny = Steps(implementation, network, cell, batch=1)
+    tiny.plain()
+    tiny.extended()
+    steps = Steps(implementation, network, cell)
     own = trimmed_resident()
+    steps.plain()
     steps.extended()
     return {"plain": high_water(steps.plain) - own, "feature": high_water(steps.extended) - own}
 
@@ -164,9 +170,13 @@ def serve(name: str, threads: int, memory_limit: int) -> None:
                     }
                 )
             case "memory":
-                answer = forked(lambda at=at: memory(Steps(name, *at)))
+                answer = forked(lambda at=at: memory(name, *at))
             case "values":
                 answer = forked(lambda request=request: values(name, request))
+            case "count":
+                answer = forked(lambda at=at: bound.count(*at))
+            case "machine":
+                answer = attempt(bound.machine)
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -24,6 +24,11 @@ Compute = Callable[[], Results]
 PEERS = {
     "satchel": "satchel_api",
     "backpack": "backpack_api",
+    "opacus": "opacus_api",
+    "torch.func": "functorch_api",
+    "curvlinops": "curvlinops_api",
+    "asdfghjkl": "asdfghjkl_api",
+    "loop": "loop_api",
 }
 
 

@@ -45,6 +45,7 @@ class Program:
 
 machine = Machine()
 _forced: list[str] = []
+_recordings: list[list[tuple[Program, ...]]] = []
 
 
 @contextmanager
@@ -62,9 +63,22 @@ def forced_program() -> str | None:
     return _forced[-1] if _forced else None
 
 
+@contextmanager
+def recorded() -> Iterator[list[tuple[Program, ...]]]:
+    """Within the context, what each rule had to choose from, in order: its valid programs."""
+    choices: list[tuple[Program, ...]] = []
+    _recordings.append(choices)
+    try:
+        yield choices
+    finally:
+        _recordings.pop()
+
+
 def cheapest(*programs: Program) -> Callable[..., Tensor]:
     """The valid program of least predicted time."""
     valid = [program for program in programs if program.valid]
+    for choices in _recordings:
+        choices.append(tuple(valid))
     name = forced_program()
     if name is not None:
         valid = [p for p in valid if p.function.__name__.endswith(f"_{name}")] or valid
