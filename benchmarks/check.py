@@ -15,30 +15,34 @@ TOLERANCE, RANDOM_TOLERANCE = 1e-3, 0.1
 DRAWS = 100
 
 
+class Different(Exception):
+    """Of another shape."""
+
+
 def agreement(reference: Worker, worker: Worker, network: str, feature: str, timeout: float) -> Cell:
-    """{"error": …}, with {"failed": why} if it is too large."""
+    """{"error": …}, with {"failed": why} if it is too large; {"unchecked": why} where satchel has nothing to compare with.
+
+    A random feature's mean is compared with the exact feature.
+    """
+    expected = EXPECTATION.get(feature, feature)
+    draws = 1 if expected == feature else DRAWS
     with tempfile.TemporaryDirectory() as folder:
-        error = _error(reference, worker, network, feature, timeout, Path(folder))
-    if isinstance(error, str):
-        return {"failed": error}
+        ours, theirs = str(Path(folder) / "ours"), str(Path(folder) / "theirs")
+        common = {"do": "values", "network": network, "cell": feature}
+        answer = worker.ask(timeout * draws, **common, features=[feature], repeats=draws, path=theirs)
+        if "failed" in answer:
+            return answer
+        variant = worker.about["variant"]
+        answer = reference.ask(timeout, **common, features=[expected], repeats=1, path=ours, variant=variant)
+        if "failed" in answer:
+            return {"unchecked": f"satchel: {answer['failed']}"}
+        try:
+            error = _relative(Path(ours), expected, Path(theirs), feature)
+        except Different as difference:
+            return {"failed": f"computes another {feature}: {difference}"}
     if not error <= (RANDOM_TOLERANCE if feature in EXPECTATION else TOLERANCE):
         return {"error": error, "failed": f"computes another {feature}: off by {error:.1%}"}
     return {"error": error}
-
-
-def _error(reference: Worker, worker: Worker, network: str, feature: str, timeout: float, folder: Path) -> float | str:
-    """The relative error of a feature, or why there is none. A random feature's mean is compared with the exact feature."""
-    expected = EXPECTATION.get(feature, feature)
-    common = {"do": "values", "network": network, "cell": feature}
-    theirs = worker.ask(
-        timeout, **common, features=[feature], repeats=1 if expected == feature else DRAWS, path=str(folder / "theirs")
-    )
-    variant = worker.about["variant"]
-    ours = reference.ask(timeout, **common, features=[expected], repeats=1, path=str(folder / "ours"), variant=variant)
-    for answer in (theirs, ours):
-        if "failed" in answer:
-            return str(answer["failed"])
-    return _relative(folder / "ours", expected, folder / "theirs", feature)
 
 
 def _relative(ours: Path, expected: str, theirs: Path, feature: str) -> float:
@@ -63,9 +67,11 @@ def _tensors(ours: Any, theirs: Any) -> Any:
     if theirs is None:
         return
     if isinstance(ours, list):
-        assert len(ours) == len(theirs), f"{len(ours)} tensors, {len(theirs)} of theirs"
+        if len(ours) != len(theirs):
+            raise Different(f"{len(theirs)} tensors, not {len(ours)}")
         for a, b in zip(ours, theirs, strict=True):
             yield from _tensors(a, b)
     else:
-        assert ours.shape == theirs.shape, f"{list(ours.shape)}, theirs {list(theirs.shape)}"
+        if ours.shape != theirs.shape:
+            raise Different(f"{list(theirs.shape)}, not {list(ours.shape)}")
         yield ours, theirs

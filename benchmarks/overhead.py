@@ -55,8 +55,7 @@ class Run:
                 key = feature, worker.implementation
                 if key not in errors:
                     errors[key] = agreement(reference, worker, self.network, feature, self.budget)
-                self._note(cell, worker, {"errors": {}, **self.results[cell][worker.implementation]})
-                self.results[cell][worker.implementation]["errors"][feature] = errors[key].get("error")
+                self.results[cell][worker.implementation].setdefault("checks", {})[feature] = errors[key]
                 if "failed" in errors[key]:
                     self._note(cell, worker, {"failed": errors[key]["failed"]})
                     break

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
 from report import lower_bound, value
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -16,8 +19,6 @@ STYLES: dict[str, dict[str, Any]] = {
 
 def draw(results: dict[str, Any], path: Path, clock: str = "cpu") -> None:
     """Ratios on a logarithmic axis, one panel per network. What has no number is named on the left."""
-    from matplotlib.figure import Figure
-
     networks = results["networks"]
     columns = min(2, len(networks))
     rows = -(-len(networks) // columns)
@@ -61,8 +62,10 @@ def _panel(axis: Any, network: str, cells: dict[str, Any], clock: str) -> None:
     axis.set_xscale("log")
     axis.set_xlim(left=0.9)
     axis.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.grid(axis="x", which="both", color="#eeeeee", zorder=0)
+    axis.grid(axis="x", color="#eeeeee", zorder=0)
     axis.tick_params(axis="x", labelsize=8)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.set_title(network, fontsize=10)

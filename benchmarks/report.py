@@ -111,7 +111,7 @@ def shown(found: Cell, what: str) -> str:
 
 def _brief(reason: str) -> str:
     """A table has no room for it; the JSON has it all."""
-    return reason if len(reason) <= 24 else f"{reason[:23]}…"
+    return reason if len(reason) <= 18 else f"{reason[:17]}…"
 
 
 def comparison(before: dict[str, Any], after: dict[str, Any]) -> Table:

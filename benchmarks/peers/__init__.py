@@ -36,6 +36,13 @@ class Unsupported(Exception):
     """The implementation does not have this, for the reason given."""
 
 
+def take(parameter: Any, field: str) -> Any:
+    """A field that a pass has left, which is then gone from the parameter."""
+    if field not in vars(parameter):
+        raise Unsupported(f"leaves no {field} on a parameter [{', '.join(map(str, parameter.shape))}]")
+    return vars(parameter).pop(field)
+
+
 def build(name: str, task: Task, features: tuple[str, ...]) -> Compute:
     """Raises Unsupported."""
     peer = import_module(f"peers.{PEERS[name]}")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from problems import Task
 
-from . import Compute, Results
+from . import Compute, Results, Unsupported, take
 
 DISTRIBUTION = "asdfghjkl"
 FISHER = {
@@ -51,7 +51,7 @@ def build(task: Task, features: tuple[str, ...]) -> Compute:
         found: Results = {}
         if "BatchGrad" in features:
             asdl.save_batch_gradient(model, lambda: task.loss(model(task.x), task.y).backward())
-            found["BatchGrad"] = [vars(parameter).pop("batch_grad") for parameter in model.parameters()]
+            found["BatchGrad"] = [take(parameter, "batch_grad") for parameter in model.parameters()]
         for kind, wanted in types.items():
             fisher(kind, last="BatchGrad" not in features and kind == next(reversed(types)))
             for feature in wanted:
@@ -65,7 +65,9 @@ def build(task: Task, features: tuple[str, ...]) -> Compute:
 
 
 def _taken(module: Any, name: str, shape: str) -> Any:
-    matrix = module.fisher
+    matrix = getattr(module, "fisher", None)
+    if matrix is None:
+        raise Unsupported(f"leaves no Fisher matrix on a {type(module).__name__}")
     if shape == "diag":
         return getattr(matrix.diag, name)
     if name == "bias":

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
-
-from torch import nn
 
 from problems import Task
 
-from . import Compute, Results, Unsupported
+from . import Compute, Results, take
 
 FIELDS = {
     "BatchGrad": "grad_batch",
@@ -35,12 +32,6 @@ def build(package: str, task: Task, features: tuple[str, ...], **options: str) -
         asked = [getattr(extensions, name)(**(options if name in ("KFAC", "KFLR") else {})) for name in features]
         with library.backpack(*asked):
             loss(model(task.x), task.y).backward()
-        return {name: [_taken(parameter, FIELDS[name]) for parameter in parameters] for name in features}
+        return {name: [take(parameter, FIELDS[name]) for parameter in parameters] for name in features}
 
     return compute
-
-
-def _taken(parameter: nn.Parameter, field: str) -> Any:
-    if field not in vars(parameter):
-        raise Unsupported(f"leaves no {field} on a parameter [{', '.join(map(str, parameter.shape))}]")
-    return vars(parameter).pop(field)

@@ -6,7 +6,7 @@ from typing import Any
 
 from problems import Task
 
-from . import Compute, Results
+from . import Compute, Results, take
 from .individual import FIRST_ORDER, reductions
 
 DISTRIBUTION = "opacus"
@@ -27,7 +27,7 @@ def build(task: Task, features: tuple[str, ...]) -> Compute:
     def compute() -> Results:
         task.loss(model(task.x), task.y).backward()
         if ghost:
-            return {"BatchL2Grad": [vars(parameter).pop("_norm_sample").square() for parameter in parameters]}
+            return {"BatchL2Grad": [take(parameter, "_norm_sample").square() for parameter in parameters]}
         gradients = [parameter.grad_sample for parameter in parameters]
         for parameter in parameters:
             parameter.grad_sample = None
