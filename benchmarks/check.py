@@ -10,8 +10,8 @@ from cells import EXPECTATION
 from client import Worker
 from summary import Cell
 
-#: Relative errors: of what is deterministic, in float32, and of the traces of a mean over random draws.
-TOLERANCE, RANDOM_TOLERANCE = 1e-3, 0.1
+#: Relative errors: of what is deterministic, in float32, and of a mean over random draws.
+TOLERANCE, RANDOM_TOLERANCE = 1e-3, 0.15
 DRAWS = 100
 
 
@@ -22,13 +22,14 @@ class Different(Exception):
 def agreement(reference: Worker, worker: Worker, network: str, feature: str, timeout: float) -> Cell:
     """{"error": …}, with {"failed": why} if it is too large; {"unchecked": why} where satchel has nothing to compare with.
 
-    A random feature's mean is compared with the exact feature.
+    A random feature's mean is compared with the exact feature, where two classes alone are likely: then a draw matters little, since
+    the gradients for labels of probability ½ are each other's negative.
     """
     expected = EXPECTATION.get(feature, feature)
     draws = 1 if expected == feature else DRAWS
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = str(Path(folder) / "ours"), str(Path(folder) / "theirs")
-        common = {"do": "values", "network": network, "cell": feature}
+        common = {"do": "values", "network": network, "cell": feature, "two_classes": draws > 1}
         answer = worker.ask(timeout * draws, **common, features=[feature], repeats=draws, path=theirs)
         if "failed" in answer:
             return answer
@@ -51,15 +52,8 @@ def _relative(ours: Path, expected: str, theirs: Path, feature: str) -> float:
 
     worst = 0.0
     for a, b in _tensors(torch.load(ours)[expected], torch.load(theirs)[feature]):
-        if feature in EXPECTATION:
-            a, b = _trace(a, feature), _trace(b, feature)
         worst = max(worst, float((a - b).norm() / a.norm()) if a.any() else float(b.norm()))
     return worst
-
-
-def _trace(tensor: Any, feature: str) -> Any:
-    """Of a matrix that is given by its diagonal, or as a factor."""
-    return tensor.trace() if feature == "KFAC" else tensor.sum()
 
 
 def _tensors(ours: Any, theirs: Any) -> Any:
