@@ -51,8 +51,10 @@ def test_all_programs_agree_with_the_stored_pullback(layer, rule, extents, monke
         torch.testing.assert_close(
             emitted(layer, f"{rule.name}_{variant.name}")(*arguments), reference, rtol=1e-12, atol=1e-12
         )
-        with cost.forced(variant.name):
+        with cost.forced(variant.name), cost.recorded() as choices:
             torch.testing.assert_close(emitted(layer, rule.name)(*arguments), reference, rtol=1e-12, atol=1e-12)
+        (valid,) = choices
+        assert f"{rule.name}_{variant.name}" in {program.function.__name__ for program in valid}
 
 
 #: Where each program must win: by far the fewest operations, or the least memory.
