@@ -48,7 +48,9 @@ def test_all_programs_agree_with_the_stored_pullback(layer, rule, extents, monke
     weights = others[: "sign" in rule.arguments]
     pullbacks = emitted(layer, f"{rule.name.removesuffix(rule.quantity)}per_sample")(factor, *others[len(weights) :])
     reference = REDUCTIONS[rule.quantity].function(pullbacks, *weights)
-    programs = emitted(layer, rule.name).valid(factor, *others)
+    with cost.recorded() as choices:
+        programs = emitted(layer, rule.name).valid(factor, *others)
+    assert choices == [tuple(programs)]
     assert {program.name for program in programs} == {
         variant.name for variant in rule.variants if all(extents[i.name.upper()] == 1 for i in variant.unit)
     }

@@ -60,6 +60,7 @@ class Program:
 
 machine = Machine()
 _forced: list[str] = []
+_recordings: list[list[tuple[Program, ...]]] = []
 
 
 @contextmanager
@@ -77,6 +78,17 @@ def forced_program() -> str | None:
     return _forced[-1] if _forced else None
 
 
+@contextmanager
+def recorded() -> Iterator[list[tuple[Program, ...]]]:
+    """Within the context, what each rule had to choose from, in order: its valid programs."""
+    choices: list[tuple[Program, ...]] = []
+    _recordings.append(choices)
+    try:
+        yield choices
+    finally:
+        _recordings.pop()
+
+
 class cheapest:
     """A rule with several programs: the decorated function gives those for its operands, a call runs the one of least predicted time."""
 
@@ -87,6 +99,8 @@ class cheapest:
     def valid(self, *operands: Any) -> list[Program]:
         """The programs that there are for these operands, or the one that is forced."""
         valid = [program for program in self.programs(*operands) if program.valid]
+        for choices in _recordings:
+            choices.append(tuple(valid))
         name = forced_program()
         return [program for program in valid if program.name == name] or valid
 
