@@ -257,6 +257,8 @@ class Body:
         if denominator == 1:
             return text
         divisor = self.scalar(denominator)
+        if text.startswith("gram(") and _is_postfix(text):
+            return f"{text[:-1]}, {divisor})"
         return f"{text} / {divisor if divisor.isidentifier() else f'({divisor})'}"
 
     def _leaf(self, node: Leaf) -> str:
@@ -455,7 +457,7 @@ class Body:
         grouped = a == (*over, *rows) and b == (*over, *columns)
         if grouped and len(rows) == len(columns) == 1 and out == (*rows, *columns):
             parts = [self._flattened(part, len(over)) for part in (left, right)]
-            return f"{parts[0]}.T @ {parts[1]}"
+            return f"gram({parts[0]})" if parts[0] == parts[1] else f"{parts[0]}.T @ {parts[1]}"
         if len(over) == 1 and len(columns) == 1 and rows and b[:-2] == batch and out[-2:] == (rows[-1], columns[0]):
             lead = a[:-2]
             if lead == out[:-2] and lead[len(lead) - len(batch) :] == batch:

@@ -14,9 +14,11 @@ from math import prod
 from operator import add
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .symmetric import gram
 from .windows import windows
 
 #: Below, the products are too narrow to gain by being fewer.
@@ -52,7 +54,7 @@ def by_windows(
     patches = windows(tensor, places, taps, stride, dilation, padding)
     taps_first = patches.movedim(0, 2).movedim(tuple(range(-len(taps), 0)), tuple(range(2, 2 + len(taps))))
     columns = taps_first.reshape(G, C * prod(taps), N * prod(places))
-    return (columns @ columns.mT).reshape(G, C, *taps, C, *taps)
+    return torch.stack([gram(some.mT) for some in columns]).reshape(G, C, *taps, C, *taps)
 
 
 def _displacements(taps: Sequence[int]) -> int:

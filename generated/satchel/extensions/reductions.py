@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.rules import Reduction
+from ..runtime.symmetric import gram
 
 
 def sample_squares(per_sample: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def squared_deviations(per_sample: Tensor) -> Tensor:
 
 def block(per_sample: Tensor) -> Tensor:
     """block[p, p2] = Σ_{v,n} per_sample[v, n, p2] per_sample[v, n, p]."""
-    return per_sample.flatten(2).flatten(0, 1).T @ per_sample.flatten(2).flatten(0, 1)
+    return gram(per_sample.flatten(2).flatten(0, 1))
 
 
 def output_factor_reduce(output_sum: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import gram
 
 
 @widened
@@ -332,7 +333,7 @@ def bias_output_factor_reduce(factor: Tensor) -> Tensor:
     factor [V, N, C, S] → [C, C]
     """
     total = factor.sum(3)
-    return total.flatten(0, 1).T @ total.flatten(0, 1)
+    return gram(total.flatten(0, 1))
 
 
 @widened

@@ -15,6 +15,7 @@ from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import gram
 
 
 @widened
@@ -327,7 +328,7 @@ def weight_output_factor_expand(factor: Tensor) -> Tensor:
 
     factor [V, N, R, D] → [D, D]
     """
-    return factor.flatten(0, 2).T @ factor.flatten(0, 2)
+    return gram(factor.flatten(0, 2))
 
 
 @widened
@@ -337,7 +338,7 @@ def weight_output_factor_reduce(factor: Tensor) -> Tensor:
     factor [V, N, R, D] → [D, D]
     """
     total = factor.sum(2)
-    return total.flatten(0, 1).T @ total.flatten(0, 1)
+    return gram(total.flatten(0, 1))
 
 
 @widened
@@ -377,7 +378,7 @@ def weight_input_factor_expand(input: Tensor, weight: Tensor, padding_idx: float
     values = (input[:, :, None] == classes).to(weight.dtype)
     classes2 = torch.arange(K, device=input.device)
     return (
-        (values.flatten(0, 1).T @ values.flatten(0, 1))
+        gram(values.flatten(0, 1))
         * (1 - (classes2 == padding_idx).to(input.dtype))[:, None]
         * (1 - (classes2 == padding_idx).to(input.dtype))
         / (N * R)
@@ -397,7 +398,7 @@ def weight_input_factor_reduce(input: Tensor, weight: Tensor, padding_idx: float
     total = (input[:, :, None] == classes).to(weight.dtype).sum(1)
     classes2 = torch.arange(K, device=input.device)
     return (
-        (total.T @ total)
+        gram(total)
         * (1 - (classes2 == padding_idx).to(input.dtype))[:, None]
         * (1 - (classes2 == padding_idx).to(input.dtype))
         / (N * R**2)
@@ -417,7 +418,7 @@ def weight_input_factor_backpack(input: Tensor, weight: Tensor, padding_idx: flo
     values = (input[:, :, None] == classes).to(weight.dtype)
     classes2 = torch.arange(K, device=input.device)
     return (
-        (values.flatten(0, 1).T @ values.flatten(0, 1))
+        gram(values.flatten(0, 1))
         * (1 - (classes2 == padding_idx).to(input.dtype))[:, None]
         * (1 - (classes2 == padding_idx).to(input.dtype))
         / N

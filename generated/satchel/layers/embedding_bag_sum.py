@@ -15,6 +15,7 @@ from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import gram
 
 
 @widened
@@ -322,7 +323,7 @@ def weight_output_factor_expand(factor: Tensor) -> Tensor:
 
     factor [V, N, D] → [D, D]
     """
-    return factor.flatten(0, 1).T @ factor.flatten(0, 1)
+    return gram(factor.flatten(0, 1))
 
 
 @widened
@@ -356,7 +357,7 @@ def weight_input_factor_expand(input: Tensor, weight: Tensor) -> Tensor:
     K = weight.shape[0]
     classes = torch.arange(K, device=weight.device)
     total = (input[:, :, None] == classes).to(weight.dtype).sum(1)
-    return total.T @ total / N
+    return gram(total, N)
 
 
 LAYER = Layer(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import gram
 
 
 @widened
@@ -80,7 +81,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
         + torch.erf(math.sqrt(2) * input / 2) / 2
         + math.sqrt(2) * input * torch.exp(-input.square() / 2) / (2 * math.sqrt(math.pi))
     )
-    return averaged * (values.T @ values) / N
+    return averaged * gram(values) / N
 
 
 @widened

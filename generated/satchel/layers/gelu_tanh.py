@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import gram
 
 
 @widened
@@ -97,7 +98,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
         + tanh / 2
         + math.sqrt(2) * (1 - tanh.square()) * (1 + 26829 * input.square() / 200000) * input / (2 * math.sqrt(math.pi))
     )
-    return averaged * (values.T @ values) / N
+    return averaged * gram(values) / N
 
 
 @widened

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import gram
 
 
 @widened
@@ -59,7 +60,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
     """
     N = input.shape[0]
     values = torch.where((input > -3) & (input < 3), input.new_tensor(0.16666666666666666), input.new_tensor(0.0))
-    return averaged * (values.T @ values) / N
+    return averaged * gram(values) / N
 
 
 LAYER = Layer(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import gram
 
 
 @widened
@@ -79,7 +80,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
         1 / 2 + input / 3,
         torch.where(input >= 3, input.new_tensor(1.0), input.new_tensor(0.0)),
     )
-    return averaged * (values.T @ values) / N
+    return averaged * gram(values) / N
 
 
 @widened

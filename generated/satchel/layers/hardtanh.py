@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import gram
 
 
 @widened
@@ -52,7 +53,7 @@ def sandwich(averaged: Tensor, input: Tensor, max_val: float, min_val: float) ->
     """
     N = input.shape[0]
     values = ((max_val > input) & (min_val < input)).to(input.dtype)
-    return averaged * (values.T @ values) / N
+    return averaged * gram(values) / N
 
 
 LAYER = Layer(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import gram
 
 
 @widened
@@ -330,7 +331,7 @@ def bias_output_factor_expand(factor: Tensor) -> Tensor:
 
     factor [V, N, R, J] → [J, J]
     """
-    return factor.flatten(0, 2).T @ factor.flatten(0, 2)
+    return gram(factor.flatten(0, 2))
 
 
 @widened
@@ -340,7 +341,7 @@ def bias_output_factor_reduce(factor: Tensor) -> Tensor:
     factor [V, N, R, J] → [J, J]
     """
     total = factor.sum(2)
-    return total.flatten(0, 1).T @ total.flatten(0, 1)
+    return gram(total.flatten(0, 1))
 
 
 @widened

@@ -15,6 +15,7 @@ from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, NodeCall, Rule
+from ..runtime.symmetric import gram
 
 
 @widened
@@ -327,7 +328,7 @@ def weight_output_factor_expand(factor: Tensor) -> Tensor:
 
     factor [V, N, R, O] → [O, O]
     """
-    return factor.flatten(0, 2).T @ factor.flatten(0, 2)
+    return gram(factor.flatten(0, 2))
 
 
 @widened
@@ -337,7 +338,7 @@ def weight_output_factor_reduce(factor: Tensor) -> Tensor:
     factor [V, N, R, O] → [O, O]
     """
     total = factor.sum(2)
-    return total.flatten(0, 1).T @ total.flatten(0, 1)
+    return gram(total.flatten(0, 1))
 
 
 @widened
@@ -366,7 +367,7 @@ def weight_input_factor_expand(input: Tensor) -> Tensor:
     input [N, R, I] → [I, I]
     """
     N, R, _ = input.shape
-    return input.flatten(0, 1).T @ input.flatten(0, 1) / (N * R)
+    return gram(input.flatten(0, 1), N * R)
 
 
 @widened
@@ -377,7 +378,7 @@ def weight_input_factor_reduce(input: Tensor) -> Tensor:
     """
     N, R, _ = input.shape
     total = input.sum(1)
-    return total.T @ total / (N * R**2)
+    return gram(total, N * R**2)
 
 
 @widened
@@ -387,7 +388,7 @@ def weight_input_factor_backpack(input: Tensor) -> Tensor:
     input [N, R, I] → [I, I]
     """
     N = input.shape[0]
-    return input.flatten(0, 1).T @ input.flatten(0, 1) / N
+    return gram(input.flatten(0, 1), N)
 
 
 @widened

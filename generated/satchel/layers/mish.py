@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import gram
 
 
 @widened
@@ -64,7 +65,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
     softplus = F.softplus(input, threshold=40)
     tanh = torch.tanh(softplus)
     values = (1 - tanh.square()) * input * torch.sigmoid(input) + tanh
-    return averaged * (values.T @ values) / N
+    return averaged * gram(values) / N
 
 
 @widened

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import gram
 
 
 @widened
@@ -51,7 +52,7 @@ def sandwich(averaged: Tensor, output: Tensor) -> Tensor:
     """
     N = output.shape[0]
     values = ((output > 0) & (output < 6)).to(output.dtype)
-    return averaged * (values.T @ values) / N
+    return averaged * gram(values) / N
 
 
 LAYER = Layer(

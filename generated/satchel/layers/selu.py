@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import gram
 
 
 @widened
@@ -62,7 +63,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
     """
     N = input.shape[0]
     values = torch.where(input > 0, input.new_tensor(1.0507009873554805), 1.7580993408473768 * torch.exp(input))
-    return averaged * (values.T @ values) / N
+    return averaged * gram(values) / N
 
 
 @widened

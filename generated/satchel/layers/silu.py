@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import gram
 
 
 @widened
@@ -58,7 +59,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
     N = input.shape[0]
     sigmoid = torch.sigmoid(input)
     values = (1 - sigmoid) * input * sigmoid + sigmoid
-    return averaged * (values.T @ values) / N
+    return averaged * gram(values) / N
 
 
 @widened

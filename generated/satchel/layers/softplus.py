@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import gram
 
 
 @widened
@@ -53,7 +54,7 @@ def sandwich(averaged: Tensor, input: Tensor, beta: float, threshold: float) -> 
     """
     N = input.shape[0]
     values = torch.where(threshold < input * beta, input.new_tensor(1.0), torch.sigmoid(input * beta))
-    return averaged * (values.T @ values) / N
+    return averaged * gram(values) / N
 
 
 @widened

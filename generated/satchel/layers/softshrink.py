@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import gram
 
 
 @widened
@@ -51,7 +52,7 @@ def sandwich(averaged: Tensor, input: Tensor, lambd: float) -> Tensor:
     """
     N = input.shape[0]
     values = ((lambd < input) | (lambd < -input)).to(input.dtype)
-    return averaged * (values.T @ values) / N
+    return averaged * gram(values) / N
 
 
 LAYER = Layer(

@@ -124,7 +124,7 @@ class Batch:
 
     def canonical_shape(self, layout: Layout, shape: Sequence[int]) -> tuple[int, ...] | None:
         """`shape` with the batch in front and starred axes flattened; None if it cannot fit `layout`."""
-        if self._is_first(shape):
+        if self.is_first(shape):
             return layout.canonical_shape(shape)
         those = layout.rows(shape)
         behind = layout.behind(shape[len(those) :])
@@ -136,7 +136,7 @@ class Batch:
         """`tensor` [*lead, *shape] as [*lead, *canonical]."""
         before, shape = tensor.shape[:lead], self.canonical_shape(layout, tensor.shape[lead:])
         assert shape is not None, f"a tensor of shape {tuple(tensor.shape)} has no batch {self}"
-        if self._is_first(tensor.shape[lead:]):
+        if self.is_first(tensor.shape[lead:]):
             return tensor.reshape(*before, *shape)
         split = tensor.reshape(*before, self.outer, self.samples, shape[1] // self.outer, *shape[2:])
         return split.movedim(lead, lead + 1).reshape(*before, *shape)
@@ -144,12 +144,13 @@ class Batch:
     def to_place(self, tensor: Tensor, shape: Sequence[int], lead: int = 0) -> Tensor:
         """Inverse of `to_front`."""
         before = tensor.shape[:lead]
-        if self._is_first(shape):
+        if self.is_first(shape):
             return tensor.reshape(*before, *shape)
         split = tensor.reshape(*before, self.samples, self.outer, -1, *tensor.shape[lead + 2 :])
         return split.movedim(lead, lead + 1).reshape(*before, *shape)
 
-    def _is_first(self, shape: Sequence[int]) -> bool:
+    def is_first(self, shape: Sequence[int]) -> bool:
+        """Whether the batch is the first axis, by itself."""
         return self.outer == 1 and len(shape) > 0 and shape[0] == self.samples
 
 

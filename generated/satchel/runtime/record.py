@@ -103,6 +103,8 @@ class Record(_Kept):
     def place(self, batch: Batch) -> None:
         """Say where the batch is; refuse where the layer's input or output cannot have it there."""
         self.batch = batch
+        for found in ("canonical_input", "canonical_output"):
+            self.__dict__.pop(found, None)
         for layout, shape in ((self.input_layout, self.input_shape), (self.output_layout, self.output_shape)):
             fits = batch.canonical_shape(layout, shape) is not None
             if not fits or not possible_batches(layout.rows(shape), batch.samples):
@@ -116,7 +118,7 @@ class Record(_Kept):
     def output_layout(self) -> Layout:
         return self._layout(self.definition.output_axes, self.output_shape)
 
-    @property
+    @cached_property
     def canonical_input(self) -> tuple[int, ...]:
         """Canonical shape of the input."""
         shape = self.batch.canonical_shape(self.input_layout, self.input_shape)
@@ -124,7 +126,7 @@ class Record(_Kept):
             raise BatchAxisLost(self.where, self.input_shape, self.samples)
         return shape
 
-    @property
+    @cached_property
     def canonical_output(self) -> tuple[int, ...]:
         """Canonical shape of the output."""
         shape = self.batch.canonical_shape(self.output_layout, self.output_shape)
@@ -134,6 +136,8 @@ class Record(_Kept):
 
     def at_output(self, tensor: Tensor, lead: int) -> Tensor:
         """A factor [*lead, *node] as the layer's canonical output."""
+        if self.batch.is_first(self.output_shape):
+            return tensor.reshape(*tensor.shape[:lead], *self.canonical_output)
         return self.batch.to_front(tensor.reshape(*tensor.shape[:lead], *self.output_shape), self.output_layout, lead)
 
     def at_input(self, tensor: Tensor, lead: int) -> Tensor:

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,6 +39,13 @@ def is_recording() -> bool:
     return _recording and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not inside_functorch()
 
 
+@cache
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    """Of a method, without `self`."""
+    _, *parameters = inspect.signature(forward).parameters.values()
+    return inspect.Signature(parameters)
+
+
 class Recorder:
     """Forward hook of one module. Holds the module's dotted name only, so modules stay picklable and copyable."""
 
@@ -53,7 +61,7 @@ class Recorder:
             if isinstance(definition, Layer) and _plain_parameters(module, definition):
                 return self._layer(definition, reference, _argument(args, kwargs, 0, "input"), output)
             if isinstance(definition, Loss):
-                return self._loss(module, inspect.signature(module.forward).bind(*args, **kwargs).arguments, output)
+                return self._loss(module, _signature(type(module).forward).bind(*args, **kwargs).arguments, output)
         if registry().is_piecewise_linear(module) and isinstance(output, Tensor):
             own = list(_between(output, _argument(args, kwargs, 0, "input")))
             for node in own:
