@@ -147,7 +147,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where to write the results.")] = Path("overhead.json"),
 ) -> None:
     """Measure the overhead of the features."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 180)
     if quick:
         networks, features, impl = networks or QUICK["networks"], features or QUICK["features"], impl or QUICK["impl"]
         repeats, checks, bounds = min(repeats, 5), False, False
