@@ -31,14 +31,18 @@ from problems import NETWORKS
 from summary import Cell, peaks, timings
 
 QUICK = {"networks": "mlp", "features": "BatchGrad,Variance,DiagGGNExact,KFAC", "impl": "satchel,backpack"}
+#: Repeats of a cell, however long they take: below, there are no quartiles.
+LEAST = 3
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Run:
     """One network on all workers: who takes part in a cell, and what came out."""
 
-    def __init__(self, workers: list[Worker], network: str, cells: list[str], budget: float) -> None:
-        self.workers, self.network, self.cells, self.budget = workers, network, cells, budget
+    def __init__(self, workers: list[Worker], network: str, cells: list[str], patience: float, budget: float) -> None:
+        self.workers, self.network, self.cells = workers, network, cells
+        self.patience, self.budget = patience, budget
         self.results: report.Results = {cell: {worker.implementation: {} for worker in workers} for cell in cells}
         self._steps: dict[tuple[str, str], dict[str, int]] = {}
         self._spent: dict[tuple[str, str], float] = {}
@@ -54,7 +58,7 @@ class Run:
             for feature in CELLS[cell]:
                 key = feature, worker.implementation
                 if key not in errors:
-                    errors[key] = agreement(reference, worker, self.network, feature, self.budget)
+                    errors[key] = agreement(reference, worker, self.network, feature, self.patience)
                 self.results[cell][worker.implementation].setdefault("checks", {})[feature] = errors[key]
                 if "failed" in errors[key]:
                     self._note(cell, worker, {"failed": errors[key]["failed"]})
@@ -66,7 +70,7 @@ class Run:
             members = {name: self.results.get(name, {}).get(worker.implementation, {}) for name in CELLS[cell]}
             answer = next(
                 ({"failed": f"{name}: {found['failed']}"} for name, found in members.items() if "failed" in found), None
-            ) or worker.ask(self.budget, do="prepare", network=self.network, cell=cell)
+            ) or worker.ask(self.patience, do="prepare", network=self.network, cell=cell)
             if "failed" in answer:
                 self._note(cell, worker, answer)
             else:
@@ -74,18 +78,18 @@ class Run:
 
     def remember_peaks(self) -> None:
         for cell, worker in self._pairs():
-            answer = worker.ask(10 * self.budget, do="memory", network=self.network, cell=cell)
+            answer = worker.ask(10 * self.patience, do="memory", network=self.network, cell=cell)
             self._note(cell, worker, peaks(answer))
 
-    def round(self, first: bool) -> None:
-        """One ratio of each cell that has time left."""
+    def round(self, index: int) -> None:
+        """One ratio of each cell that has time left; every cell has `LEAST`."""
         for cell, worker in self._pairs():
             key = cell, worker.implementation
-            if not first and self._spent[key] > self.budget:
+            if index >= LEAST and self._spent[key] > self.budget:
                 continue
             start = time.perf_counter()
             request = {"do": "time", "network": self.network, "cell": cell, "steps": self._steps[key]}
-            answer = worker.ask(10 * self.budget, **request)
+            answer = worker.ask(10 * self.patience, **request)
             self._spent[key] = self._spent.get(key, 0) + time.perf_counter() - start
             if "failed" in answer:
                 self._note(cell, worker, answer)
@@ -95,7 +99,7 @@ class Run:
     def find_bounds(self, rates: dict[str, Any]) -> None:
         for cell, worker in self._pairs():
             if worker.implementation == "satchel":
-                counts = worker.ask(10 * self.budget, do="count", network=self.network, cell=cell)
+                counts = worker.ask(10 * self.patience, do="count", network=self.network, cell=cell)
                 self._note(cell, worker, {"bound": counts if "failed" in counts else bound(counts, rates, cell)})
 
     def summarise(self) -> report.Results:
@@ -132,7 +136,8 @@ def main(
     python: Annotated[list[str] | None, typer.Option(help="IMPL=PATH, its interpreter; may be repeated.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Ratios per cell.")] = 15,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each process; they take turns.")] = 2,
-    budget: Annotated[float, typer.Option(help="Seconds for the first step of a cell, and for all its repeats.")] = 60,
+    patience: Annotated[float, typer.Option(help="Seconds for the first step of a cell.")] = 60,
+    budget: Annotated[float, typer.Option(help="Seconds after which a cell is not repeated, once it has three.")] = 20,
     memory: Annotated[float, typer.Option(help="GB that a process may take.")] = 13,
     checks: Annotated[bool, typer.Option(help="Compare results with satchel's first.")] = True,
     peak: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
@@ -142,7 +147,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where to write the results.")] = Path("overhead.json"),
 ) -> None:
     """Measure the overhead of the features."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 180)
     if quick:
         networks, features, impl = networks or QUICK["networks"], features or QUICK["features"], impl or QUICK["impl"]
         repeats, checks, bounds = min(repeats, 5), False, False
@@ -162,7 +167,7 @@ def main(
 
     for name in chosen(networks, NETWORKS, "--networks"):
         own = [cell for cell in cells if not NETWORKS[name].cells or cell in NETWORKS[name].cells]
-        run = Run(workers, name, own, budget)
+        run = Run(workers, name, own, patience, budget)
         with Progress(console=console, transient=True) as progress:
             stages = [run.check] * checks + [run.prepare] + [run.remember_peaks] * peak
             stages += [partial(run.find_bounds, rates)] * bool(rates)
@@ -171,7 +176,7 @@ def main(
                 stage()
                 progress.advance(task)
             for index in range(repeats):
-                run.round(first=index == 0)
+                run.round(index)
                 progress.advance(task)
         results["networks"][name] = run.summarise()
         out.write_text(json.dumps(results, indent=2) + "\n")  # after each network: a long run may be interrupted

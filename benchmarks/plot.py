@@ -60,7 +60,7 @@ def _panel(axis: Any, network: str, cells: dict[str, Any], clock: str) -> None:
     axis.set_yticks(range(len(cells)), list(cells), fontsize=8)
     axis.invert_yaxis()
     axis.set_xscale("log")
-    axis.set_xlim(left=0.9)
+    axis.set_xlim(0.9, 1.2 * max((number for points in series.values() for number, _ in points), default=10.0))
     axis.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_minor_locator(NullLocator())

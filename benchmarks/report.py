@@ -32,7 +32,7 @@ class Grid:
 
 def grids(network: str, results: Results) -> Iterator[Grid]:
     for what, title in TITLES.items():
-        if any(what in found for cell in results.values() for found in cell.values()):
+        if what != "memory" or any(what in found for cell in results.values() for found in cell.values()):
             yield grid(f"{network}: {title}", results, what)
 
 
