@@ -26,7 +26,7 @@ from .passing import edge_shape, pull
 from .plan import Plan, Step
 from .record import Edge, Record
 from .sweep import add, take
-from .torch_private import RESHAPING, VIEWS, keeps_rows, node_outputs, normalised_shape
+from .torch_private import RESHAPING, VIEWS, axis_before, node_outputs, normalised_shape
 
 
 @dataclass
@@ -86,31 +86,37 @@ class Probe:
         return next(iter(said)) if len(said) == 1 and edge not in self.live else None
 
     def _known(self, step: Step) -> bool:
-        """Pass on where the batch is, through a node that is known to keep it there."""
-        arrived = {edge for edge in (*self.said, *self.live) if edge[0] is step.node}
-        if (
-            not self.probing
-            or step.node in self.found.shared
-            or {self._batch(edge) for edge in arrived} != {Batch(self.samples)}
-        ):
+        """Pass on where the batch is, through a node of which it is known what it makes of it."""
+        arrived = {edge: self._batch(edge) for edge in {*self.said, *self.live} if edge[0] is step.node}
+        if not self.probing or step.node in self.found.shared or not arrived:
             return False
-        shapes = [edge_shape(edge) for edge in arrived]
-        kept = [all(self._keeps(step, edge_shape(below), shape) for shape in shapes) for _, below in step.inputs]
-        if not all(kept):
-            return False
-        for edge in arrived:
-            self.said.pop(edge)
-            if self.locating:
-                self.found.batches[edge] = Batch(self.samples)
+        before: dict[Edge, Batch] = {}
         for _, below in step.inputs:
-            self._say(below, Batch(self.samples))
+            found = {self._before(step, below, edge, batch) for edge, batch in arrived.items()}
+            (only,) = found if len(found) == 1 else (None,)
+            if only is None:
+                return False
+            before[below] = only
+        for edge, batch in arrived.items():
+            self.said.pop(edge)
+            if self.locating and batch is not None:
+                self.found.batches[edge] = batch
+        for below, batch in before.items():
+            self._say(below, batch)
         return True
 
-    def _keeps(self, step: Step, before: Sequence[int], after: Sequence[int]) -> bool:
-        """Whether the batch, which comes first in the output, comes first in an input."""
-        if not before or not after or before[0] % self.samples or after[0] % self.samples:
-            return False
-        return step.name in RESHAPING or keeps_rows(step.node, before, after)
+    def _before(self, step: Step, below: Edge, edge: Edge, batch: Batch | None) -> Batch | None:
+        """Where the batch of an output is in an input."""
+        before, after = edge_shape(below), edge_shape(edge)
+        if batch is None or prod(before) % self.samples or (step.node in self.also and batch.outer > 1):
+            return None
+        if step.name in RESHAPING:
+            return batch
+        for axis, extent in enumerate(after):
+            if prod(after[:axis]) == batch.outer and extent % self.samples == 0:
+                found = axis_before(step.node, axis, before, after)
+                return None if found is None else Batch(self.samples, prod(before[:found]))
+        return None
 
     def _columns(self, step: Step) -> dict[int, Tensor]:
         """The columns that have arrived at a node, or that start there."""

@@ -25,23 +25,31 @@ VIEWS = (
 #: Nodes whose output holds all elements of their one input in the same order.
 RESHAPING = ("UnsafeViewBackward0", "ViewBackward0")
 
-#: Nodes that take the entries of the first axis one by one, unless that is an axis which they have saved by name.
-ROWWISE = frozenset(
-    f"{name}Backward{k}"
-    for k, names in enumerate((
-        # elementwise
-        "Abs Add Alias Clone Div Elu Exp Expm1 Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Log Log1P LogSigmoid Mish Mul NativeDropout "
-        "Neg Pow Reciprocal Relu Rsqrt Sigmoid Silu Softplus Softshrink Sqrt Sub Tanh Threshold ToCopy "
-        # by samples and channels
-        "AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D AvgPool2D AvgPool3D MaxPool2DWithIndices "
-        "MaxPool3DWithIndices ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D "
-        "UpsampleBicubic2D UpsampleBilinear2D UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleTrilinear3D "
-        # along the axes that they have saved
-        "Bmm Cat Expand LogSoftmax Permute Select Slice Softmax Split SplitWithSizes Transpose Unbind UnsafeSplit Unsqueeze",
-        "Mean Pow Squeeze Sum",
-    ))
-    for name in names.split()
-)  # fmt: skip
+#: Nodes that act on each entry of an axis by itself: by samples and channels, of which the first axis is one, …
+_BY_SAMPLE = frozenset({
+    "AdaptiveAvgPool2DBackward0", "AdaptiveAvgPool3DBackward0", "AdaptiveMaxPool2DBackward0", "AdaptiveMaxPool3DBackward0",
+    "AvgPool2DBackward0", "AvgPool3DBackward0", "BmmBackward0", "MaxPool2DWithIndicesBackward0", "MaxPool3DWithIndicesBackward0",
+    "ReflectionPad1DBackward0", "ReflectionPad2DBackward0", "ReflectionPad3DBackward0", "ReplicationPad1DBackward0",
+    "ReplicationPad2DBackward0", "ReplicationPad3DBackward0", "UpsampleBicubic2DBackward0", "UpsampleBilinear2DBackward0",
+    "UpsampleLinear1DBackward0", "UpsampleNearest1DBackward0", "UpsampleNearest2DBackward0", "UpsampleNearest3DBackward0",
+    "UpsampleTrilinear3DBackward0",
+})  # fmt: skip
+#: … elementwise, where a smaller operand is broadcast, or along one axis that they have saved, …
+_ELEMENTWISE = frozenset({
+    "AbsBackward0", "AddBackward0", "AliasBackward0", "CatBackward0", "CloneBackward0", "DivBackward0", "EluBackward0",
+    "ExpBackward0", "ExpandBackward0", "Expm1Backward0", "GeluBackward0", "HardsigmoidBackward0", "HardswishBackward0",
+    "HardtanhBackward0", "LeakyReluBackward0", "LogBackward0", "Log1PBackward0", "LogSigmoidBackward0", "LogSoftmaxBackward0",
+    "MishBackward0", "MulBackward0", "NativeDropoutBackward0", "NegBackward0", "PowBackward0", "ReciprocalBackward0",
+    "ReluBackward0", "RsqrtBackward0", "SigmoidBackward0", "SiluBackward0", "SliceBackward0", "SoftmaxBackward0",
+    "SoftplusBackward0", "SoftshrinkBackward0", "SplitBackward0", "SplitWithSizesBackward0", "SqrtBackward0", "SubBackward0",
+    "TanhBackward0", "ThresholdBackward0", "ToCopyBackward0", "UnsafeSplitBackward0", "PowBackward1",
+})  # fmt: skip
+#: … or by another arrangement of the axes, or a sum over some.
+_ARRANGING = frozenset({
+    "MeanBackward1", "PermuteBackward0", "SelectBackward0", "SqueezeBackward1", "SumBackward1", "TransposeBackward0",
+    "UnbindBackward0", "UnsqueezeBackward0",
+})  # fmt: skip
+AXISWISE = _BY_SAMPLE | _ELEMENTWISE | _ARRANGING
 
 
 def graph_task() -> int:
@@ -135,18 +143,39 @@ def normalised_shape(node: Node) -> tuple[int, ...] | None:
     return tuple(node._saved_input.shape)  # type: ignore[attr-defined]
 
 
-def keeps_rows(node: Node, before: Sequence[int], after: Sequence[int]) -> bool:
-    """Whether entries of the first axis of an input of shape `before` are computed to those of an output of shape `after`, one by one."""
-    if node.name() not in ROWWISE or not before or not after or before[0] != after[0]:
-        return False
-    first = {0, -len(before), -len(after)}
-    axes = [saved(node, name) for name in ("dim", "dim0", "dim1")]
-    touched = {
-        _signed(axis) for some in axes if some is not None for axis in (some if isinstance(some, tuple) else (some,))
-    }
-    order = saved(node, "dims")
-    aligned = len(before) == len(after) or bool(touched)  # otherwise a smaller operand is broadcast from the last axis
-    return aligned and first.isdisjoint(touched) and (order is None or _signed(order[0]) in first)
+def axis_before(node: Node, axis: int, before: Sequence[int], after: Sequence[int]) -> int | None:
+    """The axis of an input of shape `before` whose entries give those of an axis of the output of shape `after`, one by one.
+
+    None: there is none, or it is not known.
+    """
+    name = node.name()
+    found: int | None = None
+    if name in _BY_SAMPLE:
+        found = 0 if axis == 0 else None
+    elif name in _ELEMENTWISE:
+        along = saved(node, "dim")
+        apart = along is None or _signed(along) % len(after) != axis
+        found = axis + len(before) - len(after) if apart else None
+    elif name in _ARRANGING:
+        found = _arranged(node, name, axis, len(before), len(after))
+    return found if found is not None and 0 <= found < len(before) and before[found] == after[axis] else None
+
+
+def _arranged(node: Node, name: str, axis: int, before: int, after: int) -> int | None:
+    """The axis among the `before` ones which is the given one of `after`."""
+    if name == "PermuteBackward0":
+        return _signed(saved(node, "dims")[axis]) % before
+    if name == "TransposeBackward0":
+        pair = [_signed(saved(node, which)) % before for which in ("dim0", "dim1")]
+        return pair[1 - pair.index(axis)] if axis in pair else axis
+    own = saved(node, "dim")
+    if name == "UnsqueezeBackward0":
+        place = _signed(own) % after
+        return None if axis == place else axis - (axis > place)
+    gone = {_signed(one) % before for one in (own if isinstance(own, tuple) else (own,))}
+    if before == after:  # summed axes are kept, with extent 1
+        return None if axis in gone else axis
+    return [one for one in range(before) if one not in gone][axis]
 
 
 def _signed(axis: int) -> int:

@@ -1,4 +1,4 @@
-"""Nodes that the probe does not ask: each of them takes entries of the first axis one by one, whenever it is said to."""
+"""Nodes that the probe does not ask: each of them takes the entries of an axis one by one, whenever it is said to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from satchel.runtime.torch_private import ROWWISE, keeps_rows, node_outputs
+from satchel.runtime.torch_private import AXISWISE, axis_before, node_outputs
 
 N = 3
 
@@ -79,31 +79,33 @@ SQUARE = {
 
 
 @pytest.mark.parametrize("name", SQUARE)
-def test_rows_stay_apart(name):
-    """A column on one row reaches nothing but that row of the inputs of a node that keeps rows."""
+def test_entries_stay_apart(name):
+    """A column on one entry of an axis reaches nothing but that entry of the axis of the input which is said to be the same."""
     y = SQUARE[name](positive(N, N, N, N))
     node = y.grad_fn
-    for position, (below, number) in enumerate(node.next_functions):
-        if below is None:
-            continue
-        before = node_outputs(below)[number][0]
-        if not keeps_rows(node, before, y.shape):
-            continue
-        for row in range(y.shape[0]):
+    for position, before, axis, found in known(y):
+        for entry in range(y.shape[axis]):
             column = torch.zeros_like(y)
-            column[row] = torch.linspace(0.5, 1.5, column[row].numel()).reshape(column[row].shape)
+            part = column.select(axis, entry)
+            part.copy_(torch.linspace(0.5, 1.5, part.numel()).reshape(part.shape))
             passed = node(*(column if k == y.output_nr else None for k in range(len(node_outputs(node)))))
-            found = passed[position] if isinstance(passed, tuple) else passed
-            rows = found.reshape(y.shape[0], -1).count_nonzero(1).nonzero().flatten().tolist()
-            assert found.shape == before and rows in ([row], [])
+            gradient = (passed[position] if isinstance(passed, tuple) else passed).sum_to_size(before)
+            reached = gradient.movedim(found, 0).flatten(1).count_nonzero(1).nonzero().flatten().tolist()
+            assert reached in ([entry], [])
 
 
-def test_every_name_is_seen_to_keep_rows():
+def known(y):
+    """Input, its shape, and each pair of axes that are said to be the same."""
+    for position, (below, number) in enumerate(y.grad_fn.next_functions):
+        if below is not None:
+            before = node_outputs(below)[number][0]
+            for axis in range(y.dim()):
+                found = axis_before(y.grad_fn, axis, before, y.shape)
+                if found is not None:
+                    yield position, before, axis, found
+
+
+def test_every_name_is_seen_to_keep_an_axis():
     """Otherwise the table could hold a name that the test above never meets."""
-    seen = set()
-    for make in SQUARE.values():
-        y = make(positive(N, N, N, N))
-        edges = [edge for edge in y.grad_fn.next_functions if edge[0] is not None]
-        if any(keeps_rows(y.grad_fn, node_outputs(below)[number][0], y.shape) for below, number in edges):
-            seen.add(y.grad_fn.name())
-    assert seen == ROWWISE
+    outputs = [make(positive(N, N, N, N)) for make in SQUARE.values()]
+    assert {y.grad_fn.name() for y in outputs if list(known(y))} == AXISWISE
