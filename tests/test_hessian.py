@@ -100,7 +100,7 @@ def step_of(y: Tensor, x: Tensor) -> Step:
     node = y.grad_fn
     assert node is not None and x.grad_fn is not None
     following = enumerate(node.next_functions)
-    return Step(node, None, tuple((k, (below, nr)) for k, (below, nr) in following if below is not None), {})
+    return Step(node, None, tuple((k, (below, nr)) for k, (below, nr) in following if below is not None))
 
 
 def dense(residual: Diagonal | Blocks | None, step: Step, samples: int) -> Tensor:

@@ -18,14 +18,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
 import satchel
-from conftest import FEATURES, SECOND_ORDER, Agree
+from conftest import Agree
 from networks import Wired
 from reference import Reference, contributions, jacobian
 from satchel import backpack, extend
-from satchel.extensions import KFAC, KFLR, BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC, SumGradSquared, Variance
+from satchel.extensions import (
+    KFAC,
+    KFLR,
+    KFRA,
+    BatchDiagHessian,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagGGNMC,
+    DiagHessian,
+    SumGradSquared,
+    Variance,
+)  # fmt: skip
+from satchel.runtime.cost import forced
 from test_lifetime import tensors_alive
 
 N, T, D = 4, 3, 6
@@ -39,6 +53,20 @@ class Embedded(nn.Module):
     def __init__(self, *shape: int):
         super().__init__()
         self.value = nn.Parameter(torch.randn(shape))
+
+
+class Sine(torch.autograd.Function):
+    """Without a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0].cos()
 
 
 def first(output: Any) -> Tensor:
@@ -155,6 +183,45 @@ def weight_norm() -> nn.Module:
     )
 
 
+def scaled_twice() -> nn.Module:
+    """A factor with itself below, by way of elementwise functions and of a mixing one."""
+
+    def wire(m: Any, x: Tensor) -> Tensor:
+        h = torch.sin(m.a(x) * m.p.value)
+        return m.b((h.cumsum(2) * m.p.value + m.p.value).mean(1))
+
+    return Wired(wire, a=nn.Linear(4, 5), p=Embedded(5), b=nn.Linear(5, 3))
+
+
+def affine() -> nn.Module:
+    """Weight and bias are parts of one parameter."""
+    return Wired(
+        lambda m, x: m.b(torch.tanh(F.linear(x, m.p.value[:, :4], m.p.value[:, 4])).mean(1)),
+        p=Embedded(5, 5),
+        b=nn.Linear(5, 3),
+    )
+
+
+def positive() -> nn.Module:
+    """A weight that is computed from the parameter and used twice in a row."""
+
+    def wire(m: Any, x: Tensor) -> Tensor:
+        w = F.softplus(m.p.value)
+        return m.b(torch.tanh(F.linear(torch.tanh(F.linear(x, w)), w)).mean(1))
+
+    return Wired(wire, p=Embedded(4, 4), b=nn.Linear(4, 3))
+
+
+def attention_twice() -> nn.Module:
+    def wire(m: Any, x: Tensor) -> Tensor:
+        h = m.a(x)
+        for _ in range(2):
+            h = h + m.attention(h, h, h, need_weights=False)[0]
+        return h.mean(1)
+
+    return Wired(wire, a=nn.Linear(4, 4), attention=nn.MultiheadAttention(4, 2, batch_first=True))
+
+
 def layer_norm() -> nn.Module:
     return Wired(
         lambda m, x: m.b(m.norm(m.a(x)).flatten(1)), a=nn.Linear(4, 5), norm=nn.LayerNorm(5), b=nn.Linear(T * 5, 3)
@@ -185,6 +252,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "product": product,
     "from the left": from_left,
     "nothing else": nothing_else,
+    "scaled twice": scaled_twice,
+    "affine": affine,
+    "positive": positive,
     "weight norm": weight_norm,
     "layer norm": layer_norm,
     "tied autoencoder": tied_autoencoder,
@@ -192,6 +262,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "GPT": GPT,
     **{f"attention{' batch first' * b}": attention(b) for b in (False, True)},
     "attention without bias": attention(True, bias=False),
+    "attention twice": attention_twice,
     **{f"cross attention{' batch first' * b}": cross(b) for b in (False, True)},
     "cross attention kdim": cross(True, kdim=3, vdim=3),
     **{f"encoder{' batch first' * b}{' norm first' * f}": encoder(b, f) for b in (False, True) for f in (False, True)},
@@ -224,7 +295,9 @@ def targets(name: str, x: Tensor) -> Tensor:
 @cache
 def reference(name: str, samples: int, positions: int, reduction: str) -> Reference:
     x = inputs(samples, positions)
-    return Reference(built(name), [x], [contributions(nn.CrossEntropyLoss(reduction=reduction), targets(name, x))])
+    losses = [contributions(nn.CrossEntropyLoss(reduction=reduction), targets(name, x))]
+    with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
+        return Reference(built(name), [x], losses)
 
 
 def check(
@@ -262,6 +335,34 @@ def test_as_many_positions_as_samples(name: str, agree: Agree) -> None:
     if name != "GPT":
         check(name, PULLED, agree, samples=2, positions=2)
         check(name, PULLED, agree, samples=2, positions=4)
+
+
+#: Where a layer or a nonlinear operation has other axes in front of the batch, which second derivatives want first.
+MOVED = {"packed", "sequence first", "from the left", "attention", "cross attention", "encoder", "encoder norm first"}
+HESSIANS = [DiagHessian, BatchDiagHessian]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("samples", [N, 1])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_hessian_diagonals(name: str, samples: int, reduction: str, agree: Agree) -> None:
+    if name in MOVED:
+        if samples > 1:
+            with pytest.raises(ValueError, match="batch"):
+                check(name, HESSIANS, agree, samples, reduction=reduction)
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        check(name, HESSIANS, agree, samples, reduction=reduction)
+
+
+@pytest.mark.parametrize("program", ["columns", "dense"])
+@pytest.mark.parametrize("limit", [None, 2000])
+@pytest.mark.parametrize(
+    "name", ["functional", "squared", "scaled", "scaled twice", "affine", "cross attention batch first", "GRU"]
+)
+def test_hessian_diagonals_by_any_program(name: str, limit: int | None, program: str, agree: Agree) -> None:
+    with satchel.settings(memory_limit=limit), forced(program):
+        check(name, HESSIANS, agree)
 
 
 # --- Kronecker factors of linear maps ----------------------------------------------------------------------------
@@ -369,8 +470,8 @@ def test_kronecker_factors(name: str, approximation: str, samples: int, agree: A
     agree({key: p.kflr for key, p in model.named_parameters()}, wanted)
 
 
-def test_sampled_factors_are_of_one_sample() -> None:
-    """KFAC and DiagGGNMC of functional uses are those of the same network in modules."""
+def test_functions_are_as_modules() -> None:
+    """What is drawn, and the averaged curvature, of functional uses are those of the same network in modules."""
     x = inputs(N)
     twin = Wired(
         lambda m, x: m.b(torch.tanh(m.p(x)).mean(1)), p=nn.Linear(4, 5, bias=False), b=nn.Linear(5, 3)
@@ -381,10 +482,11 @@ def test_sampled_factors_are_of_one_sample() -> None:
             ours.copy_(theirs)
     for network in (extend(model), extend(twin)):
         generator = torch.Generator().manual_seed(3)
-        with backpack(KFAC(mc_samples=2, generator=generator), DiagGGNMC(mc_samples=2, generator=generator)):
+        with backpack(KFAC(mc_samples=2, generator=generator), DiagGGNMC(mc_samples=2, generator=generator), KFRA()):
             extend(nn.CrossEntropyLoss())(network(x), targets("functional", x)).backward()
     for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(theirs.kfac, ours.kfac)
+        torch.testing.assert_close(theirs.kfra, ours.kfra)
         torch.testing.assert_close(theirs.diag_ggn_mc, ours.diag_ggn_mc)
         torch.testing.assert_close(theirs.grad, ours.grad)
 
@@ -568,11 +670,18 @@ def test_two_backwards_and_two_losses(agree: Agree) -> None:
             agree(fields, {key: (1 + again) * wanted.field(feature.__name__, key) for key in fields})
 
 
-@pytest.mark.parametrize("feature", [f for f in FEATURES if f.__name__ in SECOND_ORDER])
-def test_second_derivatives_are_refused(feature: Any) -> None:
-    model, x = extend(built("functional")), inputs(N)
-    with pytest.raises(NotImplementedError, match=f"p.value.*{feature.__name__}"), backpack(feature()):
-        extend(nn.CrossEntropyLoss())(model(x), targets("functional", x)).backward()
+def test_averaged_curvature_of_any_operation_is_refused() -> None:
+    model, x = extend(built("scaled")), inputs(N)
+    with pytest.raises(NotImplementedError, match=r"p\.value.*KFRA"), backpack(KFRA()):
+        extend(nn.CrossEntropyLoss())(model(x), targets("scaled", x)).backward()
+
+
+def test_second_derivative_that_autograd_lacks_is_refused() -> None:
+    """Of what computes a weight from a parameter."""
+    model = Wired(lambda m, x: F.linear(x[:, 0], Sine.apply(m.p.value)), p=Embedded(5, 4), b=nn.Linear(4, 3)).double()
+    loss, x = extend(nn.MSELoss()), inputs(N)
+    with pytest.raises(NotImplementedError, match=r"p\.value.*DiagHessian"), backpack(DiagHessian()):
+        loss(extend(model)(x), torch.zeros(N, 5, dtype=torch.float64)).backward()
 
 
 def test_functional_loss(agree: Agree) -> None:

@@ -17,25 +17,21 @@ from .axes import names
 from .evaluate import evaluate
 from .joint import Joint, Slot, both_through, elements, rows_through
 from .passing import edge_shape, features
-from .plan import Plan, Step
-from .record import Edge, Record
-from .rules import Need
-from .uses import Use, join, quantities
+from .plan import Place, Plan, Step
+from .record import Edge
+from .uses import join
 
-Visit: TypeAlias = Callable[[list[tuple[Step, str]], Tensor], None]
+Visit: TypeAlias = Callable[[Sequence[Place], Tensor], None]
 
 
 def sweep_averaged(plan: Plan, start: Edge, averaged: Tensor, samples: int, visit: Visit) -> None:
     """Pass Ḡ [F, F] from `start`; `visit` gets each wanted parameter's uses and Ḡ over them, joined along their positions."""
     joint = Joint()
     joint.add(start, start, averaged)
-    uses = plan.uses
     for step in plan.steps:
-        arrived = [slot for slot in joint.slots if slot[0] is step.node and slot[1] >= 0]
-        if not arrived:
+        if not any(slot[0] is step.node and slot[1] >= 0 for slot in joint.slots):
             continue
-        if step.record is not None:
-            _visit(joint, step, step.record, arrived[0], uses, visit)
+        _visit(joint, step, plan.uses, visit)
         outer = joint.take(step)
         for other in dict.fromkeys(slot for rows in outer.values() for slot in rows if slot not in outer):
             rows = {slot: blocks[other] for slot, blocks in outer.items() if other in blocks}
@@ -45,50 +41,47 @@ def sweep_averaged(plan: Plan, start: Edge, averaged: Tensor, samples: int, visi
             joint.add(a, b, block)
 
 
-def _visit(joint: Joint, step: Step, record: Record, slot: Slot, uses: Mapping[int, list[Step]], visit: Visit) -> None:
-    kept: Slot | None = None
-    for name, parameter in step.parameters.items():
-        using = uses[id(parameter)]
-        if len(using) == 1:
-            block = joint.get(slot, slot)
-            assert block is not None
-            visit([(step, name)], block.reshape(*record.canonical_output[1:] * 2))
-            continue
-        if kept is None:
-            kept = (slot[0], -1 - slot[1])
-            for other in list(joint.slots):
-                block = joint.get(slot, other)
-                if block is not None:
-                    joint.add(kept, other, block)
-            own = joint.get(slot, slot)
-            assert own is not None
-            joint.add(kept, kept, own)
-    # A parameter is complete with its last use.
-    for parameter in step.parameters.values():
-        using = uses[id(parameter)]
-        if len(using) > 1 and using[-1] is step:
-            visit([(use, _name(use, parameter)) for use in using], _over_uses(joint, using))
+def _visit(joint: Joint, step: Step, uses: Mapping[int, Sequence[Place]], visit: Visit) -> None:
+    """Note Ḡ at the output where a parameter has other uses. It is complete with its last one."""
+    here = [Place(step, call, name) for call in step.calls for name in call.parameters]
+    here = [place for place in here if _slot(place) in joint.slots]
+    for slot in dict.fromkeys(_slot(place) for place in here if len(uses[id(place.parameter)]) > 1):
+        kept = _kept(slot)
+        for other in list(joint.slots):
+            block = joint.get(slot, other)
+            if block is not None:
+                joint.add(kept, other, block)
+        own = joint.get(slot, slot)
+        assert own is not None
+        joint.add(kept, kept, own)
+    for place in here:
+        places = uses[id(place.parameter)]
+        if places[-1].call is place.call and places[-1].name == place.name:
+            visit(places, _over_uses(joint, places))
 
 
-def _name(step: Step, parameter: Tensor) -> str:
-    return next(name for name, candidate in step.parameters.items() if candidate is parameter)
+def _slot(place: Place) -> Slot:
+    return place.step.node, place.call.record.output_nr
 
 
-def _over_uses(joint: Joint, using: Sequence[Step]) -> Tensor:
-    """Ḡ over the outputs of several layers of one kind, joined along their positions on both sides."""
-    records = [step.record for step in using if step.record is not None]
-    shapes = [record.canonical_output[1:] for record in records]
-    slots = [(step.node, -1 - record.output_nr) for step, record in zip(using, records, strict=True)]
-    axes = names(records[0].definition.output_axes)[1:]
+def _kept(slot: Slot) -> Slot:
+    return slot[0], -1 - slot[1]
+
+
+def _over_uses(joint: Joint, places: Sequence[Place]) -> Tensor:
+    """Ḡ over the outputs of uses of one kind, joined along their positions on both sides."""
+    slots = [_slot(place) if len(places) == 1 else _kept(_slot(place)) for place in places]
+    shapes = [place.call.record.canonical_output[1:] for place in places]
+    axes = names(places[0].call.record.definition.output_axes)[1:]
     own = joint.get(slots[0], slots[0])
     assert own is not None
     rows = []
-    for a, shape_a in zip(slots, shapes, strict=True):
+    for a, shape_a, (_, one, _) in zip(slots, shapes, places, strict=True):
         blocks = []
-        for b, shape_b in zip(slots, shapes, strict=True):
+        for b, shape_b, (_, other, _) in zip(slots, shapes, places, strict=True):
             block = joint.get(a, b)
             block = own.new_zeros(prod(shape_a), prod(shape_b)) if block is None else block
-            blocks.append(block.reshape(*shape_a, *shape_b))
+            blocks.append(other.widened(one.widened(block.reshape(*shape_a, *shape_b), len(shape_a) - 1), -1))
         rows.append(join(blocks, axes, len(shape_a)))
     return join(rows, axes, 0)
 
@@ -136,22 +129,12 @@ def needed_bytes(plan: Plan, samples: int, itemsize: int) -> tuple[int, str]:
         if here > most:
             most, where = here, step.name if step.record is None else step.record.where
         kept.update(incoming)
-        shared = any(len(uses[id(parameter)]) > 1 for parameter in step.parameters.values())
+        shared = any(len(uses[id(p)]) > 1 for call in step.calls for p in call.parameters.values())
         for edge in [edge for edge in kept if edge[0] is step.node and edge[1] >= 0]:
             size = kept.pop(edge)
             if shared:
                 kept[edge[0], -1 - edge[1]] = size
     return most * itemsize, where
-
-
-def averaged_quantities(
-    using: Sequence[tuple[Step, str]], averaged: Tensor, needs: Sequence[Need]
-) -> dict[Need, Tensor]:
-    """The quantities of Ḡ for one parameter."""
-    records = [(step.record, name) for step, name in using if step.record is not None]
-    asked = {need.quantity: need for need in needs}
-    found = quantities([Use(record, name) for record, name in records], asked, averaged)
-    return {asked[name]: value for name, value in found.items()}
 
 
 def start_of(factor: Tensor, samples: int) -> Tensor:

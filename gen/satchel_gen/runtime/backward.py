@@ -20,8 +20,8 @@ from .demand import CURVATURE
 from .errors import BatchAxisLost, FieldMissing, LossIncomplete, LossNotExtended, UnitUnknown
 from .flags import Flag, first_raised
 from .harvest import GRADIENT, Harvest
-from .nodes import operation
 from .plan import Plan, Step, walk
+from .pullback import operation
 from .record import Edge, Entry, LossRecord, Mark, Record
 from .rules import registry
 from .sweep import at_output
@@ -161,7 +161,7 @@ class Pass:
         for record, parameters in plan.used:
             self.expected.update({id(parameter): record for parameter in parameters.values()})
         for step in plan.steps:
-            if step.calls and step.node not in self.calls:
+            if step.record is None and step.calls and step.node not in self.calls:
                 self.calls[step.node] = step
                 if step.node is not current_node():
                     self.handles.append(step.node.register_prehook(partial(self._calls, step.node)))

@@ -76,7 +76,7 @@ def second_derivative(step: Step, deltas: Mapping[int, Tensor]) -> SecondDerivat
             raise Refused
         inputs = tuple((k, edge) for k, edge in following if edge in wanted or edge[0] in steps)
         if inputs:
-            steps[node] = Step(node, None, inputs, {})
+            steps[node] = Step(node, None, inputs)
     starts = [(edge, head) for edge, head in heads if head in wanted or head[0] in steps]
     edges = tuple(dict.fromkeys(edge for _, edge in step.inputs))
     return SecondDerivative(edges, starts, [*reversed(steps.values())]) if starts else None

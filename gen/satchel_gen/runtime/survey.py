@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 
 import torch
 from torch.autograd.graph import Node
@@ -13,9 +13,10 @@ from .curvature import AVERAGED, RESIDUAL, refuse_option, uses_of
 from .demand import CURVATURE, SECOND_ORDER, Demand
 from .errors import CheckpointedRegion, MemoryLimit, SatchelError, SharedByKinds, SparseGradient, UnsupportedModule
 from .flags import Flag, first_raised
-from .nodes import NodeRecord, Owned, Pullback, resolve
+from .nodes import NodeRecord, Owned, resolve
 from .plan import Plan
 from .probe import Found, Probe
+from .pullback import Pullback
 from .record import Edge, Mark
 from .rules import registry
 from .second import is_linear
@@ -50,22 +51,30 @@ def check(
     if plan.loose:
         plan = plan.pruned(owned)
     _touch(plan, context.demand)
-    sources = context.demand.sources(plan.definitions)
-    also: Container[Node] = ()  # nodes that must have the samples outermost
-    if AVERAGED in sources:
-        also = plan.nodes
-    elif RESIDUAL in sources:
-        also = {step.node for step in plan.unknown if not is_linear(step)}
     with torch.no_grad():
-        count, found = _probe(plan, start, samples, also)
-    if owned:
-        mixed = first_raised(found.flags)
-        if mixed is not None:
-            raise mixed
-        plan = resolve(plan, found, owned)
-        _refuse_undefined(plan, context)
-        _warn_of_cost(plan)
+        count, found = _probe(plan, start, samples, () if owned else _ordered(plan, context.demand))
+        if owned:
+            mixed = first_raised(found.flags)
+            if mixed is not None:
+                raise mixed
+            plan = resolve(plan, found, owned)
+            _refuse_undefined(plan, context)
+            _warn_of_cost(plan)
+            ordered = _ordered(plan, context.demand)
+            if ordered:
+                found = Probe(plan, start, count, ordered).run()
     return plan, count, found.flags
+
+
+def _ordered(plan: Plan, demand: Demand) -> Collection[Node]:
+    """The nodes that must have the samples outermost."""
+    sources = demand.sources(plan.definitions)
+    if AVERAGED in sources:
+        return plan.nodes
+    if RESIDUAL in sources:
+        again = {step.node for step in plan.unknown if not all(call.linear for call in step.calls)} & plan.reused
+        return again | {step.node for step in plan.unknown if not is_linear(step)}
+    return ()
 
 
 def _probe(
@@ -92,7 +101,8 @@ def _touch(plan: Plan, demand: Demand) -> None:
         needed = demand.of(layer)
         kinds = {source.kind for source in needed}
         names = {need.quantity for needs in needed.values() for need in needs}
-        rules = [rule for p in step.parameters for name, rule in layer.parameters[p].items() if name in names]
+        own = [parameter for call in step.calls for parameter in call.parameters]
+        rules = [rule for p in own for name, rule in layer.parameters[p].items() if name in names]
         if step.inputs and kinds & set(CURVATURE):
             vjp = [layer.vjp] if layer.vjp is not None else []
             rules += layer.passes if kinds & set(SECOND_ORDER) else vjp
@@ -119,7 +129,7 @@ def _refuse_undefined(plan: Plan, context: backpack) -> None:
     """Refuse, or warn of, features that the uses of a parameter by nodes have no value for."""
     supported = [layer.name for layer in registry().layers]
     for step in plan.steps:
-        if step.calls and has_sparse_gradient(step.node):
+        if step.record is None and step.calls and has_sparse_gradient(step.node):
             raise SparseGradient(step.calls[0].record.where, context.demand.names)
     for record, parameters in plan.used:
         if not isinstance(record, NodeRecord):
@@ -138,8 +148,8 @@ def _refuse_undefined(plan: Plan, context: backpack) -> None:
                 if context.strict:
                     raise error
                 warnings.warn(str(error), stacklevel=2)
-    for parameter, steps in plan.uses.items():
-        uses = uses_of(steps, parameter)
+    for places in plan.uses.values():
+        uses = uses_of(places)
         if len(uses) > 1 and not joinable(uses):
             _refuse_unjoinable(uses, context.demand)
 
@@ -148,7 +158,7 @@ def _refuse_unjoinable(uses: Sequence[Use], demand: Demand) -> None:
     """Of uses that are not more positions of one, only what individual pullbacks give is defined."""
     pulled = {PER_SAMPLE, *registry().reductions}
     for extension in demand.extensions:
-        needs = {need.quantity for need in extension.needs(uses[0].layer)} - pulled
+        needs = {need.quantity for need in extension.needs(uses[0].layer) if need.source != "diagonal"} - pulled
         if needs and all(use.serves(extension) for use in uses):
             raise SharedByKinds([use.record.where for use in uses], uses[0].name, sorted(needs)[0], [extension.name])
 

@@ -15,8 +15,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .averaged import averaged_quantities, needed_bytes, start_of, sweep_averaged
+from .averaged import needed_bytes, start_of, sweep_averaged
 from .axes import canonical_shape, extents
+from .calls import Call
 from .demand import CURVATURE, SECOND_ORDER, Demand, Source
 from .errors import (
     BatchAxisLost,
@@ -34,15 +35,15 @@ from .errors import (
 from .evaluate import evaluate
 from .flags import Flag, first_raised
 from .hessian import HessianSweep, residuals_of
-from .mixed import mixed_terms
-from .plan import Call, Plan, Step
+from .mixed import parameter_terms
+from .plan import Place, Plan, Step
 from .record import Edge, LossRecord
 from .rules import Layer, Need, registry
 from .second import is_twice_differentiable
 from .settings import current
 from .subsampling import quantities_of
 from .sweep import at_edge, chunks, sweep
-from .uses import PER_SAMPLE, Use, joinable, summed
+from .uses import PER_SAMPLE, Use, joinable, quantities, summed
 
 #: Takes a quantity of a parameter, and the source that it comes from, and adds it to what is there.
 Accumulate: TypeAlias = Callable[[Tensor, Source, dict[Need, Tensor]], None]
@@ -177,16 +178,16 @@ def check_plan(plan: Plan, demand: Demand, samples: int, flags: Sequence[Flag]) 
             _refuse_second_order(step, samples, demand.features(layers, *SECOND_ORDER))
     if RESIDUAL in sources:
         for step in plan.unknown:
-            if not is_twice_differentiable(step):
+            refused = [call.record.where for call in step.calls if not call.twice_differentiable]
+            if refused or not is_twice_differentiable(step):
                 # Mixed samples are the deeper reason.
-                raise first_raised(flags) or NotTwiceDifferentiable(step.where, demand.features(layers, "residual"))
-    uses = plan.uses
-    shared = {parameter: steps for parameter, steps in uses.items() if len(uses_of(steps, parameter)) > 1}
-    for parameter, steps in shared.items():
-        if RESIDUAL in sources and (use := _mixed_without_rule(plan, steps, parameter)) is not None:
-            raise SequentialReuse(use[0], use[1], demand.features(layers, "residual"))
-        using = uses_of(steps, parameter)
-        if AVERAGED in sources and not joinable(using):
+                where = refused[0] if refused else step.where
+                raise first_raised(flags) or NotTwiceDifferentiable(where, demand.features(layers, "residual"))
+    for places in plan.uses.values():
+        if RESIDUAL in sources and (use := _mixed_without_rule(plan, places)) is not None:
+            raise SequentialReuse(use.record.where, use.name, demand.features(layers, "residual"))
+        using = uses_of(places)
+        if AVERAGED in sources and len(using) > 1 and not joinable(using):
             raise SharedByKinds([use.record.where for use in using], using[0].name, "averaged_factor")
     for extension in demand.extensions:
         extension.check(samples)
@@ -210,27 +211,23 @@ def _refuse_second_order(step: Step, samples: int, features: list[str]) -> None:
         raise BatchAxisLost(record.where, record.output_shape, samples)
 
 
-def _mixed_without_rule(plan: Plan, steps: list[Step], parameter: int) -> tuple[str, str] | None:
+def _mixed_without_rule(plan: Plan, places: Sequence[Place]) -> Use | None:
     """A use with another below it whose ∂²y/∂θ∂x is not zero and cannot be had from its rules."""
-    for step in steps:
-        record = step.record
-        if record is None or not record.definition.mixed or step.node not in plan.reused:
-            continue
-        name = next(name for name, p in step.parameters.items() if id(p) == parameter)
-        reads_output = "output" in record.definition.parameters[name][PER_SAMPLE].operands
-        if reads_output and not plan.below(step.node).isdisjoint(other.node for other in steps):
-            return record.where, name
+    nodes = {place.step.node for place in places}
+    for use, place in zip(uses_of(places), places, strict=True):
+        reads_output = use.layer.mixed and "output" in use.layer.parameters[use.name][PER_SAMPLE].operands
+        if reads_output and not plan.below(place.step.node).isdisjoint(nodes):
+            return use
     return None
 
 
-def uses_of(steps: list[Step], parameter: int) -> list[Use]:
-    used = [one for step in steps for one in step.used]
-    return [Use(record, name) for record, parameters in used for name, p in parameters.items() if id(p) == parameter]
+def uses_of(places: Sequence[Place]) -> list[Use]:
+    return [Use(place.call.record, place.name) for place in places]
 
 
 def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> None:
     """All sweeps that start at one loss."""
-    shared = {parameter for parameter, steps in plan.uses.items() if len(uses_of(steps, parameter)) > 1}
+    shared = {parameter for parameter, places in plan.uses.items() if len(places) > 1}
     sources = demand.sources(plan.definitions)
     averaged = AVERAGED in sources
     exact = start.exact() if averaged or Source("exact") in sources else None
@@ -243,11 +240,11 @@ def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> Non
         _residual(start, plan, demand, shared, accumulate)
     if averaged and exact is not None:
 
-        def visit(using: list[tuple[Step, str]], matrix: Tensor) -> None:
-            step, name = using[0]
-            assert step.record is not None
-            needs = demand.needs([step.record.definition], AVERAGED)
-            accumulate(step.parameters[name], AVERAGED, averaged_quantities(using, matrix, needs))
+        def visit(places: Sequence[Place], matrix: Tensor) -> None:
+            uses = uses_of(places)
+            needs = {need.quantity: need for need in demand.needs([use.layer for use in uses], AVERAGED)}
+            found = quantities(uses, needs, matrix)
+            accumulate(places[0].parameter, AVERAGED, {needs[name]: value for name, value in found.items()})
 
         sweep_averaged(plan, start.edge, start_of(exact, start.samples), start.samples, visit)
 
@@ -268,26 +265,24 @@ def _columns(
 def _residual(start: Start, plan: Plan, demand: Demand, shared: set[int], accumulate: Accumulate) -> None:
     """Sweep what the steps themselves add to the curvature."""
 
-    def visit_diagonal(step: Step, diagonal: Tensor) -> None:
-        assert step.record is not None
-        for name, parameter in step.parameters.items():
-            use = Use(step.record, name, diagonal)
+    def visit_diagonal(call: Call, diagonal: Tensor) -> None:
+        for name, parameter in call.parameters.items():
+            use = Use(call.record, name, diagonal)
             needs = [need for need in demand.needs([use.layer], DIAGONAL) if use.offers(need.quantity)]
             accumulate(parameter, DIAGONAL, {need: summed([use], need.quantity) for need in needs})
 
     delta = start.gradient()
-    residuals, at_reused = residuals_of(plan, {start.edge: delta}, start.samples)
+    residuals, at_uses = residuals_of(plan, {start.edge: delta}, start.samples)
     gather = partial(_Gathered, RESIDUAL, demand, shared, accumulate)
     limit, itemsize = current().matrix_bytes, delta.element_size()
     HessianSweep(plan, residuals, start.samples, gather, visit_diagonal, limit, itemsize).run()
     reductions = registry().reductions
     for step in plan.steps:
-        if step.record is None or step.node not in at_reused:
+        if step.node not in at_uses:
             continue
-        needs = demand.needs([step.record.definition], RESIDUAL)
-        for parameter, pullback, signs in mixed_terms(plan, step, at_reused[step.node], limit):
-            found = {need: reductions[need.quantity](pullback, signs) for need in needs}
-            accumulate(step.parameters[parameter], RESIDUAL, found)
+        for call, parameter, pullback, signs in parameter_terms(plan, step, at_uses[step.node], limit):
+            needs = demand.needs([call.record.definition], RESIDUAL)
+            accumulate(parameter, RESIDUAL, {need: reductions[need.quantity](pullback, signs) for need in needs})
 
 
 class _Gathered:
@@ -297,10 +292,9 @@ class _Gathered:
         self.source, self.demand, self.shared, self.accumulate = source, demand, shared, accumulate
         self.waiting: dict[int, tuple[Tensor, list[Use], tuple[Tensor, ...]]] = {}
 
-    def visit(self, step: Step | Call, factor: Tensor, *signs: Tensor) -> None:
-        assert step.record is not None
-        for name, parameter in step.parameters.items():
-            use = Use(step.record, name, factor)
+    def visit(self, call: Call, factor: Tensor, *signs: Tensor) -> None:
+        for name, parameter in call.parameters.items():
+            use = Use(call.record, name, factor)
             if id(parameter) in self.shared:
                 self.waiting.setdefault(id(parameter), (parameter, [], signs))[1].append(use)
             else:

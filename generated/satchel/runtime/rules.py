@@ -41,13 +41,14 @@ class Rule:
 class NodeCall:
     """An autograd node that is a call of a layer although no module was called.
 
-    name: the node's. input: what it has saved as the layer's input, None if no rule of these parameters reads that.
+    name: the node's. input: what it has saved as the layer's input, and that one's position among the node's inputs; None if no
+    rule of these parameters reads it.
     parameters: by name, the position among the node's inputs, and for each axis of the tensor there, which of the parameter it is.
     options: what else it has saved, with the values that the formula covers.
     """
 
     name: str
-    input: str | None
+    input: tuple[str, int] | None
     parameters: Mapping[str, tuple[int, tuple[int, ...]]]
     options: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
 

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
+from .calls import Call
 from .evaluate import evaluate
 from .passing import edge_shape, pull
-from .plan import Call, Plan, Step
+from .plan import Plan, Step
 from .record import Edge, Record
 
 
-def sweep(plan: Plan, start: Mapping[Edge, Tensor], visit: Callable[[Step | Call, Tensor], None]) -> None:
+def sweep(plan: Plan, start: Mapping[Edge, Tensor], visit: Callable[[Call, Tensor], None]) -> None:
     """Pass columns [V, *edge] from the edges of `start`; `visit` gets whatever uses wanted parameters, and its factor.
 
     The columns are those of one space, so what arrives at an edge twice is summed.
@@ -27,8 +28,6 @@ def sweep(plan: Plan, start: Mapping[Edge, Tensor], visit: Callable[[Step | Call
         columns = take(live, step)
         if not columns:
             continue
-        if step.record is not None and step.parameters:
-            visit(step, at_output(step.record, columns[step.record.output_nr], lead=1))
         for call in step.calls:
             visit(call, call.factor(columns))
         add(live, pass_step(step, columns))

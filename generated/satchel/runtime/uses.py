@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .axes import Axes, starred
 from .axes import names as axis_names
-from .demand import SECOND_ORDER
 from .errors import SharedByKinds
 from .evaluate import evaluate
 from .extension import Extension
@@ -47,13 +46,12 @@ class Use:
         return quantity in self.layer.parameters[self.name]
 
     def serves(self, extension: Extension) -> bool:
-        """Whether a feature has a value for the parameter: what it needs of inputs alone, a bias goes without."""
-        needs = [need for need in extension.needs(self.layer) if need.source != "input"]
-        twice = any(need.source in SECOND_ORDER for need in needs)
+        """Whether a feature has a value for the parameter: what it needs of inputs alone, a bias goes without, and a diagonal can
+        be had as columns."""
+        needs = [need for need in extension.needs(self.layer) if need.source not in ("input", "diagonal")]
         offered = [self.offers(need.quantity) for need in needs]
         # A parameter has Kronecker factors or, without that structure, the exact block.
-        enough = any(offered) if any(need.quantity in BLOCKS for need in needs) else all(offered)
-        return (self.record.differentiates_twice or not twice) and enough
+        return any(offered) if any(need.quantity in BLOCKS for need in needs) else all(offered)
 
     def block_bytes(self) -> int:
         """Size of the parameter's exact block."""
@@ -100,10 +98,10 @@ def summed(uses: Sequence[Use], name: str) -> Tensor:
 def _one(use: Use, name: str, factor: Tensor | None, differentiable: bool = False) -> Tensor:
     rule = use.layer.parameters[use.name][name]
     found = evaluate(rule, use.layer, use.record.operand, factor, differentiable=differentiable)
-    return _shaped(rule, use, found)
+    return shaped(rule, use, found)
 
 
-def _shaped(rule: Rule, use: Use, value: Tensor) -> Tensor:
+def shaped(rule: Rule, use: Use, value: Tensor) -> Tensor:
     """A quantity of the parameter in its own shape; Kronecker factors belong to the matrix that the definition says."""
     if rule.lead is None:
         return value
@@ -126,7 +124,7 @@ def _joined(uses: Sequence[Use], name: str, extra: Sequence[Tensor], lead: int, 
         return join([use.record.operand(operand) for use in uses], axes, 0)
 
     found = evaluate(rule, first.layer, operand, *arguments, differentiable=differentiable)
-    return _shaped(rule, first, found)
+    return shaped(rule, first, found)
 
 
 def join(tensors: Sequence[Tensor], axes: Axes, lead: int) -> Tensor:
