@@ -141,7 +141,6 @@ class Once(torch.autograd.Function):
 NOT_TWICE: dict[str, Callable[[Tensor], Tensor]] = {
     "Once": Once.apply,
     "Cdist": lambda h: torch.cdist(h.view(-1, 3, 2), torch.ones(5, 2, 2)).flatten(1),
-    "Attention": lambda h: F.scaled_dot_product_attention(*[h.view(-1, 1, 3, 2)] * 3).flatten(1),
 }
 
 

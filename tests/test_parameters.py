@@ -351,8 +351,7 @@ def test_hessian_diagonals(name: str, samples: int, reduction: str, agree: Agree
             with pytest.raises(ValueError, match="batch"):
                 check(name, HESSIANS, agree, samples, reduction=reduction)
         return
-    with sdpa_kernel(SDPBackend.MATH):
-        check(name, HESSIANS, agree, samples, reduction=reduction)
+    check(name, HESSIANS, agree, samples, reduction=reduction)
 
 
 @pytest.mark.parametrize("program", ["columns", "dense"])

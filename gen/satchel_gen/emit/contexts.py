@@ -15,6 +15,7 @@ from ..calculus.instantiate import Formula
 from ..calculus.terms import Term
 from ..definitions.distributions import Distribution, NoDistribution
 from ..definitions.model import Classes, Feature, Layer, Loss, NodeCall, Quantity
+from ..definitions.operation import Operation
 from ..definitions.quantities import BLOCKS, PER_SAMPLE, PULLBACKS, SAMPLES, UNIT, S, T, n, p, p2, v
 from ..formula import render, render_formula, wrapped
 from ..lowering.deviations import deviation_variants
@@ -51,7 +52,7 @@ class RuleContext:
     lead: int | None = None
 
 
-class _Stated:
+class Stated:
     """What is defined by formulas, one per statement."""
 
     formulas: tuple[str, ...]
@@ -68,7 +69,7 @@ class _Stated:
 
 
 @dataclass(frozen=True)
-class LayerContext(_Stated):
+class LayerContext(Stated):
     name: str
     module: str
     formulas: tuple[str, ...]
@@ -97,7 +98,7 @@ class LayerContext(_Stated):
 
 
 @dataclass(frozen=True)
-class LossContext(_Stated):
+class LossContext(Stated):
     name: str
     module: str
     formulas: tuple[str, ...]
@@ -141,7 +142,7 @@ def snake(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
-def module_name(definition: Layer | Loss | Feature) -> str:
+def module_name(definition: Layer | Loss | Feature | Operation) -> str:
     """Its file's own name where the definition's begins with that; a file may hold several."""
     stem, name = definition.source.file.stem, definition.name
     spelled = len(stem.replace("_", ""))
@@ -210,7 +211,7 @@ def layer_context(lowered: LoweredLayer) -> LayerContext:
     )
 
 
-def stored_axes(layer: Layer, axes: Axes) -> AxisNames:
+def stored_axes(layer: Layer | Operation, axes: Axes) -> AxisNames:
     """Axis names as torch stores them: joined indices as one tuple."""
     names: list[str | tuple[str, ...]] = []
     rest = list(axes)

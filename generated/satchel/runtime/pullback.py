@@ -25,9 +25,6 @@ from .second import is_twice_differentiable, second_derivative
 from .settings import current
 from .sweep import add, take
 
-#: The columns that pass a node at once, where no limit is set, hold at most this much.
-_CHUNK_BYTES = 1 << 27
-
 PARAMETER = "parameter"
 
 
@@ -78,8 +75,7 @@ class Pullback(Call):
             return parameter.new_zeros(count, 0, *parameter.shape)
         sizes = [prod(edge_shape((self.node.node, number))) for number in columns]
         sizes += [prod(edge_shape(edge)) for step in (self.node, *self.path) for _, edge in step.inputs]
-        limit = current().memory_limit or _CHUNK_BYTES
-        size = max(1, limit // max(1, sum(sizes) * next(iter(columns.values())).element_size()))
+        size = max(1, current().step_bytes // max(1, sum(sizes) * next(iter(columns.values())).element_size()))
         pairs = torch.arange(count * samples, device=parameter.device)
         found = torch.cat([self._pulled(columns, some // samples, some % samples) for some in pairs.split(size)])
         return found.reshape(count, samples, *parameter.shape)

@@ -114,6 +114,37 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class OperationNode:
+    """An autograd node by name; under which name it has saved a tensor or number, where that is not the formula's; what else it
+    has saved, with the values that the formula covers."""
+
+    name: str
+    saved: Mapping[str, str]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What an autograd node computes, y = f(inputs; operands), and its second derivative by input, the inputs in the node's order.
+
+    hessian: δ [*output] → Σ_y δ_y ∂²y/∂x∂x′ v [V, *input], over all inputs x′; the operand `tangent_<x′>` is v [V, *x′]
+
+    A value is that of canonical tensors, whose axes are named. `operands` are further tensors, of zeros where they are absent;
+    `absent` gives a number that is, of the extents. `widest` are the axes of the largest intermediate that a column takes.
+    """
+
+    name: str
+    formula: str
+    inputs: Mapping[str, Axes]
+    operands: Mapping[str, Axes]
+    output: Axes
+    widest: tuple[str, ...]
+    hessian: Mapping[str, Rule]
+    absent: Mapping[str, Callable[[Mapping[str, int]], float]]
+    nodes: tuple[OperationNode, ...]
+
+
+@dataclass(frozen=True)
 class Composite:
     """A module that is made of other operations, unless a backend that fuses them is on: `without` names those to switch off."""
 
@@ -206,6 +237,7 @@ class Registry:
     extensions: tuple[type[Extension], ...]
     reductions: Mapping[str, Callable[..., Tensor]]
     composites: tuple[Composite, ...] = ()
+    operations: tuple[Operation, ...] = ()
 
     @cached_property
     def _by_forward(self) -> Mapping[Callable[..., Any], tuple[Layer | Loss, ...]]:
@@ -238,6 +270,11 @@ class Registry:
         variants = [loss for loss in self._by_forward[type(module).forward] if isinstance(loss, Loss)]
         fits = [loss for loss in variants if all(getattr(module, name) == v for name, v in loss.when.items())]
         return next((loss for loss in fits if loss.classes is not target.is_floating_point()), fits[0])
+
+    @cached_property
+    def by_node(self) -> Mapping[str, tuple[Operation, OperationNode]]:
+        """The operation that an autograd node of a name is."""
+        return {node.name: (operation, node) for operation in self.operations for node in operation.nodes}
 
     def composite(self, module: nn.Module) -> Composite | None:
         forward = type(module).forward
