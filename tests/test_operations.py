@@ -99,7 +99,7 @@ def test_attention(name: str, backend: tuple[str, torch.dtype, SDPBackend], limi
         _, step = attend([move(x) for x in tensors], {key: move(value) for key, value in options.items()}, kernel)
     except RuntimeError as error:
         pytest.skip(str(error))
-    if applied(step.node) is None:
+    if applied(step.node, ()) is None:
         pytest.skip(f"{step.name}: torch has not taken the kernel")
     plain = [x.detach().requires_grad_() for x in tensors]
     with sdpa_kernel(SDPBackend.MATH):
@@ -134,18 +134,19 @@ class Saved:
 
 @pytest.mark.parametrize("node", [node.name for operation in REGISTRY.operations for node in operation.nodes])
 def test_what_the_formula_does_not_cover(node: str) -> None:
-    """Which weights were dropped is not known."""
+    """Which weights were dropped is not known; a mask is no input."""
     query, key, value = inputs(H, T)
     found: Callable[..., Any] = partial(Saved, node, query=query, key=key, value=value, is_causal=False, scale=None)
-    assert applied(found(dropout_p=0.0)) is not None
-    assert applied(found(dropout_p=0.5)) is None
-    assert applied(found(dropout_p=0.0, query=query[0])) is None
+    assert applied(found(dropout_p=0.0), [0, 2]) is not None
+    assert applied(found(dropout_p=0.0), [0, 3]) is None
+    assert applied(found(dropout_p=0.5), [0]) is None
+    assert applied(found(dropout_p=0.0, query=query[0]), [0]) is None
 
 
 def test_scale_is_that_of_torch() -> None:
     query, key, value = inputs(H, T)
     _, step = attend([query, key, value], {}, SDPBackend.FLASH_ATTENTION)
-    operation = applied(step.node)
+    operation = applied(step.node, [0])
     assert operation is not None and operation.operands["scale"] == pytest.approx(D**-0.5)
 
 

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -57,10 +57,10 @@ class Applied:
         return iter(columns.split(max(1, current().step_bytes // max(1, each))))
 
 
-def applied(node: Node) -> Applied | None:
-    """The call that a node is, if a definition covers it."""
+def applied(node: Node, positions: Iterable[int]) -> Applied | None:
+    """The call that a node is, if a definition covers it, and all inputs at these positions: a mask may be learned."""
     operation, entry = registry().by_node.get(node.name(), (None, None))
-    if operation is None or entry is None:
+    if operation is None or entry is None or max(positions, default=0) >= len(operation.inputs):
         return None
     try:
         if any(saved(node, option) != value for option, value in entry.options.items()):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,8 +17,6 @@ from .calls import ByRules, Call
 from .record import Edge, Mark, Record, entries, layer_record
 from .rules import Layer
 from .torch_private import is_accumulator, leaf_of, node_outputs
-
-NO_PARAMETERS: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -49,12 +46,6 @@ class Step:
         """The node and the modules that it belongs to, for errors."""
         marks = [entry.where for entry in entries(self.node) if type(entry) is Mark]
         return f"{self.name} ({', '.join(marks)})" if marks else self.name
-
-    @property
-    def used(self) -> list[tuple[Record, Mapping[str, Tensor]]]:
-        """What uses wanted parameters here, and a layer without any."""
-        none = [(self.record, NO_PARAMETERS)] if self.record is not None and not self.calls else []
-        return [*none, *((call.record, call.parameters) for call in self.calls)]
 
     @property
     def apart(self) -> bool:
@@ -90,13 +81,14 @@ class Plan:
         return tuple(step.record for step in self.steps if step.record is not None)
 
     @cached_property
-    def used(self) -> tuple[tuple[Record, Mapping[str, Tensor]], ...]:
-        """Whatever uses wanted parameters by rules, and the calls of layers without any."""
-        return tuple(used for step in self.steps for used in step.used)
+    def calls(self) -> tuple[Call, ...]:
+        """Whatever uses wanted parameters by rules."""
+        return tuple(call for step in self.steps for call in step.calls)
 
     @cached_property
     def definitions(self) -> tuple[Layer, ...]:
-        return tuple(record.definition for record, _ in self.used)
+        records = dict.fromkeys([*self.records, *(call.record for call in self.calls)])
+        return tuple(record.definition for record in records)
 
     @property
     def loose(self) -> tuple[tuple[Step, Tensor], ...]:

@@ -81,7 +81,7 @@ def second_derivative(step: Step, deltas: Mapping[int, Tensor]) -> SecondDerivat
     """
     if step.linear:
         return None
-    operation = applied(step.node)
+    operation = applied(step.node, [position for position, _ in step.inputs])
     if operation is not None:
         return OfOperation(step, operation, deltas[0])
     # δ requires grad: a backward that refuses to be differentiated says so only then.

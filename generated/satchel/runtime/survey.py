@@ -133,10 +133,11 @@ def _refuse_undefined(plan: Plan, context: backpack) -> None:
     for step in plan.steps:
         if step.record is None and step.calls and has_sparse_gradient(step.node):
             raise SparseGradient(step.calls[0].record.where, context.demand.names)
-    for record, parameters in plan.used:
+    for call in plan.calls:
+        record = call.record
         if not isinstance(record, NodeRecord):
             continue
-        for name in parameters:
+        for name in call.parameters:
             use = Use(record, name)
             lacking = [e.name for e in context.demand.extensions if not use.serves(e)]
             blocks = [
