@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -31,17 +31,18 @@ class Applied:
 
     def hessian(self, position: int, delta: Tensor, tangents: Mapping[int, Tensor]) -> Tensor:
         """δ [*output], v [V, *input] by position, zero where absent → Σ_y δ_y ∂²y/∂x∂x′ v [V, *input]."""
-        inputs = list(self.operation.inputs)
-        name, count = inputs[position], len(next(iter(tangents.values())))
+        inputs, count = list(self.operation.inputs), len(next(iter(tangents.values())))
+        name = inputs[position]
         rule = self.operation.hessian.get(name)
         if rule is None:
             return delta.new_zeros(count, *self.shapes[name])
-        zero = {f"tangent_{other}": delta.new_zeros(count, *self.shapes[other]) for other in inputs}
-        given = zero | {f"tangent_{inputs[number]}": tangent for number, tangent in tangents.items()}
-        along = {
-            f"tangent_{other}": self._ranges(self._canonical(given[f"tangent_{other}"], axes, 1))
-            for other, axes in self.operation.inputs.items()
-        }
+        each = prod(self.extents[axis] for axis in self.operation.widest) * delta.element_size()
+        size = max(1, current().step_bytes // max(1, each))
+        along: dict[str, tuple[Tensor, ...]] = {}
+        for number, (other, axes) in enumerate(self.operation.inputs.items()):
+            tangent = tangents.get(number)
+            tangent = delta.new_zeros(count, *self.shapes[other]) if tangent is None else tangent
+            along[f"tangent_{other}"] = self._canonical(tangent, axes, 1).split(size)
         first = self._canonical(delta, self.operation.output, 0)
         found = []
         for some in zip(*along.values(), strict=True):
@@ -51,10 +52,6 @@ class Applied:
 
     def _canonical(self, tensor: Tensor, axes: Axes, lead: int) -> Tensor:
         return tensor.reshape(*tensor.shape[:lead], *(self.extents[axis] for axis in names(axes)))
-
-    def _ranges(self, columns: Tensor) -> Iterator[Tensor]:
-        each = prod(self.extents[axis] for axis in self.operation.widest) * columns.element_size()
-        return iter(columns.split(max(1, current().step_bytes // max(1, each))))
 
 
 def applied(node: Node, positions: Iterable[int]) -> Applied | None:
