@@ -33,8 +33,8 @@ test: setup ## Run the tests (ARGS="-k relu" selects)
 demo: setup ## Train on digits with KFAC, SGD and Adam; writes digits.png (OUT=...)
 	$(RUN) examples/digits.py --out $(OUT)
 
-bench: $(BENCH_VENV)/.stamp ## Measure the overhead of each feature beside BackPACK; writes overhead.json (BENCH=...)
-	$(BENCH_VENV)/bin/python benchmarks/overhead.py --out $(BENCH)
+bench: $(BENCH_VENV)/.stamp ## Measure the overhead of each feature beside other packages; writes overhead.json, .md, .png (BENCH=... ARGS="--quick")
+	$(BENCH_VENV)/bin/python benchmarks/overhead.py --out $(BENCH) $(ARGS)
 
 mutants: setup ## Break the generator on purpose and show that the tests notice
 	OMP_NUM_THREADS=1 $(RUN) tests/mutants.py $(ARGS)
@@ -43,7 +43,7 @@ kernels: setup ## Compile every Triton kernel ahead of time; registers, shared m
 	$(RUN) -m satchel_gen kernels
 
 clean: ## Remove environments, caches and outputs (never generated/)
-	rm -rf $(VENV) $(BENCH_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis digits.png overhead.json
+	rm -rf $(VENV) $(BENCH_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis digits.png overhead.json overhead.md overhead.png
 	find gen generated tests examples benchmarks -name __pycache__ -type d -exec rm -rf {} +
 
 $(VENV)/.stamp: EXTRA := dev

@@ -13,6 +13,7 @@ from torch.nn import (
     BatchNorm2d,
     Conv1d,
     Conv2d,
+    ConvTranspose1d,
     ConvTranspose2d,
     Dropout,
     Embedding,
@@ -31,7 +32,7 @@ from torch.nn import (
     Upsample,
 )  # fmt: skip
 
-from networks import Network, Wired
+from cases import Network, Wired
 
 
 def residual(m: Any, x: Tensor) -> Tensor:
@@ -63,6 +64,18 @@ def siamese(m: Any, x: Tensor) -> Tensor:
     """One convolution for both halves, of different sizes."""
     near, far = m.act(m.conv(x[..., :2])), m.act(m.conv(x))
     return m.head(near.mean((2, 3)) - far.mean((2, 3)))
+
+
+def recurrent(m: Any, x: Tensor) -> Tensor:
+    """One convolution of its own output, and so of another size."""
+    h = m.act(m.conv(x))
+    return m.head(m.act(m.conv(h)).mean((2, 3)) - h.amax((2, 3)))
+
+
+def grown(m: Any, x: Tensor) -> Tensor:
+    """One transposed convolution of inputs of different lengths, with one slope for both."""
+    near, far = m.act(m.conv(x[..., :2])), m.act(m.conv(x))
+    return m.head(near.mean(2) - far.mean(2))
 
 
 def mixer(m: Any, x: Tensor) -> Tensor:
@@ -122,6 +135,12 @@ ARCHITECTURES = (
         Conv2d(2, 3, 2), Tanh(), Upsample(scale_factor=2, mode="bilinear"), Conv2d(3, 2, 3), Flatten(), Linear(8, 2)
     ), (3, 2, 3, 3)),
     Network("siamese_convolution", lambda: Wired(siamese, conv=Conv2d(2, 3, 2), act=Tanh(), head=Linear(3, 2)), IMAGE),
+    Network("recurrent_convolution", lambda: Wired(
+        recurrent, conv=Conv2d(4, 4, 2, padding=(1, 0), groups=2), act=Tanh(), head=Linear(4, 3)
+    ), (3, 4, 2, 3)),
+    Network("siamese_transposed", lambda: Wired(
+        grown, conv=ConvTranspose1d(4, 6, 3, stride=2, groups=2, bias=False), act=PReLU(), head=Linear(6, 3)
+    ), (3, 4, 3)),
     Network("depthwise_separable", lambda: Sequential(
         Conv2d(3, 6, 3, padding=1, groups=3), ReLU(), Conv2d(6, 2, 1, bias=False), SiLU(), AvgPool2d(2), Flatten(), Linear(8, 3)
     ), (3, 3, 4, 4)),

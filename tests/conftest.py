@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks import NETWORKS, Case, Revealed, around
+from cases import Case, Revealed, around
+from networks import NETWORKS
 
 GPU = torch.cuda.is_available()
 if not GPU:

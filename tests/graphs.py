@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cases import Wired
 from conftest import FEATURES, Agree, comparable, is_sampled
-from networks import Wired
 from reference import Contributions, Reference
 from satchel import backpack, extend
 from satchel.extensions import (

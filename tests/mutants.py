@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 ROOT = Path(__file__).parents[1]
 FEATURES = "tests/test_features.py"
@@ -43,6 +43,8 @@ MUTANTS = [
     Mutant("definition: scale of tanh", f"{GEN}/definitions/layers/tanh.py", "tanh(z))", "2 * tanh(z))"),
     Mutant("definition: index of the weight", f"{GEN}/definitions/layers/linear.py", "Sum(W[o, i] * x[n, r, i], i) + b[o]",
            "Sum(W[o, i] * x[n, r, i], i) + 2 * b[o]"),
+    Mutant("definition: norms centred once", f"{GEN}/definitions/standardised.py", "Statement(shifted[axes], x - shift[kept])",
+           "Statement(shifted[axes], x)", "tests/test_accuracy.py"),
     Mutant("definition: scale of the squared error", f"{GEN}/definitions/losses/mse_loss.py", "(f[n, j] - y[n, j]) ** 2",
            "(f[n, j] - y[n, j]) ** 2 / 2"),
     Mutant("definition: variance of the likelihood", f"{GEN}/definitions/losses/mse_loss.py", "Rational(1, 2)", "Rational(1, 1)",
@@ -64,8 +66,14 @@ MUTANTS = [
            'a[n, g, q, i2], n, q) / (N * extent(q))', 'a[n, g, q, i2], n, q) / N'),
     Mutant("quantity: averaging of KFRA", f"{GEN}/definitions/quantities.py", "J[n, y2, x2] * G[y, y2], n, y, y2) / N",
            "J[n, y2, x2] * G[y, y2], n, y, y2)"),
-    Mutant("quantity: averaging of KFRA's block", f"{GEN}/definitions/quantities.py", "J[n, y2, p2] * G[y, y2], n, y, y2) / N",
-           "J[n, y2, p2] * G[y, y2], n, y, y2)", "tests/test_structure.py"),
+    Mutant("runtime: averaging of KFRA's block", f"{GEN}/runtime/averaged.py", "flatten(2).mean(1)", "flatten(2).sum(1)",
+           "tests/test_layers.py"),
+    Mutant("runtime: KFRA without what lies between uses", f"{GEN}/runtime/averaged.py", "if block is not None:\n                shape",
+           "if a is b and block is not None:\n                shape", "tests/test_architectures.py"),
+    Mutant("runtime: positions of one use", f"{GEN}/runtime/uses.py", "sum(use.positions for use in uses)", "uses[0].positions",
+           "tests/test_architectures.py"),
+    Mutant("calculus: every quantity adds over uses", f"{GEN}/calculus/additive.py", "not JOINED.isdisjoint(total.over)", "True",
+           "tests/test_architectures.py"),
     Mutant("quantity: sign of a sample's residual", f"{GEN}/definitions/quantities.py", "Sum(sign[v, n] * T**2, v))", "Sum(T**2, v))"),
     Mutant("calculus: a block axis taken for a Kronecker axis", f"{GEN}/calculus/kronecker.py",
            "outer = tuple(axis for axis in parameter_axes if axis in pairs and axis not in read)",
@@ -127,13 +135,11 @@ def _last(text: str) -> str:
 
 def main(selection: str = "") -> int:
     chosen = [mutant for mutant in MUTANTS if selection in mutant.name]
-    table = Table("mutant", "killed", "by", title="Mutation check")
-    survivors = 0
+    console, survivors = Console(width=200), 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for mutant, (dead, reason) in zip(chosen, pool.map(killed, chosen), strict=True):
-            table.add_row(mutant.name, "[green]yes[/]" if dead else "[bold red]NO[/]", reason)
+            console.print("[green]killed[/]  " if dead else "[bold red]SURVIVED[/]", f"{mutant.name}: {escape(reason)}")
             survivors += not dead
-    Console(width=200).print(table)
     print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed")
     return 1 if survivors or not chosen else 0
 

@@ -10,7 +10,7 @@ import sympy
 import torch
 from sympy import Rational, exp, log, sqrt, tanh
 
-from satchel_gen.calculus.derive import Statement, jacobian, total_derivative, total_jacobian, vjp
+from satchel_gen.calculus.derive import Constant, Statement, jacobian, total_derivative, total_jacobian, vjp
 from satchel_gen.calculus.evaluate import evaluate, evaluate_statements
 from satchel_gen.calculus.kronecker import kronecker
 from satchel_gen.calculus.terms import CalculusError, Term, contract, terms
@@ -47,6 +47,12 @@ CASES = [
         Statement(var[n], Sum((x[n, i] - mu[n]) ** 2, i) / extent(i)),
         Statement(y[n, i], (x[n, i] - mu[n]) / sqrt(var[n] + Rational(1, 10))),
     ), {"x": (3, 4)}, lambda x: torch.nn.functional.layer_norm(x, (4,), eps=0.1), x[n, i]),
+    Case("variance, centred twice", (
+        Constant(s[n], Sum(x[n, i], i) / extent(i)),
+        Statement(t[n, i], x[n, i] - s[n]),
+        Statement(mu[n], Sum(t[n, i], i) / extent(i)),
+        Statement(y[n], Sum((t[n, i] - mu[n]) ** 2, i)),
+    ), {"x": (3, 4)}, lambda x: 4 * x.var(1, correction=0), x[n, i]),
     Case("two layers", (
         Statement(z[n, j], Sum(x[n, i] * W[j, i], i)),
         Statement(t[n, j], tanh(z[n, j]) * sigmoid(z[n, j])),

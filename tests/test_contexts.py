@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cases import Wired
 from conftest import FEATURES
 from lifetimes import Watch, extended, x, y
-from networks import Wired
 from satchel import backpack, disable, extend
 from satchel.extensions import KFAC, KFLR, BatchGrad, BatchL2Grad, DiagGGNExact, Variance
 

@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from cases import Case, Network, Wired, projection
 from conftest import FEATURES, Agree, Pass, is_sampled
-from networks import Case, Network, Wired, projection
 from satchel.registry import REGISTRY
+from satchel.runtime import window_gram, windows
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -47,6 +48,36 @@ def check(network: Network, agree: Agree) -> None:
     done = Pass(case, torch.float64, "aten", *(feature() for feature in EXACT))
     for feature in EXACT:
         agree(done.fields(feature), {name: reference.field(feature.__name__, name) for name in reference.parameters})
+
+
+@DRAWN
+@given(data=st.data())
+def test_kernel_gradients_by_groups_are_those_of_windows(data: st.DataObject) -> None:
+    """Whatever the places are, also such that torch would find others: two ways, one for CPUs and one for GPUs."""
+    rank = data.draw(st.integers(1, 3), "rank")
+    places, taps, stride = (data.draw(numbers(rank, 1, high), name) for name, high in (("h", 4), ("a", 3), ("s", 3)))
+    dilation, padding = data.draw(numbers(rank, 1, 2), "d"), data.draw(numbers(rank, 0, 2), "p")
+    more = data.draw(numbers(rank, -1, 3), "more")
+    V, N, G, C, O = data.draw(st.tuples(*[st.integers(1, 3)] * 5), "V, N, G, C, O")
+    geometry = zip(places, taps, stride, dilation, padding, more, strict=True)
+    spatial = [max(1, s * (h - 1) + d * (a - 1) + 1 - 2 * p + m) for h, a, s, d, p, m in geometry]
+    x, factor = (torch.randn(shape, dtype=torch.float64) for shape in ((N, G, C, *spatial), (V, N, G, O, *places)))
+    one, other = (way(x, factor, taps, stride, dilation, padding) for way in (windows._of_groups, windows._of_windows))
+    torch.testing.assert_close(one, other)
+
+
+@DRAWN
+@given(data=st.data())
+def test_second_moments_by_displacement_are_those_of_windows(data: st.DataObject) -> None:
+    rank = data.draw(st.integers(1, 3), "rank")
+    places, taps = data.draw(numbers(rank, 1, 5), "h"), data.draw(numbers(rank, 1, 3), "a")
+    dilation, padding = data.draw(numbers(rank, 1, 2), "d"), data.draw(numbers(rank, 0, 2), "p")
+    more = data.draw(numbers(rank, 0, 2), "more")
+    N, G, C = data.draw(st.tuples(*[st.integers(1, 3)] * 3), "N, G, C")
+    geometry = zip(places, taps, dilation, padding, more, strict=True)
+    x = torch.randn(N, G, C, *(max(1, h + d * (a - 1) - 2 * p + m) for h, a, d, p, m in geometry), dtype=torch.float64)
+    one = window_gram.by_displacement(x, places, taps, dilation, padding)
+    torch.testing.assert_close(one, window_gram.by_windows(x, places, taps, (1,) * rank, dilation, padding))
 
 
 LAYOUTS = st.sampled_from(["contiguous", "strided", "channels last"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from satchel_gen.definitions import DefinitionError, Feature, Layer, Statement, Sum, indices, load, tensors
+from satchel_gen.definitions import Constant, DefinitionError, Feature, Layer, Statement, Sum, indices, load, tensors
 from satchel_gen.definitions.quantities import PER_SAMPLE, SUM_OF_SQUARES
 
 n, i, o, k = indices("n i o k")
@@ -40,6 +40,12 @@ def test_a_wrong_layer_names_its_file_and_line(value, message):
 def test_a_parameter_cannot_depend_on_the_sample():
     with pytest.raises(DefinitionError, match="depends on the batch index n"):
         Layer("Wrong", input=x[n, i], parameters=(W[n, i],), statements=(Statement(y[n, i], x[n, i]),))
+
+
+def test_what_the_output_depends_on_is_no_constant():
+    shifted = Constant(u[n], Sum(x[n, i], i)), Statement(y[n, i], x[n, i] - u[n])
+    with pytest.raises(DefinitionError, match=r"output\[n, i\] depends on u\[n\], which is no constant"):
+        Layer("Wrong", input=x[n, i], statements=shifted)
 
 
 def test_a_feature_must_use_what_it_needs():

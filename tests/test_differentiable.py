@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cases import Case, Network
 from conftest import FEATURES, Agree
-from networks import NETWORKS, Case, Network
+from networks import NETWORKS
 from satchel import backend, backpack, extend
 from satchel.extensions import BatchGrad, DiagGGNExact, Variance
 

@@ -19,6 +19,7 @@ from satchel.extensions import (
     SqrtGGNExact,
     SqrtGGNMC,
 )
+from satchel.runtime import curvature
 
 
 @pytest.mark.parametrize("given", [BatchGrad, nn.Linear(1, 1), "BatchGrad", None])
@@ -95,6 +96,23 @@ def test_table5_needs_the_reduction(feature: Any, how: str) -> None:
     error = refused(total, model, feature(scaling="table5"), RuntimeError, feature.__name__, "backpack")
     if feature in FIRST_ORDER:
         assert "table5" in error and "reduction" in error
+
+
+@pytest.mark.parametrize("feature", CURVATURE)
+def test_no_sweep_comes_by(feature: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field is never made of a part of its quantities."""
+    monkeypatch.setattr(curvature, "run", lambda *_: None)
+    model, loss = extend(sequence()), extend(nn.CrossEntropyLoss())
+    message = r"parameter '(weight|bias)'.*without the quantities that " + feature.__name__
+    with pytest.raises(RuntimeError, match=message), backpack(feature()):
+        loss(model(x), y).backward()
+
+
+def test_an_error_inside_a_feature_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BatchGrad, "value", lambda *_: {}["a typing error"])
+    model, loss = extend(sequence()), extend(nn.CrossEntropyLoss())
+    with pytest.raises(KeyError, match="typing"), backpack(BatchGrad()):
+        loss(model(x), y).backward()
 
 
 @pytest.mark.parametrize("index", [5, -6])

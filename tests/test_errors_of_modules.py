@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+import satchel
+from cases import Case, Wired
 from conftest import DEFINITIONS, FEATURES, comparable, is_sampled
 from failures import PULLED, refused, sequence, x, y
-from networks import NETWORKS, Case, Wired
+from networks import NETWORKS
 from reference import Reference, contributions
 from satchel import backpack, extend
 from satchel.extensions import (
+    KFAC,
+    KFLR,
     KFRA,
     BatchGrad,
     DiagGGNExact,
@@ -33,12 +37,43 @@ from satchel.runtime.rules import Rule
 class Scale(nn.Module):
     """A module with a parameter and without a definition."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 6) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.ones(6))
+        self.gain = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gain * x
+
+
+@pytest.mark.parametrize("feature", [KFAC, KFLR, KFRA])
+def test_factors_of_two_structures(feature: Any) -> None:
+    """A table and a linear map read one tensor by its rows and by its columns."""
+    table, head = nn.Embedding(3, 6), nn.Linear(6, 3, bias=False)
+    head.weight = table.weight
+    model, loss = extend(nn.Sequential(table, nn.Tanh(), head)), extend(nn.CrossEntropyLoss())
+    refused(
+        lambda: loss(model(y), y),
+        model,
+        feature(),
+        NotImplementedError,
+        "shared",
+        "Embedding",
+        "Linear",
+        feature.__name__,
+    )
+
+
+@pytest.mark.parametrize(
+    "module,name,feature",
+    [(lambda: nn.LayerNorm(20), "weight", f) for f in (KFAC, KFLR, KFRA)]
+    + [(lambda: Scale(20), "gain", f) for f in (KFAC, KFLR)],
+)
+def test_exact_block_of_many_elements(module: Callable[[], nn.Module], name: str, feature: Any) -> None:
+    """A parameter without Kronecker structure, of a layer or of a node: its block is refused by its size."""
+    model, loss = extend(nn.Sequential(nn.Linear(4, 20), module(), nn.Linear(20, 3))), extend(nn.CrossEntropyLoss())
+    words = (f"exact block of '{name}'", "'1", feature.__name__, "memory_limit")
+    with satchel.settings(memory_limit=1000):
+        refused(lambda: loss(model(x), y), model, feature(), MemoryError, *words)
 
 
 UNSUPPORTED = {"own": Scale, "bilinear": lambda: Bilinear()}

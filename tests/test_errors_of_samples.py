@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cases import Wired
 from conftest import FEATURES, SECOND_ORDER
 from failures import CURVATURE, FIRST_ORDER, refused, sequence, x, y
-from networks import Wired
 from satchel import backpack, extend
 from satchel.extensions import (
     BatchGrad,

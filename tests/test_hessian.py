@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import satchel
+from cases import Case, Network, Wired
 from conftest import Agree, Pass
-from networks import NETWORKS, Case, Network, Wired
+from networks import NETWORKS
 from reference import own_sample
 from satchel.extensions import KFRA, DiagHessian
 from satchel.registry import REGISTRY

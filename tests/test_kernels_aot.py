@@ -36,11 +36,11 @@ def test_spills_are_seen(tmp_path: Path) -> None:
     """The counter counts: a tile far too large for its warps must spill."""
     path = write_package(tmp_path, "spilling", CONTRACTIONS[2:3])
     launch = path.parents[1] / "runtime" / "triton_launch.py"
-    first = '({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8)'
+    first = '{"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, num_warps=8'
     text = launch.read_text()
     assert first in text
     launch.write_text(
-        text.replace(first, '({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 16}, 4)').replace("4096", "16384")
+        text.replace(first, '{"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 16}, num_warps=4').replace("4096", "16384")
     )
     (usage,) = measure([path], targets=("sm_80",), dtypes=("float32",))
     assert usage.spills > 0

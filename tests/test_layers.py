@@ -10,13 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cases import Case, Network, drawn
 from conftest import DEFINITIONS, FEATURES, KERNELS, LAYERS, LOSSES, Agree, Pass, is_sampled, label, module_class
-from networks import Case, Network, drawn
 from reference import jacobian
 from satchel import extend
+from satchel.runtime.averaged import Pair, averaged_quantities
+from satchel.runtime.calls import ByRules
 from satchel.runtime.evaluate import evaluate
+from satchel.runtime.plan import Place, Step
 from satchel.runtime.record import Record, layer_record
-from satchel.runtime.uses import Use, quantities
+from satchel.runtime.rules import Need
+from satchel.runtime.uses import BLOCK, Use, quantities
 
 N, V = 3, 2
 EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
@@ -157,11 +161,12 @@ def test_quantities(definition: Any, example: Any) -> None:
                 wanted = torch.einsum("nyp,ny->np", J**2, columns[0].flatten(1))
                 same(quantities([d], [quantity], lead=0)[quantity], wanted.sum(over) if over else wanted)
                 checked.add(quantity)
-        if "averaged_block" in offered:
-            size = call.y[0].numel()
+        if BLOCK in offered:
+            size, need = call.y[0].numel(), Need("averaged", BLOCK)
             G = torch.randn(size, size, dtype=torch.float64)
-            found = apply(record, offered["averaged_block"], G.reshape(*record.canonical_output[1:] * 2))
-            same(found, torch.einsum("nyp,yz,nzq->pq", J, G, J) / N)
+            place = Place(Step(call.y.grad_fn, record, ()), ByRules(record, {name: parameter}), name)
+            pair = Pair(place, place, (record.output_nr, record.output_nr), G)
+            same(averaged_quantities([pair], [need])[need], torch.einsum("nyp,yz,nzq->pq", J, G, J) / N)
     assert not list(call.module.parameters()) or {"per_sample", "sum_of_squares", "squared_norm"} <= checked
 
 

@@ -1,129 +1,22 @@
-"""Every loss with its options on a small network: against dense autograd of torch's loss, its Fisher, and what is refused."""
+"""Every loss with its options on a small network: against dense autograd of torch's loss, and its Fisher."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import pytest
-import sympy
 import torch
 from torch import Tensor, nn
-from torch.nn import Linear, LogSoftmax, Sigmoid, Softplus, Tanh
+from torch.nn import Linear, LogSoftmax, Sigmoid
 
-from conftest import DEFINITIONS, KERNELS, Agree, Pass
-from networks import Network, Wired
+from conftest import KERNELS, Agree, Pass
+from losses import BY_NAME, EXACT, LIKELIHOODS, SAMPLED, LossCase, all_cases, expected, likelihoods, start
 from reference import Reference, contributions
 from satchel import backpack, extend
-from satchel.extensions import KFAC, KFLR, KFRA, BatchGrad, DiagGGNExact, DiagGGNMC, DiagHessian
+from satchel.extensions import BatchGrad, DiagGGNExact, DiagGGNMC, DiagHessian
 from satchel.registry import REGISTRY
 from satchel_gen.calculus.likelihood import likelihood
-from satchel_gen.definitions import Classes, NoDistribution
-
-EXACT = (BatchGrad, DiagGGNExact, DiagHessian, KFLR, KFRA)
-SAMPLED = (DiagGGNMC, KFAC)
-BY_NAME = {definition.name: definition for definition in DEFINITIONS.losses}
-
-
-@dataclass(frozen=True)
-class LossCase:
-    """One example of one definition."""
-
-    name: str
-    example: int
-    reduction: str
-    batch: int = 5
-
-    @property
-    def definition(self) -> Any:
-        return BY_NAME[self.name]
-
-    @property
-    def module(self) -> type[nn.Module]:
-        return getattr(nn, self.definition.module.rpartition(".")[2])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.definition.examples[self.example].shape
-
-    def criterion(self) -> nn.Module:
-        given = {"reduction": self.reduction, **self.definition.examples[self.example].arguments}
-        return self.module(**{k: torch.tensor(v) if isinstance(v, tuple) else v for k, v in given.items()})
-
-    @property
-    def network(self) -> Network:
-        shape, size = self.shape, torch.Size(self.shape).numel()
-        lower, upper = self.definition.support.inf, self.definition.support.sup
-        link = Sigmoid if upper.is_finite else Softplus if lower.is_finite else nn.Identity
-
-        def wire(m: Any, x: Tensor) -> Tensor:
-            return m.link(m.head(m.act(m.first(x))).view(-1, *shape))
-
-        def build() -> nn.Module:
-            return Wired(wire, first=Linear(4, 6), act=Tanh(), head=Linear(6, size), link=link())
-
-        return Network(self.name, build, (self.batch, 4))
-
-    def target(self) -> Tensor:
-        """Where the definition says that targets lie; one of them ignored, where that is possible."""
-        generator = torch.Generator().manual_seed(3)
-        domain = self.definition.domain
-        if isinstance(domain, Classes):
-            target = torch.randint(self.shape[0], (self.batch, *self.shape[1:]), generator=generator)
-            if target.numel() > 1:
-                target.view(-1)[0] = self.criterion().ignore_index
-            return target
-        if isinstance(domain, sympy.FiniteSet):
-            return torch.randint(0, 2, (self.batch, *self.shape), generator=generator) * 2.0 - 1
-        drawn = torch.randn(self.batch, *self.shape, generator=generator)
-        if domain.inf.is_finite:
-            return drawn.softmax(1) if domain.sup.is_finite else drawn.exp()
-        return drawn
-
-    def more(self) -> tuple[Tensor, ...]:
-        shape = (self.batch, *self.shape)
-        return tuple(torch.linspace(0.3, 1.7, torch.Size(shape).numel()).view(shape) for _ in self.definition.arguments)
-
-    def arranged(self, output: Tensor) -> Tensor:
-        return output
-
-    def contributions(self, output: Tensor) -> Tensor:
-        return contributions(self.criterion(), self.target(), more=self.more())(output)
-
-    def unit(self) -> float:
-        return 1.0 if self.reduction == "sum" else float(self.batch)
-
-    def reference(self) -> Reference:
-        return _reference(self)
-
-
-@cache
-def _reference(case: LossCase) -> Reference:
-    return Reference(case.network.model(), [case.network.input()], [case.contributions], case.unit())
-
-
-def label(case: LossCase) -> str:
-    return f"{case.name}-{case.example}-{case.reduction}"
-
-
-CASES = [
-    LossCase(name, k, reduction)
-    for name, definition in BY_NAME.items()
-    for k in range(len(definition.examples))
-    for reduction in ("mean", "sum")
-]
-CASES += [LossCase(name, 0, "mean", batch=1) for name in BY_NAME]
-all_cases = pytest.mark.parametrize("case", CASES, ids=[label(case) for case in CASES])
-LIKELIHOODS = [case for case in CASES if not isinstance(case.definition.distribution, NoDistribution)]
-likelihoods = pytest.mark.parametrize("case", LIKELIHOODS, ids=[label(case) for case in LIKELIHOODS])
-
-
-def expected(case: LossCase, feature: type, **options: Any) -> dict[str, Any]:
-    reference = case.reference()
-    return {name: reference.field(feature.__name__, name, **options) for name in reference.parameters}
-
 
 # --- agreement ---------------------------------------------------------------------------------------------------
 
@@ -256,19 +149,6 @@ def test_which_fisher_is_the_hessian() -> None:
 # --- numbers ------------------------------------------------------------------------------------------------------
 
 
-def start(
-    module: nn.Module, f: Tensor, *given: Tensor, features: tuple[Any, ...] = (DiagGGNExact(), DiagHessian())
-) -> Any:
-    """A layer that adds a bias to logits `f` [N, F]: what the loss sends to it."""
-    layer: Any = extend(Linear(1, f.shape[1]).to(f.dtype))
-    with torch.no_grad():
-        layer.weight.zero_()
-        layer.bias.copy_(f[0])
-    with backpack(*features):
-        extend(module)(layer(f.new_ones(len(f), 1)), *given).backward()
-    return layer
-
-
 EXTREME: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "CrossEntropyLoss": (nn.CrossEntropyLoss, torch.tensor([2])),
     "BCEWithLogitsLoss": (nn.BCEWithLogitsLoss, torch.tensor([[0.0, 1.0, 0.3, 1.0, 0.0]])),
@@ -326,69 +206,6 @@ def test_variance_of_fewer_axes(shape: tuple[int, ...], agree: Agree) -> None:
         extend(nn.GaussianNLLLoss())(model(x), y, variance).backward()
     dense = (variance.view(3, 1) if shape else variance) * torch.ones(3, 3).double()
     agree({"bias": model.bias.diag_ggn_exact}, {"bias": (1 / dense).sum(0) / 9})
-
-
-# --- refusals -----------------------------------------------------------------------------------------------------
-
-
-def refused(words: tuple[str, ...], loss: nn.Module, f: Tensor, *given: Any, feature: Any = None) -> None:
-    model = extend(Linear(1, f.shape[1]).to(f.dtype))
-    with torch.no_grad():
-        model.bias.copy_(f[0])
-        model.weight.zero_()
-    with pytest.raises((NotImplementedError, ValueError)) as caught, backpack(feature or DiagGGNExact()):
-        extend(loss)(model(f.new_ones(len(f), 1)), *given).backward()
-    for word in words:
-        assert word in str(caught.value), (word, str(caught.value))
-    assert not hasattr(model.bias, (feature or DiagGGNExact()).field)
-
-
-@pytest.mark.parametrize("name", [name for name in BY_NAME if isinstance(BY_NAME[name].distribution, NoDistribution)])
-@pytest.mark.parametrize("feature", SAMPLED)
-def test_no_likelihood(name: str, feature: Any) -> None:
-    case = LossCase(name, 0, "mean")
-    reason = BY_NAME[name].distribution.reason
-    with pytest.raises(
-        NotImplementedError, match=rf"{case.module.__name__}.*{feature.__name__}.*{reason}.*DiagGGNExact"
-    ):
-        Pass(case, torch.float64, "aten", feature())
-
-
-def test_negative_weights() -> None:
-    weight = torch.tensor([1.0, -1.0])
-    f, words = torch.zeros(1, 2), ("not convex", "weights")
-    y = torch.tensor([[1.0, 0.0]])
-    for feature in (DiagGGNExact(), DiagGGNMC(), KFRA()):
-        refused(("BCEWithLogitsLoss", *words), nn.BCEWithLogitsLoss(weight=weight), f, y, feature=feature)
-    refused(("CrossEntropyLoss", *words), nn.CrossEntropyLoss(weight=weight), f, torch.tensor([1]))
-    refused(("NLLLoss", *words), nn.NLLLoss(weight=weight), f, torch.tensor([1]), feature=DiagGGNMC())
-
-
-def test_negative_counts() -> None:
-    """−y log f curves down where y < 0; with the logarithm as input, the target does not enter the curvature."""
-    f, y = torch.ones(1, 2), torch.tensor([[-1.0, 2.0]])
-    refused(("PoissonNLLLoss", "not convex"), nn.PoissonNLLLoss(log_input=False), f, y)
-    start(nn.PoissonNLLLoss(), f, y)
-
-
-def test_a_variance_that_is_learned() -> None:
-    var = torch.ones(1, 2, requires_grad=True)
-    words = ("GaussianNLLLoss", "'var'", "gradient", "detached")
-    refused(words, nn.GaussianNLLLoss(), torch.zeros(1, 2), torch.ones(1, 2), var)
-    model = extend(Linear(1, 2))
-    with backpack(BatchGrad()):
-        extend(nn.GaussianNLLLoss())(model(torch.ones(1, 1)), torch.ones(1, 2), var).backward()
-    assert model.bias.grad_batch is not None
-
-
-@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.NLLLoss])
-@pytest.mark.parametrize("ignored", [-100, 1])
-def test_targets_that_are_no_class(loss: Any, ignored: int) -> None:
-    """torch reads out of bounds, or raises: a class that is ignored is the exception."""
-    f = torch.zeros(1, 3).log_softmax(1)
-    target = torch.tensor([ignored])
-    layer = start(loss(ignore_index=ignored, reduction="sum"), f, target)
-    assert (layer.bias.diag_ggn_exact == 0).all()
 
 
 def test_both_spellings_of_the_arguments() -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cases import Case, Network
 from conftest import FEATURES, LOSSES, Pass, is_sampled, label
-from networks import NETWORKS, Case, Network
+from networks import NETWORKS
 from satchel import backpack, extend
 from satchel.extensions import KFAC, DiagGGNExact, DiagGGNMC
 from satchel.registry import REGISTRY

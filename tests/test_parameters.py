@@ -10,49 +10,21 @@ import dataclasses
 import gc
 import pickle
 import warnings
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parametrizations
 
 import satchel
+from cases import Wired
 from conftest import Agree
-from networks import Wired
-from reference import Reference, contributions, jacobian
+from parameters import MOVED, NETWORKS, PULLED, Embedded, N, T, built, check, inputs, reference, targets
 from satchel import backpack, extend
-from satchel.extensions import (
-    KFAC,
-    KFLR,
-    KFRA,
-    BatchDiagHessian,
-    BatchGrad,
-    BatchL2Grad,
-    DiagGGNExact,
-    DiagGGNMC,
-    DiagHessian,
-    SumGradSquared,
-    Variance,
-)  # fmt: skip
+from satchel.extensions import KFLR, KFRA, BatchDiagHessian, BatchGrad, DiagGGNExact, DiagHessian, SumGradSquared
 from satchel.runtime.cost import forced
 from test_lifetime import tensors_alive
-
-N, T, D = 4, 3, 6
-#: Features that need no more of a parameter than its individual pullbacks.
-PULLED: list[Any] = [BatchGrad, BatchL2Grad, SumGradSquared, Variance, DiagGGNExact]
-
-
-class Embedded(nn.Module):
-    """A parameter that is added, or multiplied."""
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.value = nn.Parameter(torch.randn(shape))
 
 
 class Sine(torch.autograd.Function):
@@ -67,250 +39,6 @@ class Sine(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient * ctx.saved_tensors[0].cos()
-
-
-def first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def attention(batch_first: bool, **options: Any) -> Callable[[], nn.Module]:
-    def wire(m: Any, x: Tensor) -> Tensor:
-        h = m.a(x if batch_first else x.transpose(0, 1))
-        h = h + m.attention(h, h, h, need_weights=False)[0]
-        return (h if batch_first else h.transpose(0, 1))[:, :, :2].flatten(1)
-
-    return lambda: Wired(
-        wire, a=nn.Linear(4, D), attention=nn.MultiheadAttention(D, 2, batch_first=batch_first, **options)
-    )
-
-
-def cross(batch_first: bool, **options: Any) -> Callable[[], nn.Module]:
-    def wire(m: Any, x: Tensor) -> Tensor:
-        h = x if batch_first else x.transpose(0, 1)
-        queries = m.a(h)
-        keys = queries.square()[..., : options.get("kdim", D)]
-        out = m.attention(queries, keys, keys)[0]
-        return (out if batch_first else out.transpose(0, 1))[:, :, :2].flatten(1)
-
-    return lambda: Wired(
-        wire, a=nn.Linear(4, D), attention=nn.MultiheadAttention(D, 2, batch_first=batch_first, **options)
-    )
-
-
-def encoder(batch_first: bool, norm_first: bool) -> Callable[[], nn.Module]:
-    def wire(m: Any, x: Tensor) -> Tensor:
-        h = m.layer(m.a(x) if batch_first else m.a(x).transpose(0, 1))
-        return m.head((h if batch_first else h.transpose(0, 1)).mean(1))
-
-    return lambda: Wired(
-        wire,
-        a=nn.Linear(4, 4),
-        layer=nn.TransformerEncoderLayer(4, 2, 5, 0.0, batch_first=batch_first, norm_first=norm_first),
-        head=nn.Linear(4, 3),
-    )
-
-
-def recurrent(kind: Any, batch_first: bool, **options: Any) -> Callable[[], nn.Module]:
-    def wire(m: Any, x: Tensor) -> Tensor:
-        h = m.cell(x if batch_first else x.transpose(0, 1))[0]
-        return m.head(h[:, -1] if batch_first else h[-1])
-
-    width = 3 * (2 if options.get("bidirectional") else 1)
-    return lambda: Wired(wire, cell=kind(4, 3, batch_first=batch_first, **options), head=nn.Linear(width, 2))
-
-
-class GPT(nn.Module):
-    """A decoder in plain modules and functions, with the weights of the embedding at its output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(5, 4)
-        self.positions = nn.Parameter(torch.randn(T, 4))
-        self.norm, self.final = nn.LayerNorm(4), nn.LayerNorm(4)
-        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 4)
-        self.scale = nn.Parameter(torch.randn(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.tokens((x[:, :, 0] * 2).long() % 5) + self.positions
-        q, k, v = self.qkv(self.norm(h)).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        h = h + self.scale * self.out(mixed.transpose(1, 2).flatten(2))
-        return F.linear(self.final(h), self.tokens.weight).transpose(1, 2)
-
-
-def positions() -> nn.Module:
-    return Wired(
-        lambda m, x: m.b(torch.tanh(m.a(x) + m.p.value).flatten(1)),
-        a=nn.Linear(4, 5),
-        p=Embedded(T, 5),
-        b=nn.Linear(T * 5, 3),
-    )
-
-
-def scaled() -> nn.Module:
-    return Wired(lambda m, x: m.b((m.a(x) * m.p.value).mean(1)), a=nn.Linear(4, 5), p=Embedded(5), b=nn.Linear(5, 3))
-
-
-def squared() -> nn.Module:
-    """One node takes the parameter twice, and it is computed with before."""
-    return Wired(
-        lambda m, x: m.b((m.a(x) * (m.p.value * m.p.value).exp()).mean(1)),
-        a=nn.Linear(4, 5),
-        p=Embedded(5),
-        b=nn.Linear(5, 3),
-    )
-
-
-def functional() -> nn.Module:
-    return Wired(lambda m, x: m.b(torch.tanh(F.linear(x, m.p.value)).mean(1)), p=Embedded(5, 4), b=nn.Linear(5, 3))
-
-
-def product() -> nn.Module:
-    return Wired(lambda m, x: m.b(torch.tanh(torch.matmul(x, m.p.value)).mean(1)), p=Embedded(4, 5), b=nn.Linear(5, 3))
-
-
-def from_left() -> nn.Module:
-    return Wired(lambda m, x: m.b(torch.tanh(m.p.value @ x[:, 0].T).T), p=Embedded(5, 4), b=nn.Linear(5, 3))
-
-
-def nothing_else() -> nn.Module:
-    return Wired(lambda m, x: torch.tanh(torch.matmul(x, m.p.value)).mean(1), p=Embedded(4, 3))
-
-
-def weight_norm() -> nn.Module:
-    return Wired(
-        lambda m, x: m.b(torch.tanh(m.a(x)).mean(1)), a=parametrizations.weight_norm(nn.Linear(4, 5)), b=nn.Linear(5, 3)
-    )
-
-
-def scaled_twice() -> nn.Module:
-    """A factor with itself below, by way of elementwise functions and of a mixing one."""
-
-    def wire(m: Any, x: Tensor) -> Tensor:
-        h = torch.sin(m.a(x) * m.p.value)
-        return m.b((h.cumsum(2) * m.p.value + m.p.value).mean(1))
-
-    return Wired(wire, a=nn.Linear(4, 5), p=Embedded(5), b=nn.Linear(5, 3))
-
-
-def affine() -> nn.Module:
-    """Weight and bias are parts of one parameter."""
-    return Wired(
-        lambda m, x: m.b(torch.tanh(F.linear(x, m.p.value[:, :4], m.p.value[:, 4])).mean(1)),
-        p=Embedded(5, 5),
-        b=nn.Linear(5, 3),
-    )
-
-
-def positive() -> nn.Module:
-    """A weight that is computed from the parameter and used twice in a row."""
-
-    def wire(m: Any, x: Tensor) -> Tensor:
-        w = F.softplus(m.p.value)
-        return m.b(torch.tanh(F.linear(torch.tanh(F.linear(x, w)), w)).mean(1))
-
-    return Wired(wire, p=Embedded(4, 4), b=nn.Linear(4, 3))
-
-
-def attention_twice() -> nn.Module:
-    def wire(m: Any, x: Tensor) -> Tensor:
-        h = m.a(x)
-        for _ in range(2):
-            h = h + m.attention(h, h, h, need_weights=False)[0]
-        return h.mean(1)
-
-    return Wired(wire, a=nn.Linear(4, 4), attention=nn.MultiheadAttention(4, 2, batch_first=True))
-
-
-def layer_norm() -> nn.Module:
-    return Wired(
-        lambda m, x: m.b(m.norm(m.a(x)).flatten(1)), a=nn.Linear(4, 5), norm=nn.LayerNorm(5), b=nn.Linear(T * 5, 3)
-    )
-
-
-def tied_autoencoder() -> nn.Module:
-    """A layer's weight used again by a function, transposed."""
-    return Wired(
-        lambda m, x: m.b(F.linear(torch.tanh(m.a(x)), m.a.weight.T).flatten(1)),
-        a=nn.Linear(4, 5),
-        b=nn.Linear(T * 4, 3),
-    )
-
-
-def sequence_first() -> nn.Module:
-    def wire(m: Any, x: Tensor) -> Tensor:
-        return m.b(m.act(m.a(x.transpose(0, 1)))).transpose(0, 1).mean(1)
-
-    return Wired(wire, a=nn.Linear(4, 5), act=nn.Tanh(), b=nn.Linear(5, 3))
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "positions": positions,
-    "scaled": scaled,
-    "squared": squared,
-    "functional": functional,
-    "product": product,
-    "from the left": from_left,
-    "nothing else": nothing_else,
-    "scaled twice": scaled_twice,
-    "affine": affine,
-    "positive": positive,
-    "weight norm": weight_norm,
-    "layer norm": layer_norm,
-    "tied autoencoder": tied_autoencoder,
-    "sequence first": sequence_first,
-    "GPT": GPT,
-    **{f"attention{' batch first' * b}": attention(b) for b in (False, True)},
-    "attention without bias": attention(True, bias=False),
-    "attention twice": attention_twice,
-    **{f"cross attention{' batch first' * b}": cross(b) for b in (False, True)},
-    "cross attention kdim": cross(True, kdim=3, vdim=3),
-    **{f"encoder{' batch first' * b}{' norm first' * f}": encoder(b, f) for b in (False, True) for f in (False, True)},
-    **{
-        f"{kind.__name__}{' batch first' * b}": recurrent(kind, b)
-        for kind in (nn.RNN, nn.LSTM, nn.GRU)
-        for b in (False, True)
-    },
-    "LSTM of two layers": recurrent(nn.LSTM, False, num_layers=2),
-    "GRU both ways": recurrent(nn.GRU, True, bidirectional=True),
-}
-
-
-def built(name: str) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return NETWORKS[name]().double()
-
-
-def inputs(samples: int, positions: int = T) -> Tensor:
-    return torch.randn(samples, positions, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def targets(name: str, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        shape = built(name)(x).shape
-    return torch.randint(shape[1], (shape[0], *shape[2:]), generator=torch.Generator().manual_seed(2))
-
-
-@cache
-def reference(name: str, samples: int, positions: int, reduction: str) -> Reference:
-    x = inputs(samples, positions)
-    losses = [contributions(nn.CrossEntropyLoss(reduction=reduction), targets(name, x))]
-    with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
-        return Reference(built(name), [x], losses)
-
-
-def check(
-    name: str, features: list[Any], agree: Agree, samples: int = N, positions: int = T, reduction: str = "mean"
-) -> None:
-    x = inputs(samples, positions)
-    model, loss = extend(built(name)), extend(nn.CrossEntropyLoss(reduction=reduction))
-    with backpack(*(feature() for feature in features)):
-        loss(model(x), targets(name, x)).backward()
-    wanted = reference(name, samples, positions, reduction)
-    for feature in features:
-        fields = {key: getattr(p, feature.field) for key, p in model.named_parameters()}
-        agree(fields, {key: wanted.field(feature.__name__, key) for key in fields})
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -337,8 +65,6 @@ def test_as_many_positions_as_samples(name: str, agree: Agree) -> None:
         check(name, PULLED, agree, samples=2, positions=4)
 
 
-#: Where a layer or a nonlinear operation has other axes in front of the batch, which second derivatives want first.
-MOVED = {"packed", "sequence first", "from the left", "attention", "cross attention", "encoder", "encoder norm first"}
 HESSIANS = [DiagHessian, BatchDiagHessian]
 
 
@@ -357,137 +83,39 @@ def test_hessian_diagonals(name: str, samples: int, reduction: str, agree: Agree
 @pytest.mark.parametrize("program", ["columns", "dense"])
 @pytest.mark.parametrize("limit", [None, 2000])
 @pytest.mark.parametrize(
-    "name", ["functional", "squared", "scaled", "scaled twice", "affine", "cross attention batch first", "GRU"]
+    "name",
+    ["functional", "squared", "scaled", "scaled twice", "scaled again", "affine", "cross attention batch first", "GRU"],
 )
 def test_hessian_diagonals_by_any_program(name: str, limit: int | None, program: str, agree: Agree) -> None:
     with satchel.settings(memory_limit=limit), forced(program):
         check(name, HESSIANS, agree)
 
 
-# --- Kronecker factors of linear maps ----------------------------------------------------------------------------
-
-
-class LinearMaps:
-    """Every F.linear and torch.matmul with a part of a parameter: its input, the part, and a zero added to its output."""
-
-    def __init__(self, parameters: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch):
-        self.parameters = parameters
-        self.uses: list[tuple[str, int, bool, Tensor, Tensor]] = []
-        self.biases: list[tuple[str, int, Tensor]] = []
-        linear, matmul = F.linear, torch.matmul
-        monkeypatch.setattr(F, "linear", lambda x, w, b=None: self.use(linear(x, w, b), x, w, b, False))
-        monkeypatch.setattr(torch, "matmul", lambda x, w: self.use(matmul(x, w), x, w, None, True))
-
-    def use(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-        probe = torch.zeros_like(out, requires_grad=True)
-        name, start = self.find(weight)
-        self.uses.append((name, start, transposed, x.detach(), probe))
-        if bias is not None:
-            self.biases.append((*self.find(bias), probe))
-        return out + probe
-
-    def find(self, part: Tensor) -> tuple[str, int]:
-        """The parameter, and the first of its rows."""
-        same = (part.untyped_storage().data_ptr(), part.storage_offset())
-        for name, p in self.parameters.items():
-            if p.untyped_storage().data_ptr() == same[0]:
-                return name, same[1] // p.stride(0)
-        raise AssertionError("no parameter")
-
-
-def kronecker(
-    name: str, x: Tensor, approximation: str, run: Callable[[Any, Tensor], Tensor]
-) -> dict[str, list[Tensor]]:
-    """[B, A] or [B] of every parameter; a use of a part has zero rows for the rest. Only the rows of a sample see its output."""
-    model = built(name)
-    wanted = reference(name, len(x), x.shape[1], "mean")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        maps = LinearMaps(dict(model.named_parameters()), monkeypatch)
-        output = run(model, x)
-    probes = [use[4] for use in maps.uses] + [probe for _, _, probe in maps.biases]
-    flat = output.reshape(len(x), -1)
-    cotangents = {id(p): t for p, t in zip(probes, jacobian(flat, probes), strict=True)}
-
-    def factor(name: str, uses: list[tuple[int, Tensor]], axis: int) -> Tensor:
-        columns = []
-        for start, probe in uses:
-            T = cotangents[id(probe)]
-            T = T.reshape(*flat.shape, -1, T.shape[-1])
-            total = model.get_parameter(name).shape[axis]
-            columns.append(F.pad(T, (start, total - start - T.shape[-1])))
-        T = torch.cat(columns, 2)
-        T = T if approximation == "expand" else T.sum(2, keepdim=True)
-        return torch.einsum("nfro,nfg,ngrq->oq", T, wanted.curvature, T)
-
-    fields: dict[str, list[Tensor]] = {}
-    for key in {use[0] for use in maps.uses}:
-        uses = [use for use in maps.uses if use[0] == key]
-        a = torch.cat([u[3].reshape(-1, u[3].shape[-1]) for u in uses])
-        A = a.T @ a / (len(a) if approximation == "expand" else len(x))
-        fields[key] = [factor(key, [(u[1], u[4]) for u in uses], 1 if uses[0][2] else 0), A]
-    for key in {bias[0] for bias in maps.biases}:
-        fields[key] = [factor(key, [bias[1:] for bias in maps.biases if bias[0] == key], 0)]
-    return fields
-
-
-def step_by_step(m: Any, x: Tensor) -> Tensor:
-    """An LSTM of two layers, in functions."""
-    h = x
-    for k in range(2):
-        cell, outputs = m.cell, []
-        w, u, b, c = (getattr(cell, f"{what}_l{k}") for what in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        state = cells = torch.zeros(len(x), 3, dtype=x.dtype)
-        for gates in F.linear(h, w, b).unbind(1):
-            i, f, g, o = (gates + F.linear(state, u, c)).chunk(4, 1)
-            cells = f.sigmoid() * cells + i.sigmoid() * g.tanh()
-            state = o.sigmoid() * cells.tanh()
-            outputs.append(state)
-        h = torch.stack(outputs, 1)
-    return m.head(h[:, -1])
-
-
-NETWORKS["LSTM of two layers, batch first"] = recurrent(nn.LSTM, True, num_layers=2)
-LINEAR: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    **{
-        name: lambda m, x: m(x)
-        for name in ("functional", "product", "nothing else", "sequence first", "attention", "attention batch first",
-                     "attention without bias", "cross attention", "cross attention batch first", "cross attention kdim")
-    },
-    "LSTM of two layers, batch first": step_by_step,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LINEAR)
-@pytest.mark.parametrize("approximation", ["expand", "backpack"])
-@pytest.mark.parametrize("samples", [N, 1])
-def test_kronecker_factors(name: str, approximation: str, samples: int, agree: Agree) -> None:
-    x = inputs(samples)
-    model, loss = extend(built(name)), extend(nn.CrossEntropyLoss())
-    with backpack(KFLR(approximation=approximation)):
-        loss(model(x), targets(name, x)).backward()
-    wanted = kronecker(name, x, approximation, LINEAR[name])
-    agree({key: p.kflr for key, p in model.named_parameters()}, wanted)
-
-
-def test_functions_are_as_modules() -> None:
-    """What is drawn, and the averaged curvature, of functional uses are those of the same network in modules."""
+@pytest.mark.parametrize("name", ["positions", "scaled", "scaled twice", "squared"])
+def test_exact_block(name: str, agree: Agree) -> None:
+    """Where no definition gives a structure, the curvature itself, of the sum over uses."""
     x = inputs(N)
-    twin = Wired(
-        lambda m, x: m.b(torch.tanh(m.p(x)).mean(1)), p=nn.Linear(4, 5, bias=False), b=nn.Linear(5, 3)
-    ).double()
-    model = built("functional")
-    with torch.no_grad():
-        for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
-            ours.copy_(theirs)
-    for network in (extend(model), extend(twin)):
-        generator = torch.Generator().manual_seed(3)
-        with backpack(KFAC(mc_samples=2, generator=generator), DiagGGNMC(mc_samples=2, generator=generator), KFRA()):
-            extend(nn.CrossEntropyLoss())(network(x), targets("functional", x)).backward()
-    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(theirs.kfac, ours.kfac)
-        torch.testing.assert_close(theirs.kfra, ours.kfra)
-        torch.testing.assert_close(theirs.diag_ggn_mc, ours.diag_ggn_mc)
-        torch.testing.assert_close(theirs.grad, ours.grad)
+    model, loss = extend(built(name)), extend(nn.CrossEntropyLoss())
+    with backpack(KFLR()):
+        loss(model(x), targets(name, x)).backward()
+    wanted = reference(name, N, T, "mean").SqrtGGNExact("p.value").sum(0)
+    agree({"p.value": model.p.value.kflr}, {"p.value": [wanted]})
+
+
+@pytest.mark.parametrize("name", ["scaled", "squared"])
+def test_averaged_curvature_of_any_operation(name: str, agree: Agree) -> None:
+    """Of what is linear from there on, 1/N Σ_n J_nᵀ Ḡ J_n of the outputs' Ḡ = Σ_n ∇²ℓ_n."""
+    x = inputs(N)
+    model, loss = extend(built(name)), extend(nn.CrossEntropyLoss())
+    with backpack(KFRA()):
+        loss(model(x), targets(name, x)).backward()
+    plain = built(name)
+    J = torch.autograd.functional.jacobian(
+        lambda p: torch.func.functional_call(plain, {"p.value": p}, x), plain.p.value
+    )
+    H = torch.autograd.functional.hessian(lambda f: F.cross_entropy(f, targets(name, x)), plain(x).detach())
+    wanted = torch.einsum("nfp,fg,ngq->pq", J, H.diagonal(dim1=0, dim2=2).sum(-1), J) / N
+    agree({"p.value": model.p.value.kfra}, {"p.value": [wanted]})
 
 
 # --- around the uses ---------------------------------------------------------------------------------------------
@@ -513,27 +141,6 @@ def test_recurrent_modules_run_unfused(kind: Any, agree: Agree) -> None:
         torch.testing.assert_close(module(x)[0], plain(x)[0], rtol=0, atol=0)
 
 
-class Packed(nn.Module):
-    """Samples of different lengths lie in no axis: individual pullbacks are right all the same."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.cell, self.head = Embedded(4, 4), nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        lengths = [3, 3, 2, 1][: len(x)]
-        h = nn.utils.rnn.pack_padded_sequence(x * self.a.value[0], torch.tensor(lengths), batch_first=True)
-        h, _ = nn.utils.rnn.pad_packed_sequence(self.cell(h)[0], batch_first=True)
-        return self.head(h).mean(1)
-
-
-NETWORKS["packed"] = Packed
-
-
-def test_packed_sequence(agree: Agree) -> None:
-    check("packed", PULLED, agree)
-
-
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_norm_on_parameters_alone(affine: bool) -> None:
     """No layer lies below that the columns could tell of."""
@@ -544,18 +151,6 @@ def test_batch_norm_on_parameters_alone(affine: bool) -> None:
     extend(model.double())
     with pytest.raises((ValueError, NotImplementedError), match="GroupNorm"), backpack(BatchGrad()):
         loss(model(inputs(N)), torch.zeros(N, 5, dtype=torch.float64)).backward()
-
-
-def test_instance_norm_keeps_samples(agree: Agree) -> None:
-    check("instance norm", PULLED, agree)
-
-
-NETWORKS["instance norm"] = lambda: Wired(
-    lambda m, x: m.b(m.norm(m.a(x)).flatten(1)),
-    a=nn.Linear(4, 5),
-    norm=nn.InstanceNorm1d(T, affine=True),
-    b=nn.Linear(T * 5, 3),
-)
 
 
 def test_sparse_embedding_is_refused() -> None:
@@ -667,12 +262,6 @@ def test_two_backwards_and_two_losses(agree: Agree) -> None:
         for feature in (DiagGGNExact, BatchGrad):
             fields = {key: getattr(p, feature.field) for key, p in model.named_parameters()}
             agree(fields, {key: (1 + again) * wanted.field(feature.__name__, key) for key in fields})
-
-
-def test_averaged_curvature_of_any_operation_is_refused() -> None:
-    model, x = extend(built("scaled")), inputs(N)
-    with pytest.raises(NotImplementedError, match=r"p\.value.*KFRA"), backpack(KFRA()):
-        extend(nn.CrossEntropyLoss())(model(x), targets("scaled", x)).backward()
 
 
 def test_second_derivative_that_autograd_lacks_is_refused() -> None:

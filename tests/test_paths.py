@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import satchel
+from cases import Wired
 from conftest import FEATURES, Agree, comparable
 from graphs import EXACT, built, check, labels, two_heads, values, x
-from networks import Wired
 from reference import Reference, contributions
 from satchel import backpack, extend
 from satchel.extensions import (

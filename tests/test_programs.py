@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from satchel.extensions.reductions import REDUCTIONS
 from satchel.runtime import cost
 from satchel_gen.definitions import load
 from satchel_gen.emit.contexts import module_name
@@ -43,23 +44,26 @@ def emitted(layer: str, name: str):
 @pytest.mark.parametrize("layer,rule", CHOICES, ids=IDS)
 def test_all_programs_agree_with_the_stored_pullback(layer, rule, extents, monkeypatch):
     monkeypatch.setattr(cost, "machine", cost.Machine(cache_elements=16))  # several blocks even at these shapes
-    arguments = operands(rule, extents)
-    reference = emitted(layer, f"{rule.name}_per_sample")(*arguments)
-    for variant in rule.variants:
-        if any(extents[i.name.upper()] > 1 for i in variant.unit):
-            continue
-        torch.testing.assert_close(
-            emitted(layer, f"{rule.name}_{variant.name}")(*arguments), reference, rtol=1e-12, atol=1e-12
-        )
-        with cost.forced(variant.name):
-            torch.testing.assert_close(emitted(layer, rule.name)(*arguments), reference, rtol=1e-12, atol=1e-12)
+    factor, *others = operands(rule, extents)
+    weights = others[: "sign" in rule.arguments]
+    pullbacks = emitted(layer, f"{rule.name.removesuffix(rule.quantity)}per_sample")(factor, *others[len(weights) :])
+    reference = REDUCTIONS[rule.quantity].function(pullbacks, *weights)
+    with cost.recorded() as choices:
+        programs = emitted(layer, rule.name).valid(factor, *others)
+    assert choices == [tuple(programs)]
+    assert {program.name for program in programs} == {
+        variant.name for variant in rule.variants if all(extents[i.name.upper()] == 1 for i in variant.unit)
+    }
+    for program in programs:
+        with cost.forced(program.name):
+            found = emitted(layer, rule.name)(factor, *others)
+        torch.testing.assert_close(found, reference, rtol=1e-12, atol=1e-12)
 
 
 #: Where each program must win: by far the fewest operations, or the least memory.
 EXPECTED = {
     "separated": {"V": 1, "N": 256, "R": 1, "O": 256, "I": 512},
     "centred": {"V": 1, "N": 256, "R": 1, "O": 256, "I": 512},
-    "per_sample": {"V": 1, "N": 4, "R": 64, "O": 8, "I": 8},
     "blockwise": {"V": 1, "N": 128, "R": 512, "O": 64, "I": 64},
     "gram": {"V": 1, "N": 64, "R": 4, "O": 512, "I": 512},
 }
@@ -69,20 +73,12 @@ EQUIVALENT = {"separated": {"separated", "gram"}}
 
 @pytest.mark.parametrize("program", EXPECTED)
 @pytest.mark.parametrize("layer,rule", CHOICES, ids=IDS)
-def test_each_program_is_chosen_where_it_is_cheapest(layer, rule, program, monkeypatch):
+def test_each_program_is_chosen_where_it_is_cheapest(layer, rule, program):
     if program not in {variant.name for variant in rule.variants}:
         pytest.skip(f"{rule.name} has no {program} program: not all of its axes are summed")
-    chosen = []
-    original = cost.cheapest
-
-    def spy(*programs):
-        chosen.append(original(*programs).__name__.removeprefix(f"{rule.name}_"))
-        return lambda *_: torch.zeros(())
-
-    monkeypatch.setattr(importlib.import_module(f"satchel.layers.{layer}"), "cheapest", spy)
     shapes = [[EXPECTED[program][i.name.upper()] for i in axes] for axes in rule.arguments.values()]
-    emitted(layer, rule.name)(*(torch.empty(shape, device="meta") for shape in shapes))
-    assert len(chosen) == 1 and chosen[0] in EQUIVALENT.get(program, {program})
+    chosen = emitted(layer, rule.name).choose(*(torch.empty(shape, device="meta") for shape in shapes))
+    assert chosen.name in EQUIVALENT.get(program, {program})
 
 
 @pytest.mark.parametrize(
@@ -100,7 +96,7 @@ def test_blocks_cover_every_column_and_sample_once(columns, samples, each):
 def test_counts_are_what_the_shapes_say():
     """2·(columns · samples · positions · outputs · inputs) for the stored product, and its square."""
     _, rule = next(c for c in CHOICES if c[1].name.endswith("sum_of_squares") and "signed" not in c[1].name)
-    variant = next(v for v in rule.variants if v.name == "per_sample")
+    variant = next(v for v in rule.variants if v.name == "blockwise")
     extents = {"V": 2, "N": 3, "R": 5, "O": 7, "I": 11}
     value = variant.flops.subs({s: extents[s.name] for s in variant.flops.free_symbols})
     assert value == 2 * math.prod(extents.values()) + 2 * 2 * 3 * 7 * 11

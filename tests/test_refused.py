@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from cases import drawn
 from conftest import DEFINITIONS, module_class
-from networks import drawn
 from satchel import backpack, extend
 from satchel.extensions import KFLR, KFRA, BatchGrad, BatchL2Grad, DiagGGNExact, DiagHessian
 

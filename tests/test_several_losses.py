@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cases import Wired
 from conftest import Agree, comparable
 from graphs import EXACT, FIRST_ORDER, built, check, labels, two_heads, values, x
-from networks import Wired
 from reference import Reference, contributions
 from satchel import backpack, extend
 from satchel.extensions import (

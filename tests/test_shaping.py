@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from cases import Case, Network, projection
 from conftest import DEFINITIONS, FEATURES, Agree, Pass, is_sampled, module_class
-from networks import Case, Network, projection
 
 EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
 DRAWN = settings(

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from satchel.extensions.reductions import REDUCTIONS
 from satchel.runtime import cost, precision
+from satchel.runtime.blocks import Blockwise
 from satchel_gen.calculus.evaluate import evaluate
 from satchel_gen.calculus.instantiate import Instance
 from satchel_gen.definitions import Layer, Statement, Sum, indices, tensors
@@ -69,12 +71,15 @@ def test_structure_follows_from_the_formula(layer: Layer) -> None:
 RULES = [(layer, rule) for layer in LAYERS for rule in lower_layer(layer).rules]
 
 
-def emitted(rule: LoweredRule) -> dict[str, Any]:
-    """The rule's functions, run as they are printed."""
+def emitted(layer: Layer, rule: LoweredRule) -> dict[str, Any]:
+    """The rule's functions, run as they are printed, after those of the pullbacks that it may reduce."""
     template = environment().from_string('{% from "functions.jinja" import function %}{{ function(f) }}')
     known: dict[str, Any] = {"torch": torch, "Tensor": torch.Tensor, "widened": precision.widened, **vars(cost)}
-    for function in rule_functions(rule):
-        exec(template.render(f=function), known)
+    known |= {"REDUCTIONS": REDUCTIONS, "Blockwise": Blockwise}
+    pull = lower_layer(layer).parameters.get(rule.name.removesuffix(f"_{rule.quantity}"), {}).get("per_sample")
+    for one in [rule] if pull is None else [pull, rule]:
+        for function in rule_functions(one):
+            exec(template.render(f=function), known)
     return known
 
 
@@ -97,11 +102,11 @@ def test_programs_compute_their_formula(
     expected = evaluate(formula.terms, formula.axes, values, extents)
     if formula.groups:
         expected = expected.reshape([int(np.prod([extents[a.name[0]] for a in group])) for group in formula.groups])
-    known = emitted(rule)
+    function = emitted(layer, rule)[rule.name]
     for variant in rule.variants:
         if all(extents[axis.name[0]] == 1 for axis in variant.unit):
-            function = known[f"{rule.name}_{variant.name}" if len(rule.variants) > 1 else rule.name]
-            np.testing.assert_allclose(function(*arguments.values()).numpy(), expected, rtol=1e-10, atol=1e-12)
+            with cost.forced(variant.name):
+                np.testing.assert_allclose(function(*arguments.values()).numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
 # --- what the formulas mean, against the dense curvature of one parameter ------------------------------------------
@@ -112,8 +117,36 @@ def quantities(layer: Layer, parameter: str, arguments: dict[str, torch.Tensor],
     found = []
     for name in names:
         rule = rules[name]
-        found.append(emitted(rule)[rule.name](*(arguments[argument] for argument in rule.arguments)))
+        found.append(emitted(layer, rule)[rule.name](*(arguments[argument] for argument in rule.arguments)))
     return found
+
+
+SHARED = [
+    (layer, parameter, rule)
+    for layer in (GROUPED, DEPTHWISE, MERGED, SCALE)
+    for parameter, rules in lower_layer(layer).parameters.items()
+    for rule in rules.values()
+    if rule.quantity != "averaged_factor"  # of pairs
+]
+
+
+@pytest.mark.parametrize("layer,parameter,rule", SHARED, ids=[f"{layer.name}-{rule.name}" for layer, _, rule in SHARED])
+def test_positions_of_several_uses_are_those_of_one(layer: Layer, parameter: str, rule: LoweredRule) -> None:
+    """Each quantity of all positions, from totals of what is additive over two parts of them."""
+    whole = draw(rule, MANY)
+    reduction = REDUCTIONS.get(rule.quantity)
+    of = lower_layer(layer).parameters[parameter][reduction.of if reduction else rule.quantity]
+    total: Any = 0
+    for start, length in ((0, 1), (1, MANY["r"] - 1)):
+        part = {name: whole[name] for name in of.arguments}
+        for name, axes in of.arguments.items():
+            if r in axes:
+                part[name] = part[name].narrow(axes.index(r), start, length)
+        total = total + emitted(layer, of)[of.name](*part.values())
+    if reduction is not None:
+        more = [MANY["r"]] if reduction.positions else [whole["sign"]] if "sign" in whole else []
+        total = reduction.function(total, *more)
+    torch.testing.assert_close(total, emitted(layer, rule)[rule.name](*whole.values()))
 
 
 def test_blocks_of_a_grouped_layer() -> None:
@@ -147,19 +180,11 @@ def test_block_of_a_scale_is_the_curvature(extents: dict[str, int]) -> None:
     arguments = draw(rules["per_sample"], extents)
     T, block = quantities(SCALE, "scale", arguments, "per_sample", "block")
     torch.testing.assert_close(block, torch.einsum("vnp,vnq->pq", T, T))
-    x = arguments["input"]
-    G = torch.randn(2 * (x[0].shape), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    (averaged,) = quantities(SCALE, "scale", arguments | {"averaged": G}, "averaged_block")
-    torch.testing.assert_close(averaged, torch.einsum("rjqk,nrj,nqk->jk", G, x, x) / len(x))
-    one = {name: value[:1] if name == "input" else value[:, :1] for name, value in arguments.items()}
-    one["averaged"] = torch.einsum("vnrj,vnqk->rjqk", one["factor"], one["factor"])
-    averaged, block = quantities(SCALE, "scale", one, "averaged_block", "block")
-    torch.testing.assert_close(averaged, block, msg="the average over one sample is no approximation")
 
 
 def test_every_parameter_has_one_kind_of_curvature() -> None:
     """Kronecker factors or the block, so that KFAC, KFLR and KFRA have a value for each."""
     for layer in LAYERS:
         for name, rules in lower_layer(layer).parameters.items():
-            kinds = {quantity.name for quantity in Q.BLOCKS}, {quantity.name for quantity in Q.OUTPUT_FACTORS}
+            kinds = {Q.BLOCK.name}, {quantity.name for quantity in Q.OUTPUT_FACTORS}
             assert [kind <= rules.keys() for kind in kinds].count(True) == 1, (layer.name, name)

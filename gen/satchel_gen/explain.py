@@ -27,7 +27,7 @@ _PASSES = {
     "diagonal": ("diagonal",),
     "averaged": ("mean_vjp", "sandwich"),
 }
-_QUANTITIES = {q.name: q for q in (*Q.PASSES, *Q.PULLBACKS, *Q.OUTPUT_FACTORS, *Q.INPUT_FACTORS, *Q.BLOCKS)}
+_QUANTITIES = {q.name: q for q in (*Q.PASSES, *Q.PULLBACKS, *Q.OUTPUT_FACTORS, *Q.INPUT_FACTORS, Q.BLOCK)}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from .extensions import (
     SumGradSquared,
     Variance,
 )
-from .extensions.reductions import REDUCTIONS
+from .extensions.reductions import FACTORS, REDUCTIONS
 from .layers.batch_norm1d import LAYER as BATCH_NORM1D
 from .layers.batch_norm2d import LAYER as BATCH_NORM2D
 from .layers.batch_norm3d import LAYER as BATCH_NORM3D
@@ -224,6 +224,7 @@ REGISTRY = Registry(
         Variance,
     ),
     reductions=REDUCTIONS,
+    factors=FACTORS,
     composites=(
         Composite(torch.nn.GRU, without=("mkldnn", "cudnn")),
         Composite(torch.nn.LSTM, without=("mkldnn", "cudnn")),

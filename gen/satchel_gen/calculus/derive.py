@@ -39,6 +39,21 @@ class Statement:
         return f"{render(self.target)} = {render(self.value)}"
 
 
+class Constant(Statement):
+    """A statement whose value the last one does not depend on, in exact arithmetic: the shift of a mean, say, that saves digits.
+
+    Derivatives hold it constant; `evaluate.moves_the_last` checks numerically that they may.
+    """
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, held constant"
+
+
+def moving(statements: Sequence[Statement]) -> list[Statement]:
+    """Those that derivatives pass through."""
+    return [statement for statement in statements if not isinstance(statement, Constant)]
+
+
 def needed(statements: Sequence[Statement], names: Iterable[str]) -> tuple[Statement, ...]:
     """Those that define `names`, and those that they read, in order."""
     wanted, kept = set(names), list[Statement]()
@@ -87,6 +102,7 @@ def vjp(statements: Sequence[Statement], wrt: Indexed, cotangent: Expr, fresh: F
     become leading axes of every adjoint. An adjoint of an intermediate `t` is named `bar_t`.
     """
     fresh = fresh or Fresh()
+    statements = moving(statements)
     last = statements[-1]
     extra = tuple(sorted(cotangent.atoms(Index) - set(last.axes), key=str))
     adjoints: dict[str, tuple[tuple[Index, ...], list[Term]]] = {last.name: (last.axes, [Term(cotangent)])}
@@ -113,8 +129,16 @@ def vjp(statements: Sequence[Statement], wrt: Indexed, cotangent: Expr, fresh: F
                 known = adjoints.setdefault(read_name, (onto, []))
                 known[1].extend(pulled)
     name = str(wrt.base)
-    derived.append((IndexedBase(f"bar_{name}")[(*extra, *wrt.indices)], adjoints.get(name, (wrt.indices, []))[1]))
-    return derived
+    target, parts = IndexedBase(f"bar_{name}")[(*extra, *wrt.indices)], adjoints.get(name, (wrt.indices, []))[1]
+    if derived and _copied(parts) == (same := derived[-1][0]).base[target.indices]:  # the input, shifted
+        names = dict(zip(same.indices, target.indices, strict=True))
+        parts = [part.rename(names) for part in derived.pop()[1]]
+    return [*derived, (target, parts)]
+
+
+def _copied(parts: Sequence[Term]) -> Expr | None:
+    """The value of a term that is nothing but one factor."""
+    return parts[0].factor if len(parts) == 1 and parts[0] == Term(parts[0].factor) else None
 
 
 def jvp(
@@ -132,6 +156,8 @@ def jvp(
     }
     derived: list[Derived] = []
     for statement in statements:
+        if isinstance(statement, Constant):
+            continue
         target = statement.target if isinstance(statement, Statement) else statement[0]
         changes: list[Term] = []
         for name, (base, axes) in dots.items():
@@ -139,7 +165,10 @@ def jvp(
             along = Term(base[(*extra, *through)])
             outer = _partials(statement, name, through, fresh)
             changes += [contract((part * along).summed(through)) for part in outer]
-        if changes:
+        copied = _copied(changes)
+        if isinstance(copied, Indexed) and copied.indices == (*extra, *target.indices):
+            dots[str(target.base)] = (copied.base, tuple(target.indices))
+        elif changes:
             head = IndexedBase(f"dot_{target.base}")
             dots[str(target.base)] = (head, tuple(target.indices))
             derived.append((head[(*extra, *target.indices)], changes))
@@ -179,7 +208,7 @@ def total_derivative(
 ) -> list[Term]:
     """∂ term / ∂ name[wrt], through the named intermediates that the term reads as well."""
     derivative = differentiate(term.freshened(fresh), name, wrt)
-    for statement in statements:
+    for statement in moving(statements):
         if not any(str(r.base) == statement.name for r in reads(term.factor)):
             continue
         through = fresh.all(statement.axes)
@@ -199,7 +228,7 @@ def total_jacobian(
 ) -> list[Term]:
     """d target[at] / d name[wrt] through the named intermediates of the statement."""
     derivative = jacobian(statement, name, at, wrt, fresh)
-    for inner in statements:
+    for inner in moving(statements):
         if inner is statement or not statement.reads(inner.name):
             continue
         through = fresh.all(inner.axes)

@@ -46,6 +46,22 @@ def evaluate_statements(
     return {s.name: known[s.name] for s in statements}
 
 
+def moves_the_last(constant: Statement, statements: Sequence[Statement]) -> bool:
+    """Whether the last of the statements depends on another's value, in float64 on random numbers."""
+    rng = np.random.default_rng(0)
+    defined = {s.name for s in statements}
+    values = [s.value for s in statements]
+    accessed = {str(r.base): [3] * len(r.indices) for value in values for r in reads(value)}
+    extents = {base_name(i): 3 for value in (*values, constant.target) for i in value.atoms(Index)}
+    tensors = {name: rng.uniform(0.5, 1.5, shape) for name, shape in accessed.items() if name not in defined}
+    tensors |= {o.name: np.asarray(0.5) for value in values for o in value.atoms(Option)}
+    known = tensors | evaluate_statements(statements, tensors, extents)
+    after = statements[statements.index(constant) + 1 :]
+    moved = evaluate_statements(after, known | {constant.name: known[constant.name] + 1}, extents)
+    name = statements[-1].name
+    return not np.allclose(moved[name], known[name], rtol=1e-9, atol=1e-9)
+
+
 def _extent(index: Index, extents: Mapping[str, int]) -> int:
     name = index.name.split("#")[0]
     return extents[name] if name in extents else extents[base_name(index)]

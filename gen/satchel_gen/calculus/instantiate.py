@@ -26,6 +26,7 @@ class Formula:
     axes: Axes
     terms: tuple[Term, ...]
     groups: tuple[Axes, ...] = ()
+    blocks: bool = False  # whether the first group counts blocks: one block is no block
 
     @property
     def is_zero(self) -> bool:
@@ -104,14 +105,15 @@ class Instance:
                 concrete = tuple(Index(f"{i.name}2", i.many) for i in concrete)
             scope[abstract] = concrete
             axes += concrete
-            if concrete or abstract.name != "g":
+            if concrete or groups or abstract.name != "g":
                 groups.append(concrete)
         found = [contract(term) for term in self.instantiate(quantity.value, scope)]
         if quantity.name == "residual":
             found = [_diagonal(term, scope, axes, name) for term in found]
             axes = axes[:]
         terms = tuple(tidy(_cancel(term), axes) for term in found if not term.is_zero)
-        return Formula(name, tuple(axes), terms, tuple(groups) if quantity.matrix else ())
+        blocks = quantity.matrix and quantity.axes[0].name == "g" and bool(scope[quantity.axes[0]])
+        return Formula(name, tuple(axes), terms, tuple(groups) if quantity.matrix else (), blocks)
 
     def instantiate(self, expr: Expr, scope: Mapping[Index, Axes]) -> list[Term]:
         """`expr` with index groups expanded as in `scope` and the abstract tensors resolved."""

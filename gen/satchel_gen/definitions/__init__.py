@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from ..calculus.derive import Statement
+from ..calculus.derive import Constant, Statement
 from ..notation import (
     NDIM,
     After,
@@ -98,8 +98,8 @@ def _modules(folder: str) -> list[ModuleType]:
 
 
 __all__ = [
-    "NDIM", "After", "Bernoulli", "Categorical", "Classes", "Composite", "DefinitionError", "Definitions", "Equal", "Example",
-    "Feature", "Index", "Laplace", "Layer", "Length", "LogSumExp", "Loss", "NoDistribution", "NodeCall", "Normal", "Operation",
-    "OperationNode", "Option", "Passing", "Poisson", "Quantity", "Refused", "Statement", "Sum", "activation", "extent", "finite",
-    "indices", "load", "options", "sigmoid", "softplus", "tensors", "z",
+    "NDIM", "After", "Bernoulli", "Categorical", "Classes", "Composite", "Constant", "DefinitionError", "Definitions", "Equal",
+    "Example", "Feature", "Index", "Laplace", "Layer", "Length", "LogSumExp", "Loss", "NoDistribution", "NodeCall", "Normal",
+    "Operation", "OperationNode", "Option", "Passing", "Poisson", "Quantity", "Refused", "Statement", "Sum", "activation",
+    "extent", "finite", "indices", "load", "options", "sigmoid", "softplus", "tensors", "z",
 ]  # fmt: skip

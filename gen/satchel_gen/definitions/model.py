@@ -12,7 +12,8 @@ from typing import Any
 import sympy
 from sympy import Expr, Indexed, IndexedBase, Symbol
 
-from ..calculus.derive import Statement
+from ..calculus.derive import Constant, Statement
+from ..calculus.evaluate import moves_the_last
 from ..notation import ONE, Access, Equal, Extent, Index, IndexSum, LogSumExp, Option, indices, reads, tensors
 from .distributions import Distribution, NoDistribution
 
@@ -106,6 +107,9 @@ class _Validated:
             if statement.name in ranks:
                 self._fail(f"{statement.name!r} is defined twice")
             ranks[statement.name] = len(statement.axes)
+        for statement in statements:
+            if isinstance(statement, Constant) and moves_the_last(statement, statements):
+                self._fail(f"{statements[-1].target} depends on {statement.target}, which is no constant")
 
 
 def _free(expr: Expr) -> set[Index]:

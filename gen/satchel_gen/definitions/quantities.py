@@ -4,6 +4,7 @@
 
 Where the parameter's Jacobian contains δ(g, g′) δ(o, o′) · a[n, g, q, i], its indices fall into g, o and i, and q is shared: the
 Kronecker structure, found by `calculus.kronecker`. There, s[v, n, q, g, o] is the factor and a[n, g, q, i] the input that it meets.
+Several uses of a parameter are one with more outputs: y and q run over those of all uses (`calculus.additive`).
 """
 
 from __future__ import annotations
@@ -44,32 +45,33 @@ PULLBACKS = (
 )  # fmt: skip
 
 # Kronecker factors, for the three ways to treat shared axes (Eschenhagen et al., 2023; "backpack" as in Dangel et al., 2020).
+OUTPUT_SUM = Quantity("output_sum", (v, n, g, o), Sum(s[v, n, q, g, o], q), True)
 OUTPUT_FACTOR_EXPAND = Quantity(
     "output_factor_expand", (g, o, o2), Sum(s[v, n, q, g, o] * s[v, n, q, g, o2], v, n, q), True
 )
 OUTPUT_FACTOR_REDUCE = Quantity(
-    "output_factor_reduce", (g, o, o2), Sum(Sum(s[v, n, q, g, o], q) * Sum(s[v, n, q, g, o2], q), v, n), True
+    "output_factor_reduce", (g, o, o2), Sum(OUTPUT_SUM.value * OUTPUT_SUM.value.xreplace({o: o2}), v, n), True
 )
+INPUT_SUM = Quantity("input_sum", (n, g, i), Sum(a[n, g, q, i], q), True)
 INPUT_FACTOR_EXPAND = Quantity(
     "input_factor_expand", (g, i, i2), Sum(a[n, g, q, i] * a[n, g, q, i2], n, q) / (N * extent(q)), True
 )
 INPUT_FACTOR_REDUCE = Quantity(
     "input_factor_reduce",
     (g, i, i2),
-    Sum(Sum(a[n, g, q, i], q) * Sum(a[n, g, q, i2], q), n) / (N * extent(q) ** 2),
+    Sum(INPUT_SUM.value * INPUT_SUM.value.xreplace({i: i2}), n) / (N * extent(q) ** 2),
     True,
 )
 INPUT_FACTOR_BACKPACK = Quantity(
     "input_factor_backpack", (g, i, i2), Sum(a[n, g, q, i] * a[n, g, q, i2], n, q) / N, True
 )
 AVERAGED_FACTOR = Quantity("averaged_factor", (g, o, o2), Sum(G[q, g, o, q2, g, o2], q, q2), True)
-OUTPUT_FACTORS = (OUTPUT_FACTOR_EXPAND, OUTPUT_FACTOR_REDUCE, AVERAGED_FACTOR)
-INPUT_FACTORS = (INPUT_FACTOR_EXPAND, INPUT_FACTOR_REDUCE, INPUT_FACTOR_BACKPACK)
+OUTPUT_FACTORS = (OUTPUT_SUM, OUTPUT_FACTOR_EXPAND, OUTPUT_FACTOR_REDUCE, AVERAGED_FACTOR)
+INPUT_FACTORS = (INPUT_SUM, INPUT_FACTOR_EXPAND, INPUT_FACTOR_REDUCE, INPUT_FACTOR_BACKPACK)
 
-# The curvature itself, for a parameter without Kronecker structure: few elements, as a norm's scale or a slope.
+# The curvature itself, for a parameter without Kronecker structure: few elements, as a norm's scale or a slope. Of Ḡ it is
+# 1/N Σ_n J_nᵀ Ḡ J_n, T of T.
 BLOCK = Quantity("block", (p, p2), Sum(T * T.xreplace({p: p2}), v, n), True)
-AVERAGED_BLOCK = Quantity("averaged_block", (p, p2), Sum(J[n, y, p] * J[n, y2, p2] * G[y, y2], n, y, y2) / N, True)
-BLOCKS = (BLOCK, AVERAGED_BLOCK)
 
 #: Number of samples, and the unit u of ∇ℓ_n = u · g_n: N for a mean-reduced loss, 1 for a sum.
 SAMPLES, UNIT = Symbol("N"), Symbol("u")

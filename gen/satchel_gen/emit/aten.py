@@ -55,6 +55,14 @@ class AtenPrinter(StrPrinter):
             text += (" - " if text else "-") + self.parenthesize(-part, 45)
         return text
 
+    def _print_Mul(self, expr: sympy.Mul) -> str:
+        """What passes a threshold, by one operation."""
+        for part in expr.args:
+            above, rest = _threshold(part), sympy.Mul(*(other for other in expr.args if other is not part))
+            if above is not None and above.lhs in self.names and rest.atoms(sympy.Indexed):
+                return f"torch.ops.aten.threshold_backward({self._print(rest)}, {self._print(above.lhs)}, {above.rhs})"
+        return super()._print_Mul(expr)
+
     def _print_Mod(self, expr: Expr) -> str:
         return " % ".join(self.parenthesize(part, 50) for part in expr.args)
 
@@ -139,6 +147,31 @@ def _repeated(expr: Expr) -> list[Expr]:
         if type(part).__name__ in _FUNCTIONS and part.atoms(sympy.Indexed):
             counts[part] = counts.get(part, 0) + 1
     return sorted((call for call, count in counts.items() if count > 1), key=lambda call: (call.count_ops(), str(call)))
+
+
+def _threshold(expr: Expr) -> Expr | None:
+    """x > c, of what is 1 there and 0 elsewhere."""
+    if not isinstance(expr, sympy.Piecewise) or [value for value, _ in expr.args] != [1, 0]:
+        return None
+    above = expr.args[0][1]
+    return above if isinstance(above, sympy.StrictGreaterThan) and above.rhs.is_number else None
+
+
+def _with_thresholds(node: Map) -> Map:
+    """A product with a threshold that it reads as an operand, as one expression."""
+    for read, child in zip(node.reads, node.children, strict=True):
+        trailing = isinstance(child, Map) and child.axes == node.axes[len(node.axes) - len(child.axes) :]
+        if (
+            isinstance(child, Map)
+            and trailing
+            and node.expr.is_Mul
+            and read in node.expr.args
+            and _threshold(child.expr) is not None
+        ):
+            others = [(r, c) for r, c in zip(node.reads, node.children, strict=True) if r is not read]
+            reads, children = zip(*others, *zip(child.reads, child.children, strict=True), strict=True)
+            return Map(node.expr.xreplace({read: child.expr}), reads, children, node.axes)
+    return node
 
 
 def _of_numbers(expr: Expr, scalars: frozenset[Expr]) -> bool:
@@ -299,6 +332,43 @@ class Body:
             return f"correlate{'_transposed' if transposed else ''}({', '.join(arguments)})"
         return None
 
+    def _kernel_gradients(self, node: Contract) -> str | None:
+        """A product of windows with a factor, summed over the places, is the gradient of a convolution's kernel, by sample."""
+        for image, factor in ((node.left, node.right), (node.right, node.left)):
+            if not isinstance(image, Leaf) or not image.windows or not isinstance(factor, Leaf):
+                continue
+            taps, places = tuple(w.tap for w in image.windows), tuple(w.place for w in image.windows)
+            lead = tuple(i for i in image.axes if i not in (*places, *taps) and i in factor.axes)
+            inner = tuple(i for i in image.axes if i not in (*lead, *places, *taps))
+            outer = tuple(i for i in factor.axes if i not in (*lead, *places))
+            if set(node.over) != set(places) or not len(lead) == len(outer) == 2 or len(inner) != 1:
+                continue
+            columns, out = outer
+            transposed, geometry = self._geometry(image.windows)
+            kernel = (*inner, out) if transposed else (out, *inner)
+            if factor.axes != (columns, *lead, out, *places) or node.axes != (columns, *lead, *kernel, *taps):
+                continue
+            arguments = [self._sliced(image), self._leaf(factor), self._sizes(taps), *geometry]
+            return f"{'transposed_' if transposed else ''}kernel_gradients({', '.join(arguments)})"
+        return None
+
+    def _window_gram(self, node: Contract) -> str | None:
+        """A product of the windows of a tensor with themselves, summed over samples and places."""
+        one, other = node.left, node.right
+        if not isinstance(one, Leaf) or not isinstance(other, Leaf) or not one.windows or one.name != other.name:
+            return None
+        (places, taps), (_, others) = (
+            [tuple(getattr(w, kind) for w in image.windows) for kind in ("place", "tap")] for image in (one, other)
+        )
+        if [w.place for w in other.windows] != list(places) or set(node.over) != {one.axes[0], *places}:
+            return None
+        (group, inner), second = one.axes[1:3], other.axes[2]
+        transposed, geometry = self._geometry(one.windows)
+        if transposed or node.axes != (group, inner, *taps, second, *others):
+            return None
+        arguments = [self._sliced(one), self._sizes(places), self._sizes(taps), *geometry]
+        return f"window_gram({', '.join(arguments)})"
+
     def _operand(self, node: Node) -> str:
         """A node that a method is called on, or that is used more than once: parenthesised or named."""
         text = self(node)
@@ -307,6 +377,7 @@ class Body:
         return f"({text})"
 
     def _map(self, node: Map) -> str:
+        node = _with_thresholds(node)
         names: dict[Expr, str] = {}
         like = self._like(node)
         for read, child in zip(node.reads, node.children, strict=True):
@@ -371,9 +442,9 @@ class Body:
         return text if "None" not in places else f"{text}[{', '.join(places)}]"
 
     def _contract(self, node: Contract) -> str:
-        correlation = self._correlation(node)
-        if correlation is not None:
-            return correlation
+        convolution = self._correlation(node) or self._kernel_gradients(node) or self._window_gram(node)
+        if convolution is not None:
+            return convolution
         for left, right in ((node.left, node.right), (node.right, node.left)):
             text = self._matmul(left, right, node.over, node.axes)
             if text is not None:

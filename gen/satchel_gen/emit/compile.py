@@ -112,15 +112,17 @@ def compile_one(job: Job) -> Usage:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, constants, warps = _configured(getattr(_module(job.path), job.kernel), job.dtype)
+    kernel, constants, options = _configured(getattr(_module(job.path), job.kernel), job.dtype)
     signature = _signature(kernel, job.dtype, constants)
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     target = GPUTarget(*TARGETS[job.target])
+    if target.backend != "cuda":
+        options.pop("maxnreg", None)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    compiled = triton.compile(source, target=target, options=options)
     registers, spills = (_nvidia_usage if target.backend == "cuda" else _amd_usage)(compiled.asm)
     blocks = [f"{name.removeprefix('BLOCK_')}={size}" for name, size in constants.items() if name.startswith("BLOCK")]
-    tiles = " ".join([*blocks, f"warps={warps}"])
+    tiles = " ".join([*blocks, f"warps={options['num_warps']}"])
     return Usage(job.path.stem, job.kernel, job.target, job.dtype, tiles, registers, compiled.metadata.shared, spills)
 
 
@@ -132,8 +134,8 @@ def _module(path: Path) -> ModuleType:
     return importlib.import_module(f"{package.name}.{path.parent.name}.{path.stem}")
 
 
-def _configured(kernel: Any, dtype: str) -> tuple[Any, dict[str, Any], int]:
-    """The bare kernel, the constants that its launcher or its autotuner passes it, and its warps."""
+def _configured(kernel: Any, dtype: str) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    """The bare kernel, and the constants and the compiler's options that its launcher or its autotuner passes it."""
     import torch
     import triton.language as tl
 
@@ -143,18 +145,23 @@ def _configured(kernel: Any, dtype: str) -> tuple[Any, dict[str, Any], int]:
         "PRECISION": "tf32" if dtype in ("tf32", "bfloat16") else "ieee",
     }
     tuned: dict[str, int] = {}
-    warps = 4
+    options: dict[str, int] = {"num_warps": 4}
     if hasattr(kernel, "configs"):
         configs = kernel.configs
         if kernel.early_config_prune is not None:
             configs = kernel.early_config_prune(configs, {}, **constants)
-        kernel, tuned, warps = kernel.fn, dict(configs[0].kwargs), configs[0].num_warps
+        first = configs[0]
+        kernel, tuned, options = kernel.fn, dict(first.kwargs), {"num_warps": first.num_warps}
+        options |= {"maxnreg": first.maxnreg} if first.maxnreg else {}
     launch = importlib.import_module(f"{kernel.fn.__module__.rsplit('.', 2)[0]}.runtime.triton_launch")
     constants["BLOCK"] = launch.POINTWISE_BLOCK
     rows: dict[str, int] = {}
     if {"BLOCK", "BLOCK_ROW"} <= set(kernel.arg_names):
         longest = launch.RESIDENT // 2 if double else launch.RESIDENT
         rows["BLOCK"], rows["BLOCK_ROW"], warps = launch.row_tile(longest, torch.float64 if double else torch.float32)
+        options = {"num_warps": warps, **launch.registers(warps)}
+    elif {"BLOCK_K", "BLOCK_ROW"} <= set(kernel.arg_names):
+        options = {"num_warps": launch.ROW_WARPS, **launch.registers(launch.ROW_WARPS)}
     constants["BLOCK_M"] = launch.gram_rows(2**20, torch.float64 if double else torch.float32)
     if "BLOCK_LANE" in kernel.arg_names:
         constants |= {"BLOCK_ROW": launch.REDUCE_ROWS, "BLOCK_LANE": launch.REDUCE_LANES}
@@ -162,7 +169,7 @@ def _configured(kernel: Any, dtype: str) -> tuple[Any, dict[str, Any], int]:
         constants |= {"BLOCK_ROW": launch.ROW_LANES, "BLOCK_K": launch.ROW_STEPS}
     constants |= {name: 28 if name.isupper() else 2 for name in _geometry(kernel, constants)}
     constants |= rows | tuned
-    return kernel, {name: value for name, value in constants.items() if name in kernel.arg_names}, warps
+    return kernel, {name: value for name, value in constants.items() if name in kernel.arg_names}, options
 
 
 def _geometry(kernel: Any, constants: Mapping[str, Any]) -> list[str]:
@@ -199,17 +206,20 @@ def _integer_pointers(source: str) -> set[str]:
 
 
 def _nvidia_usage(asm: Mapping[str, Any]) -> tuple[int, int]:
-    """Registers per thread, and how many instructions move registers to and from local memory."""
+    """Registers per thread, and how many instructions move registers to and from local memory (none without a stack)."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(asm["cubin"])
         binary.flush()
-        command = [str(tool), "-res-usage", "-sass", binary.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    (registers,) = re.findall(r"REG:(\d+)", text)
-    return int(registers), len(re.findall(r"\b(?:LDL|STL)\b", text))
+
+        def dumped(what: str) -> str:
+            return subprocess.run([tool, what, binary.name], check=True, capture_output=True, text=True).stdout
+
+        ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", dumped("-res-usage"))
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", dumped("-sass"))) if int(stack) else 0
+    return int(registers), spills
 
 
 def _amd_usage(asm: Mapping[str, Any]) -> tuple[int, int]:

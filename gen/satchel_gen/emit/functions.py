@@ -10,14 +10,14 @@ from sympy import Expr, IndexedBase
 
 from ..calculus.derive import Statement
 from ..calculus.instantiate import Formula
-from ..calculus.terms import Term, terms
+from ..calculus.terms import CalculusError, Term, terms
 from ..definitions.distributions import Distribution
 from ..definitions.model import Classes, Loss
 from ..formula import render, render_formula, wrapped
 from ..lowering.composed import Stage
 from ..lowering.losses import LossRule, LoweredLoss
 from ..lowering.plan import Axes, Map, Node, extent_symbol, leaf, plan
-from ..lowering.rules import LoweredRule
+from ..lowering.rules import EXPLICIT, LoweredRule
 from ..lowering.squares import Variant
 from ..notation import Extent, LogSumExp, Option, index_atoms, reads
 from .aten import AtenPrinter, Body, unpack_extents
@@ -30,7 +30,7 @@ def signature(tensors: Iterable[str], numbers: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """One program in a choice by cost."""
+    """One program in a choice by cost: a function, or an expression that gives one."""
 
     function: str
     costs: Mapping[str, str]
@@ -39,7 +39,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Function:
-    """An emitted function. `choices`: its body picks the cheapest program; `total`: it accumulates block by block."""
+    """An emitted function. `choices`: it returns programs to choose from."""
 
     name: str
     formula: str
@@ -49,7 +49,6 @@ class Function:
     result: str = ""
     note: str = ""
     choices: tuple[Choice, ...] = ()
-    block: Block | None = None
     entry: bool = True
     numbers: Mapping[str, str] = field(default_factory=dict)
 
@@ -58,27 +57,9 @@ class Function:
         return signature(self.arguments, self.numbers)
 
     @property
-    def called(self) -> str:
-        return ", ".join([*self.arguments, *self.numbers])
-
-    @property
     def body(self) -> tuple[object, ...]:
         """What makes two functions the same."""
-        return (self.arguments, self.lines, self.result, tuple(c.function for c in self.choices), self.block)
-
-
-@dataclass(frozen=True)
-class Block:
-    """Accumulation over blocks of columns and samples."""
-
-    columns: str
-    samples: str
-    each: str
-    shape: str
-    like: str
-    target: str
-    lines: tuple[str, ...]
-    summand: str
+        return (self.arguments, self.lines, self.result, tuple(c.function for c in self.choices))
 
 
 def shape(axes: Axes) -> str:
@@ -100,14 +81,14 @@ def rule_functions(rule: LoweredRule) -> list[Function]:
     shapes = shapes_line(rule.arguments, rule.formula.axes, rule.formula.groups)
     arguments = tuple(rule.arguments)
     numbers = dict.fromkeys(rule.shapes, "tuple[int, ...]") | {o.attribute: o.kind for o in rule.components}
-    if len(rule.variants) == 1:
+    if len(rule.variants) == 1 and not rule.variants[0].blockwise:
         return [replace(_straight(rule, formula, shapes), numbers=numbers)]
-    programs = [replace(_program(rule, variant), numbers=numbers) for variant in rule.variants]
+    programs = [replace(_program(rule, variant), numbers=numbers) for variant in rule.variants if not variant.blockwise]
     body = Body(dict(rule.arguments))
     choices = tuple(_choice(rule, variant, body) for variant in rule.variants)
     entry = Function(
         rule.name, formula, shapes, arguments, tuple(unpack_extents(body.extents, rule.arguments, rule.shapes)),
-        note="The cheapest program for the shapes.", choices=choices, numbers=numbers,
+        note="The cheapest program for the shapes." if len(choices) > 1 else "", choices=choices, numbers=numbers,
     )  # fmt: skip
     return [*programs, entry]
 
@@ -119,7 +100,7 @@ def _straight(rule: LoweredRule, formula: str, shapes: str) -> Function:
     text = result(body, variant)
     if any(len(group) != 1 for group in groups):
         text = f"({text}).reshape({', '.join(body.scalar(sympy.Mul(*map(Extent, group))) for group in groups)})"
-    if len(groups) == 3:  # one block is no block
+    if rule.formula.blocks:
         text = f"{text if text.endswith(')') and text.startswith('(') else f'({text})'}.squeeze(0)"
     lines = unpack_extents(body.extents, arguments, rule.shapes) + body.lines
     return Function(rule.name, formula, shapes, tuple(arguments), tuple(lines), text)
@@ -201,8 +182,6 @@ def _emit_chain(body: Body, stages: Sequence[Stage], last: Formula) -> None:
 
 NOTES = {
     "separated": "Of one summand, the square of a product is a product of squares.",
-    "per_sample": "By the individual products, stored whole.",
-    "blockwise": "By the individual products, in blocks that stay in cache.",
     "gram": "By the Gram matrices of both operands.",
     "centred": "Of one summand, by the deviations d = a − ā, e = b − b̄ of its operands: a b − ā b̄ = a e + b̄ d.",
 }
@@ -212,9 +191,6 @@ def _program(rule: LoweredRule, variant: Variant) -> Function:
     name = f"{rule.name}_{variant.name}"
     note = NOTES[variant.name]
     arguments = tuple(rule.arguments)
-    if variant.blockwise:
-        block, extents = _block(rule, variant)
-        return Function(name, "", "", arguments, extents, note=note, block=block, entry=False)
     body = Body(dict(rule.arguments))
     _emit_stages(body, rule)
     text = result(body, variant)
@@ -222,39 +198,30 @@ def _program(rule: LoweredRule, variant: Variant) -> Function:
     return Function(name, "", "", arguments, tuple(lines), text, note, entry=False)
 
 
-def _block(rule: LoweredRule, variant: Variant) -> tuple[Block, tuple[str, ...]]:
-    before = Body(dict(rule.arguments))
-    _emit_stages(before, rule)
-    lines = [f"{name} = {before(node)}" for name, node in variant.named]
-    body = Body(dict(rule.arguments), slices={"v": "columns", "n": "samples"})
-    body.extents |= before.extents
-    columns, samples, each = _loops(variant, body)
-    out = rule.formula.axes
-    sizes = ", ".join(body.scalar(Extent(i)) for i in out)
-    summand = body(variant.tree)
-    target = "total[samples]" if any(i.name == "n" for i in out) else "total"
-    block = Block(columns, samples, each, sizes, next(iter(rule.arguments)), target, tuple(body.lines), summand)
-    return block, (*unpack_extents(body.extents, rule.arguments, rule.shapes), *before.lines, *lines)
-
-
-def _loops(variant: Variant, body: Body) -> tuple[str, str, str]:
-    """Extents of the columns and samples that a blockwise program loops over, and the elements of one product."""
-    assert variant.inner is not None
-    each = sympy.Mul(*(Extent(i) for i in variant.inner.axes if i.name not in ("v", "n")))
-    columns, samples = (body.scalar(Extent(i)) for name in ("v", "n") for i in variant.inner.axes if i.name == name)
-    return columns, samples, body.scalar(each)
-
-
 def _choice(rule: LoweredRule, variant: Variant, body: Body) -> Choice:
-    called = str(variant.calls)
+    function, called, blocked = f"{rule.name}_{variant.name}", str(variant.calls_before + variant.calls), {}
     if variant.blockwise:
-        called = f"{variant.calls} * block_count({', '.join(_loops(variant, body))})"
-    before = variant.calls_before
-    called = f"{before} + {called}" if before else called
+        assert variant.inner is not None
+        each = body.scalar(sympy.Mul(*(Extent(i) for i in variant.inner.axes if i.name not in ("v", "n"))))
+        columns, samples = (body.scalar(Extent(i)) for name in ("v", "n") for i in variant.inner.axes if i.name == name)
+        function = f"Blockwise({_blockwise(rule)}, {each})"
+        called = f"{variant.calls} * block_count({columns}, {samples}, {each})"
+        blocked = {"peak": each}
     valid = " and ".join(f"{body.scalar(Extent(i))} == 1" for i in variant.unit)
-    costs = {"flops": variant.flops, "elements": variant.elements, "scratch": variant.scratch, "peak": variant.peak}
+    costs = {"flops": variant.flops, "elements": variant.elements, "scratch": variant.scratch}
     counted = {name: body.scalar(cost) for name, cost in costs.items() if cost != 0}
-    return Choice(f"{rule.name}_{variant.name}", {**counted, "calls": called}, valid)
+    return Choice(function, {**counted, **blocked, "calls": called}, valid)
+
+
+def _blockwise(rule: LoweredRule) -> str:
+    """The function of individual pullbacks, and what a quantity is of these. The input comes first, and by samples."""
+    operands = [axes for name, axes in rule.arguments.items() if name not in EXPLICIT]
+    by_sample = [any(i.name == "n" for i in axes) for axes in operands]
+    if by_sample != sorted(by_sample, reverse=True) or sum(by_sample) != 1:
+        raise CalculusError(
+            f"{rule.name}: blocks of samples are taken of the first operand alone, not of {list(rule.arguments)}"
+        )
+    return f"{rule.name.removesuffix(rule.quantity)}per_sample, REDUCTIONS['{rule.quantity}']"
 
 
 def loss_function(rule: LossRule) -> Function:

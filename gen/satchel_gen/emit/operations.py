@@ -10,8 +10,9 @@ from sympy import Expr, Indexed
 from ..lowering.operations import LoweredOperation
 from ..notation import Extent
 from .aten import AtenPrinter
-from .contexts import AxisNames, RuleContext, Stated, axis_names, stored_axes
+from .contexts import AxisNames, RuleContext, Stated, axis_names
 from .functions import Function, rule_functions
+from .layers import stored_axes
 
 
 @dataclass(frozen=True)

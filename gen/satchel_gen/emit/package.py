@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from ..definitions import Definitions, Feature, Layer, Loss, Operation
-from ..lowering.kernels import loss_kernels
+from ..lowering.kernels import layer_kernels, loss_kernels
 from ..lowering.losses import lower_loss
 from ..lowering.operations import lower_operation
 from ..lowering.rules import lower_layer
-from . import contexts
+from .contexts import module_name, table
+from .dispatch import layer_programs
+from .features import feature_context
+from .layers import layer_context
+from .losses import loss_context
 from .operations import operation_context
+from .reductions import FACTORS, reduction_contexts
 from .triton import environment, render_kernels
 
 HEADER = (
@@ -58,10 +63,11 @@ def _render(template: str, **context: object) -> str:
 
 def _layer_files(layer: Layer) -> dict[str, str]:
     lowered = lower_layer(layer)
-    context = contexts.layer_context(lowered)
-    name, header = contexts.module_name(lowered.layer), HEADER.format(source=_source(layer))
+    kernels = layer_kernels(lowered)
+    context = layer_context(lowered, kernels)
+    name, header = module_name(lowered.layer), HEADER.format(source=_source(layer))
     files = {f"layers/{name}.py": header + _render("layer.py.jinja", layer=context)}
-    programs, dispatchers = contexts.layer_programs(lowered)
+    programs, dispatchers = layer_programs(kernels)
     if programs:
         choices = _render("dispatch.jinja", dispatchers=dispatchers)
         files[f"kernels/{name}.py"] = header + render_kernels(context.module, context.formula, programs, choices, name)
@@ -70,10 +76,10 @@ def _layer_files(layer: Layer) -> dict[str, str]:
 
 def _loss_files(loss: Loss) -> dict[str, str]:
     lowered = lower_loss(loss)
-    context = contexts.loss_context(lowered)
-    name, header = contexts.module_name(lowered.loss), HEADER.format(source=_source(loss))
-    files = {f"losses/{name}.py": header + _render("loss.py.jinja", loss=context)}
     programs = loss_kernels(lowered)
+    context = loss_context(lowered, programs)
+    name, header = module_name(lowered.loss), HEADER.format(source=_source(loss))
+    files = {f"losses/{name}.py": header + _render("loss.py.jinja", loss=context)}
     if programs:
         files[f"kernels/{name}.py"] = header + render_kernels(context.module, context.formula, programs)
     return files
@@ -82,18 +88,18 @@ def _loss_files(loss: Loss) -> dict[str, str]:
 def _operation_files(operation: Operation) -> dict[str, str]:
     context = operation_context(lower_operation(operation))
     text = _render("operation.py.jinja", operation=context)
-    return {f"operations/{contexts.module_name(operation)}.py": HEADER.format(source=_source(operation)) + text}
+    return {f"operations/{module_name(operation)}.py": HEADER.format(source=_source(operation)) + text}
 
 
 def _feature_files(feature: Feature) -> dict[str, str]:
-    context = contexts.feature_context(feature)
+    context = feature_context(feature)
     text = _render("extension.py.jinja", feature=context)
     return {f"extensions/{context['file']}.py": HEADER.format(source=_source(feature)) + text}
 
 
 def _shared_files(definitions: Definitions, package: str) -> dict[str, str]:
-    layers, losses = contexts.table(definitions.layers, definitions.losses)
-    features = [{"name": f.name, "file": contexts.module_name(f)} for f in definitions.features]
+    layers, losses = table(definitions.layers, definitions.losses)
+    features = [{"name": f.name, "file": module_name(f)} for f in definitions.features]
     header = HEADER.format(source="templates")
     shared: dict[str, Any] = {
         "layers": layers,
@@ -102,15 +108,15 @@ def _shared_files(definitions: Definitions, package: str) -> dict[str, str]:
         "features": features,
         "package": package,
         "composites": definitions.composites,
-        "operations": [
-            {"file": name, "constant": name.upper()} for name in map(contexts.module_name, definitions.operations)
-        ],
+        "operations": [{"file": name, "constant": name.upper()} for name in map(module_name, definitions.operations)],
+        "reductions": reduction_contexts(),
+        "factors": sorted(quantity.name for quantity in FACTORS),
     }
     files = {
         "__init__.py": header + _render("init.py.jinja", **shared),
         "registry.py": header + _render("registry.py.jinja", **shared),
         "extensions/__init__.py": header + _render("extensions.py.jinja", **shared),
-        "extensions/reductions.py": header + _render("reductions.py.jinja", reductions=contexts.reduction_functions()),
+        "extensions/reductions.py": header + _render("reductions.py.jinja", **shared),
         "layers/__init__.py": header + '"""One module per layer: its rules as PyTorch functions."""\n',
         "losses/__init__.py": header + '"""One module per loss: its rules as PyTorch functions."""\n',
         "operations/__init__.py": header + '"""One module per operation: its rules as PyTorch functions."""\n',

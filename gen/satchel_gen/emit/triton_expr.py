@@ -282,10 +282,13 @@ def folded(expr: sympy.Expr) -> sympy.Expr:
     return expr.replace(irrational, lambda number: number.evalf(30))
 
 
-def hoist(expr: sympy.Expr, inner: frozenset[str], name: Callable[[sympy.Expr], str]) -> sympy.Expr:
+def hoist(
+    expr: sympy.Expr, inner: frozenset[str], name: Callable[[sympy.Expr], str], vectors: frozenset[str] = frozenset()
+) -> sympy.Expr:
     """`expr` with every largest part that depends on no symbol in `inner` replaced by the symbol `name` gives it.
 
     Sums of scaled symbols stay: they cost no more than what would replace them, and (f - max) - tail must not be reordered.
+    `vectors` are held anyway: in a product they stay, lest their multiple be held beside them.
     """
     if not isinstance(expr, sympy.Expr) or all(term.as_coeff_Mul()[1].is_Atom for term in sympy.Add.make_args(expr)):
         return expr
@@ -294,9 +297,10 @@ def hoist(expr: sympy.Expr, inner: frozenset[str], name: Callable[[sympy.Expr], 
     if not {_name(symbol) for symbol in expr.free_symbols} & inner:
         return sympy.Symbol(name(expr))
     if isinstance(expr, (sympy.Add, sympy.Mul)):
-        fixed = [a for a in expr.args if not {_name(symbol) for symbol in a.free_symbols} & inner]
-        moving = [hoist(a, inner, name) for a in expr.args if a not in fixed]
-        return expr.func(hoist(expr.func(*fixed), inner, name), *moving)
+        held = inner | vectors if expr.is_Mul else inner
+        fixed = [a for a in expr.args if not {_name(s) for s in a.free_symbols} & (held if a.is_Atom else inner)]
+        moving = [hoist(a, inner, name, vectors) for a in expr.args if a not in fixed]
+        return expr.func(hoist(expr.func(*fixed), inner, name, vectors), *moving)
     if isinstance(expr, Equal | sympy.Piecewise):
         return expr
-    return expr.func(*(hoist(a, inner, name) for a in expr.args))
+    return expr.func(*(hoist(a, inner, name, vectors) for a in expr.args))

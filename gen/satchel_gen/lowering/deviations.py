@@ -1,7 +1,6 @@
 """Squared deviations: Σ_{v,n} (T_n − mean_n T)², without the difference of two moments, which cancels where the samples agree.
 
-- *per sample*: the product T, stored whole, minus its mean, squared and summed.
-- *blockwise*: the same in blocks of samples that stay in cache.
+- *blockwise*: the product T in blocks of samples that stay in cache, whose deviations are merged.
 - *centred*: where T = a b is a product without a sum. With the means ā, b̄ over n, d = a − ā and e = b − b̄,
   T − ā b̄ = a e + b̄ d, so that Σ_n (T − mean T)² = Σ a² e² + 2 b̄ Σ (a d) e + b̄² Σ d² − (Σ a e)² / N: three products, of small terms.
 """
@@ -29,9 +28,13 @@ def deviation_variants(formula: Formula) -> tuple[Variant, ...]:
     named = (("mean", mean),)
     if no_larger_than_an_operand(stored, inner):
         return (Variant("", tree, named=named),)
-    found = [Variant(name, tree, inner=stored, named=named) for name in ("per_sample", "blockwise")]
+    squares = Map(
+        IndexedBase("product")[stored.axes] ** 2, (IndexedBase("product")[stored.axes],), (stored,), stored.axes
+    )
+    over = tuple(i for i in stored.axes if i not in formula.axes)
+    blockwise = Variant("blockwise", Reduce(squares, over, formula.axes), inner=stored)  # what blocks of it cost
     centred = _centred(product, n, formula.axes)
-    return (centred, *found) if centred is not None else tuple(found)
+    return (centred, blockwise) if centred is not None else (blockwise,)
 
 
 def _mean_over(n: Index, total: Node) -> Node:

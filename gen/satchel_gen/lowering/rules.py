@@ -72,7 +72,7 @@ def lower_layer(layer: Layer) -> LoweredLayer:
         name = str(parameter.base)
         wanted: list[Quantity] = list(Q.PULLBACKS)
         if instance.structure is None:
-            wanted += Q.BLOCKS
+            wanted.append(Q.BLOCK)
         else:
             wanted += (*Q.OUTPUT_FACTORS, *(Q.INPUT_FACTORS if instance.structure.inner else ()))
         lowered = {q.name: _lower(layer, instance, q, f"{name}_") for q in wanted}

@@ -1,8 +1,7 @@
 """Squared sums: Σ_outer w (Σ_r a b)². The ways to compute one, to be chosen by cost at run time.
 
 - *separated*: where the inner sum has one summand, (a b)² = a² b², and everything contracts early.
-- *per sample*: the inner product, stored whole, squared and summed.
-- *blockwise*: the same in blocks of samples that stay in cache; the product is never stored whole.
+- *blockwise*: the inner product in blocks of samples that stay in cache, squared and summed; it is never stored whole.
 - *gram*: where everything else is summed outside, Σ_{r,r'} (Σ a a') (Σ b b').
 """
 
@@ -63,15 +62,8 @@ class Variant:
 
     @property
     def scratch(self) -> Expr:
-        """Elements moved through intermediates: none where blocks of them stay in cache."""
-        if self.blockwise:
-            return sympy.Integer(0)
+        """Elements moved through intermediates."""
         return sum(map(elements_moved, self.trees), sympy.Integer(0)) - self.elements
-
-    @property
-    def peak(self) -> Expr:
-        """Elements of the product that is stored whole."""
-        return size(self.inner.axes) if self.inner is not None and not self.blockwise else sympy.Integer(0)
 
     @property
     def blockwise(self) -> bool:
@@ -94,10 +86,7 @@ def variants(formula: Formula) -> tuple[Variant, ...]:
     apart = Term(term.factor * inner.factor**2, term.sums)
     unit = tuple(sorted(inner.sums, key=str))
     found = [] if inner.factor.has(Access) else [Variant("separated", plan(apart, formula.axes, dropped), unit)]
-    found += [
-        Variant("per_sample", per_sample, inner=stored),
-        Variant("blockwise", per_sample, inner=stored),
-    ]
+    found.append(Variant("blockwise", per_sample, inner=stored))
     gram = _gram(term)
     if gram is not None:
         found.append(Variant("gram", plan(gram, formula.axes)))

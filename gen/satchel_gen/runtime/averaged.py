@@ -7,25 +7,36 @@ edges. It needs first derivatives alone, so it passes any node.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
-from typing import TypeAlias
+from functools import reduce
+from operator import add
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .axes import names
 from .evaluate import evaluate
 from .joint import Joint, Slot, both_through, elements, rows_through
 from .passing import edge_shape, features
 from .plan import Place, Plan, Step
 from .record import Edge
-from .uses import join
+from .rules import Need
+from .uses import BLOCK, PER_SAMPLE
 
-Visit: TypeAlias = Callable[[Sequence[Place], Tensor], None]
+
+class Pair(NamedTuple):
+    """Two uses of a parameter, each at one output of its node, and Ḡ [E, E′] between these."""
+
+    one: Place
+    other: Place
+    outputs: tuple[int, int]
+    averaged: Tensor
+
+
+Visit: TypeAlias = Callable[[Tensor, Sequence[Pair]], None]
 
 
 def sweep_averaged(plan: Plan, start: Edge, averaged: Tensor, samples: int, visit: Visit) -> None:
-    """Pass Ḡ [F, F] from `start`; `visit` gets each wanted parameter's uses and Ḡ over them, joined along their positions."""
+    """Pass Ḡ [F, F] from `start`; `visit` gets each wanted parameter, with Ḡ between its uses."""
     joint = Joint()
     joint.add(start, start, averaged)
     for step in plan.steps:
@@ -42,48 +53,46 @@ def sweep_averaged(plan: Plan, start: Edge, averaged: Tensor, samples: int, visi
 
 
 def _visit(joint: Joint, step: Step, uses: Mapping[int, Sequence[Place]], visit: Visit) -> None:
-    """Note Ḡ at the output where a parameter has other uses. It is complete with its last one."""
-    here = [Place(step, call, name) for call in step.calls for name in call.parameters]
-    here = [place for place in here if _slot(place) in joint.slots]
-    for slot in dict.fromkeys(_slot(place) for place in here if len(uses[id(place.parameter)]) > 1):
-        kept = _kept(slot)
-        for other in list(joint.slots):
-            block = joint.get(slot, other)
-            if block is not None:
-                joint.add(kept, other, block)
-        own = joint.get(slot, slot)
-        assert own is not None
-        joint.add(kept, kept, own)
-    for place in here:
-        places = uses[id(place.parameter)]
-        if places[-1].call is place.call and places[-1].name == place.name:
-            visit(places, _over_uses(joint, places))
+    """Hold the outputs until all uses of the step's parameters are in. A parameter is complete with its last one."""
+    places = [Place(step, call, name) for call in step.calls for name in call.parameters]
+    parameters = {id(place.parameter): place.parameter for place in places}
+    complete = [key for key in parameters if uses[key][-1].step is step]
+    for key in complete:
+        visit(parameters[key], _pairs(joint, step, uses[key]))
+    waiting = [place for place in places if id(place.parameter) not in complete]
+    for number in dict.fromkeys(number for place in waiting for number in place.call.outputs):
+        if (step.node, number) in joint.slots:
+            _keep(joint, (step.node, number))
 
 
-def _slot(place: Place) -> Slot:
-    return place.step.node, place.call.record.output_nr
+def _keep(joint: Joint, slot: Slot) -> None:
+    kept = _kept(slot)
+    for other in list(joint.slots):
+        block = joint.get(slot, other)
+        if block is not None:
+            joint.add(kept, other, block)
+    own = joint.get(slot, slot)
+    assert own is not None
+    joint.add(kept, kept, own)
 
 
 def _kept(slot: Slot) -> Slot:
     return slot[0], -1 - slot[1]
 
 
-def _over_uses(joint: Joint, places: Sequence[Place]) -> Tensor:
-    """Ḡ over the outputs of uses of one kind, joined along their positions on both sides."""
-    slots = [_slot(place) if len(places) == 1 else _kept(_slot(place)) for place in places]
-    shapes = [place.call.record.canonical_output[1:] for place in places]
-    axes = names(places[0].call.record.definition.output_axes)[1:]
-    own = joint.get(slots[0], slots[0])
-    assert own is not None
-    rows = []
-    for a, shape_a, (_, one, _) in zip(slots, shapes, places, strict=True):
-        blocks = []
-        for b, shape_b, (_, other, _) in zip(slots, shapes, places, strict=True):
-            block = joint.get(a, b)
-            block = own.new_zeros(prod(shape_a), prod(shape_b)) if block is None else block
-            blocks.append(other.widened(one.widened(block.reshape(*shape_a, *shape_b), len(shape_a) - 1), -1))
-        rows.append(join(blocks, axes, len(shape_a)))
-    return join(rows, axes, 0)
+def _pairs(joint: Joint, step: Step, places: Sequence[Place]) -> list[Pair]:
+    """Ḡ between the outputs of any two uses, seen from the step of the last one; absent where it is zero."""
+    ends = []
+    for place in places:
+        for number in place.call.outputs:
+            slot = place.step.node, number
+            ends.append((place, number, slot if place.step is step else _kept(slot)))
+    return [
+        Pair(one, other, (number, further), block)
+        for one, number, a in ends
+        for other, further, b in ends
+        if (block := joint.get(a, b)) is not None
+    ]
 
 
 def _rows_through(step: Step, rows: Mapping[Slot, Tensor], samples: int) -> dict[Edge, Tensor]:
@@ -124,7 +133,14 @@ def needed_bytes(plan: Plan, samples: int, itemsize: int) -> tuple[int, str]:
         arriving = sum(size for edge, size in kept.items() if edge[0] is step.node and edge[1] >= 0)
         incoming = {edge: features(edge_shape(edge), samples) for _, edge in step.inputs}
         by_rule = step.record is not None and step.record.definition.sandwich is not None
-        work = 0 if by_rule else samples * (arriving + 2 * sum(incoming.values())) * (arriving + sum(incoming.values()))
+        passing = 0 if by_rule else (arriving + 2 * sum(incoming.values())) * (arriving + sum(incoming.values()))
+        own = [
+            p.numel()
+            for call in step.calls
+            for name, p in call.parameters.items()
+            if Place(step, call, name).use.offers(BLOCK)
+        ]
+        work = samples * max(passing, *((2 * arriving + size) * (arriving + size) for size in own), 0)
         here = (sum(kept.values()) + sum(incoming.values())) ** 2 + work
         if here > most:
             most, where = here, step.name if step.record is None else step.record.where
@@ -135,6 +151,37 @@ def needed_bytes(plan: Plan, samples: int, itemsize: int) -> tuple[int, str]:
             if shared:
                 kept[edge[0], -1 - edge[1]] = size
     return most * itemsize, where
+
+
+def averaged_quantities(pairs: Sequence[Pair], needs: Sequence[Need]) -> dict[Need, Tensor]:
+    """The quantities of Ḡ for one parameter: they add over pairs of uses."""
+    found: dict[Need, Tensor] = {}
+    for need in needs:
+        if all(pair.one.use.offers(need.quantity) and pair.other.use.offers(need.quantity) for pair in pairs):
+            parts = (_block(pair) if need.quantity == BLOCK else _by_rule(pair, need.quantity) for pair in pairs)
+            found[need] = reduce(add, parts)
+    return found
+
+
+def _by_rule(pair: Pair, quantity: str) -> Tensor:
+    """A quantity by the rule of its definition, from Ḡ between canonical outputs."""
+    one, other = pair.one.call, pair.other.call
+    shape, further = one.record.canonical_output[1:], other.record.canonical_output[1:]
+    averaged = one.widened(pair.averaged.reshape(*shape, *further), len(shape) - 1)
+    return pair.one.use.value(quantity, other.widened(averaged, -1))
+
+
+def _block(pair: Pair) -> Tensor:
+    """1/N Σ_n J_nᵀ Ḡ J_n [P, P] between two uses: individual pullbacks of its columns, then of its rows."""
+    rows = _pulled(pair.one, pair.outputs[0], pair.averaged.T[:, None])
+    return _pulled(pair.other, pair.outputs[1], rows.permute(2, 1, 0)).mean(1)
+
+
+def _pulled(place: Place, output: int, columns: Tensor) -> Tensor:
+    """[V, N, P] of columns [V, N, E] at an output, or [V, 1, E] of all samples."""
+    shape, samples = edge_shape((place.step.node, output)), place.call.record.samples
+    factor = place.call.factor({output: columns.expand(-1, samples, -1).reshape(len(columns), *shape)})
+    return place.use.value(PER_SAMPLE, factor).flatten(2)
 
 
 def start_of(factor: Tensor, samples: int) -> Tensor:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import update_wrapper
+from typing import Any
 
 from torch import Tensor
+
+from .precision import widened
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,7 @@ class Machine:
 
     flops_per_second: float = 5e10
     elements_per_second: float = 2e9
+    cached_per_second: float = 8e9
     seconds_per_call: float = 5e-6
     cache_elements: int = 1 << 18
 
@@ -23,7 +28,7 @@ class Machine:
 class Program:
     """One way to compute a rule: its floating-point operations, the elements of operands and result, and operations called.
 
-    `scratch` elements are moved through intermediates, the largest of which has `peak`: through cache where that fits.
+    `scratch` elements are moved through intermediates: through cache where the largest of these, of `peak` elements, fits.
     """
 
     function: Callable[..., Tensor]
@@ -34,17 +39,28 @@ class Program:
     calls: int = 1
     valid: bool = True
 
+    @property
+    def name(self) -> str:
+        """What it can be forced by: "separated", "gram" …"""
+        return getattr(self.function, "__name__", type(self.function).__name__).lower().rpartition("_")[2]
+
     def seconds(self, machine: Machine) -> float:
-        moved = self.elements + (self.scratch if self.peak > machine.cache_elements else 0)
+        cached = 0 < self.peak <= machine.cache_elements
         return (
             self.flops / machine.flops_per_second
-            + moved / machine.elements_per_second
+            + self.elements / machine.elements_per_second
+            + self.scratch / (machine.cached_per_second if cached else machine.elements_per_second)
             + self.calls * machine.seconds_per_call
         )
+
+    def among_others(self, machine: Machine) -> float:
+        """Where the products themselves are there already."""
+        return replace(self, flops=0, elements=0).seconds(machine)
 
 
 machine = Machine()
 _forced: list[str] = []
+_recordings: list[list[tuple[Program, ...]]] = []
 
 
 @contextmanager
@@ -62,13 +78,37 @@ def forced_program() -> str | None:
     return _forced[-1] if _forced else None
 
 
-def cheapest(*programs: Program) -> Callable[..., Tensor]:
-    """The valid program of least predicted time."""
-    valid = [program for program in programs if program.valid]
-    name = forced_program()
-    if name is not None:
-        valid = [p for p in valid if p.function.__name__.endswith(f"_{name}")] or valid
-    return min(valid, key=lambda program: program.seconds(machine)).function
+@contextmanager
+def recorded() -> Iterator[list[tuple[Program, ...]]]:
+    """Within the context, what each rule had to choose from, in order: its valid programs."""
+    choices: list[tuple[Program, ...]] = []
+    _recordings.append(choices)
+    try:
+        yield choices
+    finally:
+        _recordings.pop()
+
+
+class cheapest:
+    """A rule with several programs: the decorated function gives those for its operands, a call runs the one of least predicted time."""
+
+    def __init__(self, programs: Callable[..., tuple[Program, ...]]) -> None:
+        self.programs = programs
+        update_wrapper(self, programs)
+
+    def valid(self, *operands: Any) -> list[Program]:
+        """The programs that there are for these operands, or the one that is forced."""
+        valid = [program for program in self.programs(*operands) if program.valid]
+        for choices in _recordings:
+            choices.append(tuple(valid))
+        name = forced_program()
+        return [program for program in valid if program.name == name] or valid
+
+    def choose(self, *operands: Any) -> Program:
+        return min(self.valid(*operands), key=lambda program: program.seconds(machine))
+
+    def __call__(self, *operands: Any) -> Tensor:
+        return widened(self.choose(*operands).function)(*operands)
 
 
 def block_count(columns: int, samples: int, each: int) -> int:

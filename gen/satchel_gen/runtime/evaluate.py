@@ -20,9 +20,14 @@ def evaluate(
 ) -> Tensor:
     """The rule's value; `operand` gives an operand by name. Only the ATen program is differentiable."""
     values = [*arguments, *map(operand, rule.operands)]
-    if rule.kernel is None or differentiable or not _fused(values):
+    if rule.kernel is None or differentiable or not uses_kernel(rule, values):
         return rule.aten(*values)
     return getattr(import_module(f"{_PACKAGE}.kernels.{definition.kernels}"), rule.kernel)(*values)
+
+
+def uses_kernel(rule: Rule, values: list[Any]) -> bool:
+    """Whether there is a Triton kernel for the rule, and it is to be used on these operands."""
+    return rule.kernel is not None and _fused(values)
 
 
 def _fused(values: list[Any]) -> bool:

@@ -149,6 +149,9 @@ class NodeRecord(Record):
     def where(self) -> str:
         return f"{self.owner}, parameter {self.parameter_name!r} in {self.node_name}"
 
+    def called(self, parameter: str) -> str:
+        return self.parameter_name
+
 
 # ------------------------------------------------------------------------------------------------ calls of definitions
 

@@ -51,6 +51,8 @@ def _one_by_one(step: Step, columns: Mapping[int, Tensor], count: int) -> Sequen
         like = next(iter(columns.values()))
         return [like.new_zeros(0, *edge_shape(edge)) for _, edge in step.inputs]
     results = [call(step, {number: factor[v] for number, factor in columns.items()}) for v in range(count)]
+    if count == 1:
+        return [passed[None] for passed in results[0]]
     return [torch.stack(parts) for parts in zip(*results, strict=True)]
 
 

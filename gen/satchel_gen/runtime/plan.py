@@ -15,6 +15,7 @@ from .calls import ByRules, Call
 from .record import Edge, Mark, Record, entries, layer_record
 from .rules import Layer
 from .torch_private import is_accumulator, leaf_of, node_outputs
+from .uses import Use
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class Place(NamedTuple):
     @property
     def parameter(self) -> Tensor:
         return self.call.parameters[self.name]
+
+    @property
+    def use(self) -> Use:
+        return Use(self.call.record, self.name)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 For every binary digit of a sample's number there is a column on the samples that have it and one on those that have not, so
 any two samples are told apart, in both directions. Whatever lies between two recorded layers must keep every element with one
-sample; the rules of a layer do by construction, so the probe starts afresh at the input of each. Where shapes leave one place for
-the batch, the verdict is a tensor that is read once when the pass ends; otherwise the columns are read to find it.
+sample; the rules of a layer do by construction, and so do nodes that are known to keep the first axis, where that is the batch:
+columns start afresh below these, at the first node that must be asked. Where shapes leave one place for the batch, the verdict is
+a tensor that is read once when the pass ends; otherwise the columns are read to find it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .passing import edge_shape, pull
 from .plan import Plan, Step
 from .record import Edge, Record
 from .sweep import add, take
-from .torch_private import VIEWS, node_outputs, normalised_shape
+from .torch_private import RESHAPING, VIEWS, keeps_rows, node_outputs, normalised_shape
 
 
 @dataclass
@@ -52,55 +53,96 @@ class Probe:
         self.probing = samples > 1 and bool(plan.unknown)
         self.locating = bool(plan.loose)
         self.nodes = {step.node for step in plan.steps}
+        #: By edge, where the batch is known to be, as each consumer says; and columns, where a node above had to be asked.
+        self.said: dict[Edge, set[Batch]] = {}
         self.live: dict[Edge, Tensor] = {}
-        self.known: dict[Edge, Batch | None] = {}
         self.passed_by: dict[Edge, tuple[str, ...]] = {}
         for edge, shape in start.items():
             if shape and shape[0] % max(samples, 1) == 0:
-                self._begin(edge, Batch(samples))
+                self._say(edge, Batch(samples))
 
     def run(self) -> Found:
         for step in self.plan.steps:
-            columns = take(self.live, step)
             if step.record is not None:
-                self._layer(step, step.record, columns)
-            elif columns:
-                self._node(step, columns)
-            elif self.samples < 2:  # one sample is everywhere
-                edges = [(step.node, number) for number in range(len(node_outputs(step.node)))]
-                self.found.batches.update({edge: Batch(self.samples) for edge in edges if self.locating})
+                self._layer(step, step.record)
+            elif not self._known(step):
+                columns = self._columns(step)
+                if columns:
+                    self._node(step, columns)
+                elif self.samples < 2:  # one sample is everywhere
+                    edges = [(step.node, number) for number in range(len(node_outputs(step.node)))]
+                    self.found.batches.update({edge: Batch(self.samples) for edge in edges if self.locating})
         return self.found
 
-    def _begin(self, edge: Edge, batch: Batch) -> None:
-        """Put the columns on their samples. Not constant ones: a softmax would pass zero."""
-        if edge[0] not in self.nodes:
-            return
-        self._meet(edge, batch)
+    def _say(self, edge: Edge, batch: Batch) -> None:
+        if edge[0] in self.nodes:
+            self.said.setdefault(edge, set()).add(batch)
+
+    def _batch(self, edge: Edge) -> Batch | None:
+        """Where the batch is known to be; None where the columns must tell."""
+        said = self.said.get(edge, set())
+        return next(iter(said)) if len(said) == 1 and edge not in self.live else None
+
+    def _known(self, step: Step) -> bool:
+        """Pass on where the batch is, through a node that is known to keep it there."""
+        arrived = {edge for edge in (*self.said, *self.live) if edge[0] is step.node}
+        if (
+            not self.probing
+            or step.node in self.found.shared
+            or {self._batch(edge) for edge in arrived} != {Batch(self.samples)}
+        ):
+            return False
+        shapes = [edge_shape(edge) for edge in arrived]
+        kept = [all(self._keeps(step, edge_shape(below), shape) for shape in shapes) for _, below in step.inputs]
+        if not all(kept):
+            return False
+        for edge in arrived:
+            self.said.pop(edge)
+            if self.locating:
+                self.found.batches[edge] = Batch(self.samples)
+        for _, below in step.inputs:
+            self._say(below, Batch(self.samples))
+        return True
+
+    def _keeps(self, step: Step, before: Sequence[int], after: Sequence[int]) -> bool:
+        """Whether the batch, which comes first in the output, comes first in an input."""
+        if not before or not after or before[0] % self.samples or after[0] % self.samples:
+            return False
+        return step.name in RESHAPING or keeps_rows(step.node, before, after)
+
+    def _columns(self, step: Step) -> dict[int, Tensor]:
+        """The columns that have arrived at a node, or that start there."""
+        for edge in [edge for edge in self.said if edge[0] is step.node]:
+            for batch in self.said[edge]:
+                add(self.live, self._start(edge, batch))
+        return take(self.live, step)
+
+    def _start(self, edge: Edge, batch: Batch) -> dict[Edge, Tensor]:
+        """Columns on their samples. Not constant ones: a softmax would pass zero."""
         shape = edge_shape(edge)
         if not self.probing or prod(shape) % (batch.samples * batch.outer):
-            return
+            return {}
         _, dtype, device = node_outputs(edge[0])[edge[1]]
         row = torch.linspace(0.5, 1.5, prod(shape) // batch.samples, dtype=dtype, device=device)
         columns = self._supports(device)[:, None, :, None] * row.reshape(batch.outer, 1, -1)
-        add(self.live, {edge: columns.reshape(len(columns), *shape)})
+        return {edge: columns.reshape(len(columns), *shape)}
 
-    def _meet(self, edge: Edge, batch: Batch | None) -> None:
-        """Note where the batch is said to be; None where the columns must tell."""
-        self.known[edge] = batch if self.known.get(edge, batch) == batch else None
-
-    def _layer(self, step: Step, record: Record, columns: Mapping[int, Tensor]) -> None:
+    def _layer(self, step: Step, record: Record) -> None:
         edge = (step.node, record.output_nr)
         passed_by = self.passed_by.get(edge, ())
         if step.node in self.found.shared:
             raise SamplesMixed(self._above(passed_by, record.where))
-        batch = self.known.get(edge, Batch(self.samples))
+        batch = self._batch(edge)
         if passed_by:
+            columns = self._columns(step)
             batch = self._placed(columns.get(record.output_nr), record, self._above(passed_by, record.where))
+        elif edge not in self.said:
+            batch = Batch(self.samples)
         if batch is None:
             raise BatchAxisLost(record.where, record.output_shape, self.samples)
         record.place(batch)
         for _, below in step.inputs:
-            self._begin(below, batch)
+            self._say(below, batch)
 
     def _placed(self, columns: Tensor | None, record: Record, above: str) -> Batch | None:
         """Where the batch of a layer's output is, that nodes lie above."""
@@ -135,7 +177,6 @@ class Probe:
                 self.found.flags += [(self._wrong(below, first)[0], error) for below in own.values()]
             add(self.live, passed)
         for _, edge in step.inputs:
-            self.known[edge] = None
             self.passed_by[edge] = (*self.passed_by.get(edge, ()), *above, step.name)
             if step.node in self.found.shared:
                 self.found.shared.add(edge[0])
@@ -146,7 +187,12 @@ class Probe:
             return
         for number, arrived in columns.items():
             edge = (step.node, number)
-            batch = self.known.get(edge) or self._read(arrived, edge_shape(edge))
+            said = self.said.get(edge, set())
+            batch = (
+                next(iter(said))
+                if len(said) == 1 and edge not in self.passed_by
+                else self._read(arrived, edge_shape(edge))
+            )
             if batch is None:
                 self.found.shared.add(step.node)
                 continue
@@ -164,7 +210,7 @@ class Probe:
 
         Products 0 · inf say nothing.
         """
-        reached = columns.flatten(1).nan_to_num(nan=0.0) != 0
+        reached = columns.flatten(1).abs() > 0
         if len(places) == 1:
             return self._leaves(reached, places[0])[None]
         has, lacks = reached.tensor_split(2)

@@ -22,6 +22,8 @@ from .rules import Layer, Rule, registry
 from .second import is_twice_differentiable, second_derivative
 from .settings import current
 from .sweep import add, take
+from .torch_private import node_outputs
+from .uses import PER_SAMPLE
 
 PARAMETER = "parameter"
 
@@ -33,7 +35,8 @@ def operation() -> Layer:
     def per_sample(factor: Tensor) -> Tensor:
         return factor
 
-    rules = {"per_sample": Rule(per_sample), **{name: Rule(f) for name, f in registry().reductions.items()}}
+    reductions = registry().reductions.items()
+    rules = {name: Rule(reduction.function) for name, reduction in reductions if reduction.of == PER_SAMPLE}
     return Layer(
         name="operation",
         module=nn.Module,
@@ -50,7 +53,7 @@ def operation() -> Layer:
         elementwise=False,
         mixed=True,
         positional=False,
-        parameters={PARAMETER: rules},
+        parameters={PARAMETER: {PER_SAMPLE: Rule(per_sample), **rules}},
     )
 
 
@@ -61,6 +64,10 @@ class Pullback(Call):
     node: Step
     path: tuple[Step, ...]
     batches: Mapping[int, Batch]
+
+    @property
+    def outputs(self) -> range:
+        return range(len(node_outputs(self.node.node)))
 
     @property
     def factor_size(self) -> int:

@@ -15,7 +15,7 @@ TILE_ROWS = 128  # no tile has more rows
 SMALLEST_TILE = 32  # rows and columns of the smallest matrix tile
 POINTWISE_BLOCK = 1024
 REDUCE_ROWS, REDUCE_LANES = 8, 128
-ROW_STEPS, ROW_LANES = 32, 32
+ROW_STEPS, ROW_LANES, ROW_WARPS = 32, 32, 4
 RESIDENT = 4096  # float32 numbers of the longest row that stays in registers
 
 
@@ -82,10 +82,17 @@ def row_tile(elements: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return block, rows, min(16, max(4, width * block * rows // 256))
 
 
-def tiles(*choices: tuple[dict[str, int], int]) -> list[triton.Config]:
-    """Autotuning configurations from (block sizes, warps); the interpreter, which cannot measure, takes the first."""
-    configs = [triton.Config(blocks, num_warps=warps) for blocks, warps in choices]
-    return configs[:1] if triton.knobs.runtime.interpret else configs
+def registers(warps: int) -> dict[str, int]:
+    """All the registers that a block of some warps can have: unasked, ptxas spills a few where one more block then fits.
+
+    AMD's compiler has no such option.
+    """
+    return {} if torch.version.hip is not None else {"maxnreg": min(255, 65536 // (32 * warps))}
+
+
+def tiles(*configs: triton.Config) -> list[triton.Config]:
+    """Autotuning configurations; the interpreter, which cannot measure, takes the first."""
+    return list(configs[:1] if triton.knobs.runtime.interpret else configs)
 
 
 def fitting(configs: list[triton.Config], tensors: dict[str, Any], **constants: Any) -> list[triton.Config]:
@@ -94,10 +101,16 @@ def fitting(configs: list[triton.Config], tensors: dict[str, Any], **constants: 
     return [config for config in configs if config.kwargs["BLOCK_M"] * config.kwargs["BLOCK_N"] <= most]
 
 
+#: What a dtype starts from has its registers, so that it spills none; of the others ptxas decides, and the tuner measures.
 MATRIX_TILES = tiles(
-    ({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8),
-    ({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 8),
-    ({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16}, 4),
-    ({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}, 4),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, num_warps=8, **registers(8)),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, num_warps=8),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=8),
+    triton.Config({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16}, num_warps=4),
+    triton.Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}, num_warps=4, **registers(4)),
 )
-GRAM_TILES = tiles(({"BLOCK_K": 16}, 8), ({"BLOCK_K": 32}, 8), ({"BLOCK_K": 32}, 4))
+GRAM_TILES = tiles(
+    triton.Config({"BLOCK_K": 16}, num_warps=8),
+    triton.Config({"BLOCK_K": 32}, num_warps=8),
+    triton.Config({"BLOCK_K": 32}, num_warps=4),
+)

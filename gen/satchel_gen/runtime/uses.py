@@ -1,31 +1,36 @@
 """What a parameter gets from its uses: one, several by layers of one kind, or several by any layers.
 
-Uses of a parameter sum before they are squared. Where the layers are of one kind and have an axis that any number of positions
-share, uses are more positions: their tensors are joined along it. Otherwise individual pullbacks are summed and then reduced.
+Several uses are one with more outputs. Where the layers are of one kind and have an axis that any number of positions share, their
+tensors are joined along it. Otherwise what adds over the uses (individual pullbacks, say) is summed, and all else is reduced from that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 from operator import add
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import cost
 from .axes import Axes, starred
 from .axes import names as axis_names
+from .blocks import Blockwise, in_blocks
+from .cost import Program, cheapest
 from .errors import SharedByKinds
-from .evaluate import evaluate
+from .evaluate import evaluate, uses_kernel
 from .extension import Extension
+from .memory import FRESH
 from .record import Record
 from .rules import Layer, Rule, registry
 
 PER_SAMPLE = "per_sample"
 #: What stands for Kronecker factors where there are none.
-BLOCKS = ("block", "averaged_block")
+BLOCK = "block"
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,20 @@ class Use:
         needs = [need for need in extension.needs(self.layer) if need.source not in ("input", "diagonal")]
         offered = [self.offers(need.quantity) for need in needs]
         # A parameter has Kronecker factors or, without that structure, the exact block.
-        return any(offered) if any(need.quantity in BLOCKS for need in needs) else all(offered)
+        return any(offered) if any(need.quantity == BLOCK for need in needs) else all(offered)
+
+    def value(self, name: str, *arguments: Tensor, differentiable: bool = False) -> Tensor:
+        """A quantity of the use, from what its rule takes."""
+        rule = self.layer.parameters[self.name][name]
+        found = evaluate(rule, self.layer, self.record.operand, *arguments, differentiable=differentiable)
+        return shaped(rule, self, found)
+
+    @property
+    def positions(self) -> int:
+        """How many elements of a sample's output share an element of the parameter: the extent of the axes that it lacks."""
+        own = axis_names(self.layer.parameter_axes[self.name])
+        _, *sizes = zip(axis_names(self.layer.output_axes), self.record.canonical_output, strict=True)
+        return prod(size for axis, size in sizes if axis not in own)
 
     def block_bytes(self) -> int:
         """Size of the parameter's exact block."""
@@ -60,43 +78,38 @@ class Use:
 def quantities(
     uses: Sequence[Use], names: Iterable[str], *extra: Tensor, lead: int = 1, differentiable: bool = False
 ) -> dict[str, Tensor]:
-    """The quantities `names` of one parameter. `lead` counts the axes in front of the factors' output axes.
-
-    Uses that cannot be joined give reductions of their summed individual pullbacks.
-    """
+    """The quantities `names` of one parameter. `lead` counts the axes in front of the factors' output axes."""
     names = [name for name in names if all(use.offers(name) for use in uses)]
-    if not names:
-        return {}
-    found: dict[str, Tensor] = {}
     if len(uses) > 1 and not joinable(uses):
-        if any(use.factor is None for use in uses):
-            raise SharedByKinds([use.record.where for use in uses], uses[0].name, names[0])
-        found[PER_SAMPLE] = reduce(add, (_one(use, PER_SAMPLE, use.factor, differentiable) for use in uses))
-    elif PER_SAMPLE in names:
-        found[PER_SAMPLE] = _joined(uses, PER_SAMPLE, (), lead, differentiable)
-    reductions = registry().reductions
+        return _totalled(uses, names, extra, differentiable)
+    return _of_joined(uses, names, extra, lead, differentiable)
+
+
+def _totalled(
+    uses: Sequence[Use], names: Iterable[str], extra: Sequence[Tensor], differentiable: bool
+) -> dict[str, Tensor]:
+    """Totals of what is additive over uses, and reductions of these."""
+    totals: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for name in names:
-        if name in found:
-            continue
-        if len(uses) == 1 or joinable(uses):
-            # Also where the individual pullback is stored: reading it again costs more than a rule that never forms it.
-            found[name] = _joined(uses, name, extra, lead, differentiable)
-        elif PER_SAMPLE in found and name in reductions:
-            found[name] = reductions[name](found[PER_SAMPLE], *extra)
-        else:
+        if name in registry().factors and not alike(uses):
             raise SharedByKinds([use.record.where for use in uses], uses[0].name, name)
-    return {name: found[name] for name in names}
+        reduction = registry().reductions.get(name)
+        of = name if reduction is None else reduction.of
+        if of not in totals:
+            totals[of] = summed(uses, of, differentiable)
+        if reduction is None:
+            found[name] = totals[of]
+        else:
+            more = [sum(use.positions for use in uses)] if reduction.positions else extra
+            found[name] = reduction.function(totals[of], *more)
+    return found
 
 
-def summed(uses: Sequence[Use], name: str) -> Tensor:
+def summed(uses: Sequence[Use], name: str, differentiable: bool = False) -> Tensor:
     """A quantity that is additive over uses."""
-    return reduce(add, (_one(use, name, use.factor) for use in uses))
-
-
-def _one(use: Use, name: str, factor: Tensor | None, differentiable: bool = False) -> Tensor:
-    rule = use.layer.parameters[use.name][name]
-    found = evaluate(rule, use.layer, use.record.operand, factor, differentiable=differentiable)
-    return shaped(rule, use, found)
+    given = [(use, () if use.factor is None else (use.factor,)) for use in uses]
+    return reduce(add, (use.value(name, *factor, differentiable=differentiable) for use, factor in given))
 
 
 def shaped(rule: Rule, use: Use, value: Tensor) -> Tensor:
@@ -108,21 +121,79 @@ def shaped(rule: Rule, use: Use, value: Tensor) -> Tensor:
     return value.reshape(*value.shape[: rule.lead], *use.record.parameter(use.name).shape)
 
 
-def _joined(uses: Sequence[Use], name: str, extra: Sequence[Tensor], lead: int, differentiable: bool) -> Tensor:
-    """The quantity of uses joined along their shared axis (of one use, as it is)."""
+def _of_joined(
+    uses: Sequence[Use], names: Sequence[str], extra: tuple[Tensor, ...], lead: int, differentiable: bool
+) -> dict[str, Tensor]:
+    """Quantities of uses joined along their shared axis (of one use, as it is).
+
+    What is cheapest by blocks of individual pullbacks shares these.
+    """
     first = uses[0]
-    rule = first.layer.parameters[first.name][name]
+    rules = first.layer.parameters[first.name]
     factors = [use.factor for use in uses if use.factor is not None]
-    arguments = [*([join(factors, first.layer.output_axes, lead)] if factors else []), *extra]
+    arguments = [*([join(factors, first.layer.output_axes, lead)] if factors else [])]
+    each = first.record.parameter(first.name).numel()
+    known: dict[str, Any] = {}
 
     def operand(operand: str) -> Any:
-        if operand not in ("input", "output"):
-            return first.record.operand(operand)
-        axes = first.layer.input_axes if operand == "input" else first.layer.output_axes
-        return join([use.record.operand(operand) for use in uses], axes, 0)
+        if operand not in known:
+            known[operand] = _joined_operand(uses, operand)
+        return known[operand]
 
-    found = evaluate(rule, first.layer, operand, *arguments, differentiable=differentiable)
-    return shaped(rule, first, found)
+    def given(name: str) -> list[Any]:
+        return [*arguments, *(extra if name != PER_SAMPLE else ())]
+
+    found = {} if differentiable or lead != 1 else _in_blocks(rules, names, given, operand, each)
+    for name in names:
+        if name not in found:
+            found[name] = evaluate(rules[name], first.layer, operand, *given(name), differentiable=differentiable)
+    return {name: shaped(rules[name], first, found[name]) for name in names}
+
+
+def _in_blocks(
+    rules: Mapping[str, Rule],
+    names: Sequence[str],
+    given: Callable[[str], list[Any]],
+    operand: Callable[[str], Any],
+    each: int,
+) -> dict[str, Tensor]:
+    """What is cheapest by blocks of the same individual pullbacks, and these where they are asked for."""
+    best: dict[str, float] = {}
+    blocked: dict[str, Program] = {}
+    for name in names:
+        rule, values = rules[name], [*given(name), *map(operand, rules[name].operands)]
+        if isinstance(rule.aten, cheapest) and not uses_kernel(rule, values):
+            programs = rule.aten.valid(*values)
+            best[name] = min(program.seconds(cost.machine) for program in programs)
+            blocked.update((name, program) for program in programs if isinstance(program.function, Blockwise))
+    keep = PER_SAMPLE in names and not uses_kernel(rules[PER_SAMPLE], given(PER_SAMPLE))
+    if not keep and not any(program.seconds(cost.machine) <= best[name] for name, program in blocked.items()):
+        return {}
+    together = [name for name, program in blocked.items() if program.among_others(cost.machine) <= best[name]]
+    factor = given(PER_SAMPLE)[0]
+    stored = each * prod(factor.shape[:2]) * factor.element_size()
+    if len(together) + keep < 2 and not (keep and stored >= FRESH):
+        return {}
+    rule, signs = rules[PER_SAMPLE], given(together[0])[1:] if together else []
+    found, kept = in_blocks(
+        rule.aten,
+        {name: registry().reductions[name] for name in together},
+        factor,
+        [operand(name) for name in rule.operands],
+        each,
+        signs,
+        by_sample=sum(name in ("input", "output") for name in rule.operands),
+        keep=keep,
+    )
+    return found if kept is None else found | {PER_SAMPLE: kept}
+
+
+def _joined_operand(uses: Sequence[Use], operand: str) -> Any:
+    layer = uses[0].layer
+    if operand not in ("input", "output"):
+        return uses[0].record.operand(operand)
+    axes = layer.input_axes if operand == "input" else layer.output_axes
+    return join([use.record.operand(operand) for use in uses], axes, 0)
 
 
 def join(tensors: Sequence[Tensor], axes: Axes, lead: int) -> Tensor:
@@ -136,18 +207,29 @@ def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.to(wide) for tensor in tensors]
 
 
+def alike(uses: Sequence[Use]) -> bool:
+    """Whether the uses have one Kronecker structure of the parameter."""
+    return all(_structure(use) == _structure(uses[0]) for use in uses)
+
+
+def _structure(use: Use) -> tuple[object, ...]:
+    """The formula, the place of the parameter in it, and how many blocks its joined axes hold."""
+    return use.layer.name, use.name, use.record.transposed, use.record.output_layout.extents
+
+
 def joinable(uses: Sequence[Use]) -> bool:
-    """Whether the uses differ in nothing but their positions."""
+    """Whether the uses differ in nothing but their positions, along one axis."""
     first = uses[0]
-    return first.layer.positional and all(
-        use.layer is first.layer
-        and use.name == first.name
-        and use.record.samples == first.record.samples
-        and use.record.options == first.record.options
-        and use.record.transposed == first.record.transposed
-        and _without_positions(use) == _without_positions(first)
-        and _same_parameters(use, first)
-        for use in uses
+    return (
+        first.layer.positional
+        and alike(uses)
+        and all(
+            use.record.samples == first.record.samples
+            and use.record.options == first.record.options
+            and _without_positions(use) == _without_positions(first)
+            and _same_parameters(use, first)
+            for use in uses
+        )
     )
 
 

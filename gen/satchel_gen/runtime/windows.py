@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -108,3 +109,78 @@ def correlate_transposed(
         pads += [-padding[k], places[k] + padding[k] - reached[k]]
     found = F.pad(full, pads) if any(pads) else full
     return found.reshape(*tensor.shape[: -rank - 2], groups, kernel.shape[2], *places)
+
+
+def kernel_gradients(
+    tensor: Tensor,
+    factor: Tensor,
+    taps: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """[N, G, C, *spatial], [V, N, G, O, *places] → Σ_h factor[v, n, g, o, h] x[n, g, c, s·h + d·a − p] [V, N, G, O, C, *taps].
+
+    The gradients of a convolution's kernel, each sample and group by itself: on a CPU as one convolution of N·G groups, which reads
+    each element once where windows would be copied.
+    """
+    if tensor.is_cuda:
+        return _of_windows(tensor, factor, taps, stride, dilation, padding)
+    return _of_groups(tensor, factor, taps, stride, dilation, padding)
+
+
+def _of_windows(
+    tensor: Tensor,
+    factor: Tensor,
+    taps: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    places = factor.shape[4:]
+    patches = windows(tensor, places, taps, stride, dilation, padding).flatten(3, 2 + len(places)).flatten(4)
+    found = torch.einsum("ngcha,vngoh->vngoca", patches, factor.flatten(4))
+    return found.reshape(*found.shape[:-1], *taps)
+
+
+def _of_groups(
+    tensor: Tensor,
+    factor: Tensor,
+    taps: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    V, N, G, O, *places = factor.shape
+    C, rank = tensor.shape[2], len(taps)
+    reached = [s * (h - 1) + d * (a - 1) + 1 for h, a, s, d in zip(places, taps, stride, dilation, strict=True)]
+    given = [x + 2 * p for x, p in zip(tensor.shape[3:], padding, strict=True)]
+    if any(not r <= g < r + s for r, g, s in zip(reached, given, stride, strict=True)):  # torch would find other places
+        pads = [(p, max(0, r - g + p)) for r, g, p in zip(reached, given, padding, strict=True)]
+        inside: tuple[Any, ...] = (..., *(slice(r) for r in reached))
+        tensor, padding = F.pad(tensor, [end for pair in reversed(pads) for end in pair])[inside], [0] * rank
+    images = tensor.reshape(1, N * G * C, *tensor.shape[3:])
+    gradients = factor.movedim(0, 2).reshape(1, N * G * V * O, *places)
+    kernel = tensor.new_empty(N * G * V * O, C, *taps)
+    found = torch.ops.aten.convolution_backward(
+        gradients, images, kernel, None, stride, padding, dilation, False, [0] * rank, N * G, [False, True, False]
+    )[1]
+    return found.reshape(N, G, V, O, C, *taps).movedim(2, 0)
+
+
+def transposed_kernel_gradients(
+    tensor: Tensor,
+    factor: Tensor,
+    taps: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """[N, G, C, *spatial], [V, N, G, O, *places] → Σ_u factor[v, n, g, o, u] x[n, g, c, (u + p − d·a) / s] [V, N, G, C, O, *taps].
+
+    The factor is what the kernel of the adjoint reads: u = s·h + d·a − p.
+    """
+    V, N, G, O, *places = factor.shape
+    images = factor.movedim(0, 2).reshape(N, G, V * O, *places)
+    found = kernel_gradients(images, tensor[None], taps, stride, dilation, padding)
+    return found.reshape(N, G, tensor.shape[2], V, O, *taps).movedim(3, 0)

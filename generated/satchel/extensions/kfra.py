@@ -35,7 +35,7 @@ class KFRA(Extension):
 
     def needs(self, layer: Layer) -> tuple[Need, ...]:
         output_factor, input_factor = FACTORS["backpack"]
-        return (Need("averaged", output_factor), Need("averaged", "averaged_block"), Need("input", input_factor))
+        return (Need("averaged", output_factor), Need("averaged", "block"), Need("input", input_factor))
 
     def value(self, q: Mapping[str, Tensor], sizes: Sizes) -> Tensor | list[Tensor]:
         factors = list(q.values())

@@ -388,7 +388,6 @@ def weight_diagonal_sum_kernel(
     for step in range(part.to(tl.int64), steps, tl.num_programs(0) // G):
         curvature_start = curvature_ptr + step * G * O * W + g * O * W
         input_start = input_ptr + step * G * C * IW + g * C * IW
-        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
         for w_start in range(0, W, BLOCK_K):
             w = w_start + tl.arange(0, BLOCK_K)
             w_inside = w < W
@@ -401,8 +400,7 @@ def weight_diagonal_sum_kernel(
                 mask=w_inside[:, None] & ckw_inside[None, :] & (iw >= 0) & (iw < IW),
                 other=0,
             ).to(COMPUTE)
-            product = tl.dot(curvature, input * input, product, input_precision=PRECISION, out_dtype=COMPUTE)
-        total += product
+            total = tl.dot(curvature, input * input, total, input_precision=PRECISION, out_dtype=COMPUTE)
     out_start = out_ptr + part.to(tl.int64) * G * O * C * KW + g * O * C * KW
     out_tile = o[:, None] * C * KW + ckw[None, :]
     tl.store(out_start + out_tile, total, mask=o_inside[:, None] & ckw_inside[None, :])

@@ -443,7 +443,6 @@ def weight_diagonal_sum_kernel(
     for step in range(part.to(tl.int64), steps, tl.num_programs(0) // G):
         curvature_start = curvature_ptr + step * G * O * H * W + g * O * H * W
         input_start = input_ptr + step * G * C * IH * IW + g * C * IH * IW
-        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
         for hw_start in range(0, H * W, BLOCK_K):
             hw = hw_start + tl.arange(0, BLOCK_K)
             hw_inside = hw < H * W
@@ -461,8 +460,7 @@ def weight_diagonal_sum_kernel(
                 mask=hw_inside[:, None] & ckhkw_inside[None, :] & (ih >= 0) & (ih < IH) & (iw >= 0) & (iw < IW),
                 other=0,
             ).to(COMPUTE)
-            product = tl.dot(curvature, input * input, product, input_precision=PRECISION, out_dtype=COMPUTE)
-        total += product
+            total = tl.dot(curvature, input * input, total, input_precision=PRECISION, out_dtype=COMPUTE)
     out_start = out_ptr + part.to(tl.int64) * G * O * C * KH * KW + g * O * C * KH * KW
     out_tile = o[:, None] * C * KH * KW + ckhkw[None, :]
     tl.store(out_start + out_tile, total, mask=o_inside[:, None] & ckhkw_inside[None, :])

@@ -523,7 +523,6 @@ def weight_diagonal_sum_kernel(
     for step in range(part.to(tl.int64), steps, tl.num_programs(0) // G):
         curvature_start = curvature_ptr + step * G * O * D * H * W + g * O * D * H * W
         input_start = input_ptr + step * G * C * ID * IH * IW + g * C * ID * IH * IW
-        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
         for dhw_start in range(0, D * H * W, BLOCK_K):
             dhw = dhw_start + tl.arange(0, BLOCK_K)
             dhw_inside = dhw < D * H * W
@@ -550,8 +549,7 @@ def weight_diagonal_sum_kernel(
                 & (iw < IW),
                 other=0,
             ).to(COMPUTE)
-            product = tl.dot(curvature, input * input, product, input_precision=PRECISION, out_dtype=COMPUTE)
-        total += product
+            total = tl.dot(curvature, input * input, total, input_precision=PRECISION, out_dtype=COMPUTE)
     out_start = out_ptr + part.to(tl.int64) * G * O * C * KD * KH * KW + g * O * C * KD * KH * KW
     out_tile = o[:, None] * C * KD * KH * KW + ckdkhkw[None, :]
     tl.store(out_start + out_tile, total, mask=o_inside[:, None] & ckdkhkw_inside[None, :])

@@ -388,7 +388,6 @@ def weight_diagonal_sum_kernel(
     for step in range(part.to(tl.int64), steps, tl.num_programs(0) // G):
         input_start = input_ptr + step * G * C * IW + g * C * IW
         curvature_start = curvature_ptr + step * G * O * W + g * O * W
-        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
         for iw_start in range(0, IW, BLOCK_K):
             iw = iw_start + tl.arange(0, BLOCK_K)
             iw_inside = iw < IW
@@ -401,8 +400,7 @@ def weight_diagonal_sum_kernel(
                 mask=iw_inside[:, None] & okw_inside[None, :] & (w >= 0) & (w < W),
                 other=0,
             ).to(COMPUTE)
-            product = tl.dot(input * input, curvature, product, input_precision=PRECISION, out_dtype=COMPUTE)
-        total += product
+            total = tl.dot(input * input, curvature, total, input_precision=PRECISION, out_dtype=COMPUTE)
     out_start = out_ptr + part.to(tl.int64) * G * C * O * KW + g * C * O * KW
     out_tile = c[:, None] * O * KW + okw[None, :]
     tl.store(out_start + out_tile, total, mask=c_inside[:, None] & okw_inside[None, :])

@@ -449,7 +449,6 @@ def weight_diagonal_sum_kernel(
     for step in range(part.to(tl.int64), steps, tl.num_programs(0) // G):
         input_start = input_ptr + step * G * C * IH * IW + g * C * IH * IW
         curvature_start = curvature_ptr + step * G * O * H * W + g * O * H * W
-        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
         for ihiw_start in range(0, IH * IW, BLOCK_K):
             ihiw = ihiw_start + tl.arange(0, BLOCK_K)
             ihiw_inside = ihiw < IH * IW
@@ -467,8 +466,7 @@ def weight_diagonal_sum_kernel(
                 mask=ihiw_inside[:, None] & okhkw_inside[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W),
                 other=0,
             ).to(COMPUTE)
-            product = tl.dot(input * input, curvature, product, input_precision=PRECISION, out_dtype=COMPUTE)
-        total += product
+            total = tl.dot(input * input, curvature, total, input_precision=PRECISION, out_dtype=COMPUTE)
     out_start = out_ptr + part.to(tl.int64) * G * C * O * KH * KW + g * C * O * KH * KW
     out_tile = c[:, None] * O * KH * KW + okhkw[None, :]
     tl.store(out_start + out_tile, total, mask=c_inside[:, None] & okhkw_inside[None, :])

@@ -523,7 +523,6 @@ def weight_diagonal_sum_kernel(
     for step in range(part.to(tl.int64), steps, tl.num_programs(0) // G):
         input_start = input_ptr + step * G * C * ID * IH * IW + g * C * ID * IH * IW
         curvature_start = curvature_ptr + step * G * O * D * H * W + g * O * D * H * W
-        product = tl.zeros((BLOCK_M, BLOCK_N), dtype=COMPUTE)
         for idihiw_start in range(0, ID * IH * IW, BLOCK_K):
             idihiw = idihiw_start + tl.arange(0, BLOCK_K)
             idihiw_inside = idihiw < ID * IH * IW
@@ -550,8 +549,7 @@ def weight_diagonal_sum_kernel(
                 & (w < W),
                 other=0,
             ).to(COMPUTE)
-            product = tl.dot(input * input, curvature, product, input_precision=PRECISION, out_dtype=COMPUTE)
-        total += product
+            total = tl.dot(input * input, curvature, total, input_precision=PRECISION, out_dtype=COMPUTE)
     out_start = out_ptr + part.to(tl.int64) * G * C * O * KD * KH * KW + g * C * O * KD * KH * KW
     out_tile = c[:, None] * O * KD * KH * KW + okdkhkw[None, :]
     tl.store(out_start + out_tile, total, mask=c_inside[:, None] & okdkhkw_inside[None, :])

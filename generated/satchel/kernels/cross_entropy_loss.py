@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import ROW_LANES, ROW_STEPS, accumulator, splits, triton_type
+from ..runtime.triton_launch import ROW_LANES, ROW_STEPS, ROW_WARPS, accumulator, registers, splits, triton_type
 
 
 @triton.jit
@@ -69,7 +69,17 @@ def gradient(input: Tensor, target: Tensor) -> Tensor:
     out = torch.empty((N, K, R), dtype=dtype, device=input.device)
     blocks = triton.cdiv(rows, ROW_LANES)
     gradient_kernel[(blocks, 1)](
-        input, target, out, rows, K, R, COMPUTE=triton_type(dtype), BLOCK_K=ROW_STEPS, BLOCK_ROW=ROW_LANES
+        input,
+        target,
+        out,
+        rows,
+        K,
+        R,
+        COMPUTE=triton_type(dtype),
+        BLOCK_K=ROW_STEPS,
+        BLOCK_ROW=ROW_LANES,
+        num_warps=ROW_WARPS,
+        **registers(ROW_WARPS),
     )
     return out
 
@@ -143,7 +153,19 @@ def exact_factor(input: Tensor, target: Tensor) -> Tensor:
     out = torch.empty((K * R, N, K, R), dtype=dtype, device=input.device)
     blocks = triton.cdiv(rows, ROW_LANES)
     exact_factor_kernel[(blocks, splits(blocks, columns))](
-        input, target, out, columns, rows, N, K, R, COMPUTE=triton_type(dtype), BLOCK_K=ROW_STEPS, BLOCK_ROW=ROW_LANES
+        input,
+        target,
+        out,
+        columns,
+        rows,
+        N,
+        K,
+        R,
+        COMPUTE=triton_type(dtype),
+        BLOCK_K=ROW_STEPS,
+        BLOCK_ROW=ROW_LANES,
+        num_warps=ROW_WARPS,
+        **registers(ROW_WARPS),
     )
     return out
 
@@ -231,5 +253,7 @@ def mc_factor(sampled: Tensor, input: Tensor, target: Tensor) -> Tensor:
         COMPUTE=triton_type(dtype),
         BLOCK_K=ROW_STEPS,
         BLOCK_ROW=ROW_LANES,
+        num_warps=ROW_WARPS,
+        **registers(ROW_WARPS),
     )
     return out

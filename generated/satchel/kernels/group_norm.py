@@ -2,8 +2,10 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.GroupNorm.
 
-    mean[n, g] = (Σ_{c,s} input[n, g, c, s]) / (C S)
-centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
+    shift[n, g] = (Σ_{c,s} input[n, g, c, s]) / (C S), held constant
+shifted[n, g, c, s] = input[n, g, c, s] − shift[n, g]
+mean[n, g] = (Σ_{c,s} shifted[n, g, c, s]) / (C S)
+centred[n, g, c, s] = shifted[n, g, c, s] − mean[n, g]
 variance[n, g] = (Σ_{c,s} centred[n, g, c, s]²) / (C S)
 rstd[n, g] = 1/sqrt(variance[n, g] + eps)
 normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]
@@ -18,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layers import group_norm as aten
-from ..runtime.triton_launch import accumulator, resident, row_tile, splits, triton_type
+from ..runtime.triton_launch import accumulator, registers, resident, row_tile, splits, triton_type
 
 
 @triton.jit
@@ -38,8 +40,10 @@ def vjp_resident_kernel(
     BLOCK: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """mean[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
-    centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
+    """shift[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
+    shifted[n, g, c, s] = input[n, g, c, s] − shift[n, g]
+    mean[n, g] = Σ_{c,s} shifted[n, g, c, s] / (C S)
+    centred[n, g, c, s] = shifted[n, g, c, s] − mean[n, g]
     variance[n, g] = Σ_{c,s} centred[n, g, c, s]² / (C S)
     rstd[n, g] = 1/sqrt(variance[n, g] + eps)
     bar_normalised[v, n, g, c, s] = factor[v, n, g, c, s] weight[g, c]
@@ -56,29 +60,29 @@ def vjp_resident_kernel(
     c = cs // S
     origin = row.to(tl.int64) * C * S
     eps = tl.full((), eps, COMPUTE)
+    fixed = 1 / tl.cast(C, COMPUTE)
+    fixed_2 = 1 / tl.cast(S, COMPUTE)
     input = tl.load(input_ptr + origin + cs, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + g * C + c, mask=inside, other=0).to(COMPUTE)
-    mean = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(C, COMPUTE) / tl.cast(S, COMPUTE)
-    centred = input - mean
-    variance = (
-        tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True)
-        / tl.cast(C, COMPUTE)
-        / tl.cast(S, COMPUTE)
-    )
+    shift = fixed * fixed_2 * tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True)
+    shifted = input - shift
+    mean = fixed * fixed_2 * tl.sum(tl.where(inside, shifted, 0.0), axis=0, keep_dims=True)
+    centred = shifted - mean
+    variance = fixed * fixed_2 * tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True)
     rstd = tl.rsqrt(eps + variance)
     t = eps + variance
-    fixed = -0.5 / (t * tl.sqrt(t))
-    fixed_2 = 2 * centred / tl.cast(C, COMPUTE) / tl.cast(S, COMPUTE)
-    fixed_3 = 1 / tl.cast(C, COMPUTE) / tl.cast(S, COMPUTE)
+    fixed_3 = -0.5 / (t * tl.sqrt(t))
+    fixed_4 = 2 * fixed * fixed_2
+    fixed_5 = fixed * fixed_2
     for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         start = v * size
         factor = tl.load(factor_ptr + start + origin + cs, mask=inside, other=0).to(COMPUTE)
         bar_normalised = factor * weight
         bar_rstd = tl.sum(tl.where(inside, bar_normalised * centred, 0.0), axis=0, keep_dims=True)
-        bar_variance = bar_rstd * fixed
-        bar_centred = bar_normalised * rstd + bar_variance * fixed_2
+        bar_variance = bar_rstd * fixed_3
+        bar_centred = bar_normalised * rstd + bar_variance * centred * fixed_4
         bar_mean = -tl.sum(tl.where(inside, bar_centred, 0.0), axis=0, keep_dims=True)
-        tl.store(out_ptr + start + origin + cs, bar_centred + bar_mean * fixed_3, mask=inside)
+        tl.store(out_ptr + start + origin + cs, bar_centred + bar_mean * fixed_5, mask=inside)
 
 
 def vjp_resident(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -111,6 +115,7 @@ def vjp_resident(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> T
         BLOCK=block,
         BLOCK_ROW=block_row,
         num_warps=warps,
+        **registers(warps),
     )
     return out
 
@@ -133,8 +138,10 @@ def hessian_resident_kernel(
     BLOCK: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """mean[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
-    centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
+    """shift[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
+    shifted[n, g, c, s] = input[n, g, c, s] − shift[n, g]
+    mean[n, g] = Σ_{c,s} shifted[n, g, c, s] / (C S)
+    centred[n, g, c, s] = shifted[n, g, c, s] − mean[n, g]
     variance[n, g] = Σ_{c,s} centred[n, g, c, s]² / (C S)
     bar_normalised[n, g, c, s] = delta[n, g, c, s] weight[g, c]
     bar_rstd[n, g] = Σ_{c,s} bar_normalised[n, g, c, s] centred[n, g, c, s]
@@ -156,41 +163,40 @@ def hessian_resident_kernel(
     c = cs // S
     origin = row.to(tl.int64) * C * S
     eps = tl.full((), eps, COMPUTE)
+    fixed = 1 / tl.cast(C, COMPUTE)
+    fixed_2 = 1 / tl.cast(S, COMPUTE)
     delta = tl.load(delta_ptr + origin + cs, mask=inside, other=0).to(COMPUTE)
     input = tl.load(input_ptr + origin + cs, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + g * C + c, mask=inside, other=0).to(COMPUTE)
-    mean = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(C, COMPUTE) / tl.cast(S, COMPUTE)
-    centred = input - mean
-    variance = (
-        tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True)
-        / tl.cast(C, COMPUTE)
-        / tl.cast(S, COMPUTE)
-    )
+    shift = fixed * fixed_2 * tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True)
+    shifted = input - shift
+    mean = fixed * fixed_2 * tl.sum(tl.where(inside, shifted, 0.0), axis=0, keep_dims=True)
+    centred = shifted - mean
+    variance = fixed * fixed_2 * tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True)
     bar_normalised = delta * weight
     bar_rstd = tl.sum(tl.where(inside, bar_normalised * centred, 0.0), axis=0, keep_dims=True)
     t = eps + variance
     bar_variance = -0.5 * bar_rstd / (t * tl.sqrt(t))
-    fixed = 1 / tl.cast(C, COMPUTE) / tl.cast(S, COMPUTE)
-    fixed_2 = 2 / tl.cast(C, COMPUTE) / tl.cast(S, COMPUTE)
+    fixed_3 = fixed * fixed_2
+    fixed_4 = 2 * fixed * fixed_2
     t_2 = eps + variance
-    fixed_3 = -0.5 / (t_2 * tl.sqrt(t_2))
-    fixed_4 = 3 * bar_rstd / (eps + variance)
+    fixed_5 = -0.5 / (t_2 * tl.sqrt(t_2))
+    fixed_6 = 3 * bar_rstd / (eps + variance)
     t_3 = eps + variance
-    fixed_5 = 0.25 / (t_3 * tl.sqrt(t_3))
-    fixed_6 = 2 * bar_variance / tl.cast(C, COMPUTE) / tl.cast(S, COMPUTE)
-    fixed_7 = 2 * centred / tl.cast(C, COMPUTE) / tl.cast(S, COMPUTE)
+    fixed_7 = 0.25 / (t_3 * tl.sqrt(t_3))
+    fixed_8 = 2 * bar_variance * fixed * fixed_2
     for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         start = v * size
         tangent = tl.load(tangent_ptr + start + origin + cs, mask=inside, other=0).to(COMPUTE)
-        dot_mean = fixed * tl.sum(tl.where(inside, tangent, 0.0), axis=0, keep_dims=True)
+        dot_mean = fixed_3 * tl.sum(tl.where(inside, tangent, 0.0), axis=0, keep_dims=True)
         dot_centred = tangent - dot_mean
-        dot_variance = fixed_2 * tl.sum(tl.where(inside, centred * dot_centred, 0.0), axis=0, keep_dims=True)
-        dot_rstd = dot_variance * fixed_3
+        dot_variance = fixed_4 * tl.sum(tl.where(inside, centred * dot_centred, 0.0), axis=0, keep_dims=True)
+        dot_rstd = dot_variance * fixed_5
         dot_bar_rstd = tl.sum(tl.where(inside, bar_normalised * dot_centred, 0.0), axis=0, keep_dims=True)
-        dot_bar_variance = fixed_5 * (dot_variance * fixed_4 - 2 * dot_bar_rstd)
-        dot_bar_centred = bar_normalised * dot_rstd + dot_bar_variance * fixed_7 + dot_centred * fixed_6
+        dot_bar_variance = fixed_7 * (dot_variance * fixed_6 - 2 * dot_bar_rstd)
+        dot_bar_centred = bar_normalised * dot_rstd + centred * dot_bar_variance * fixed_4 + dot_centred * fixed_8
         dot_bar_mean = -tl.sum(tl.where(inside, dot_bar_centred, 0.0), axis=0, keep_dims=True)
-        tl.store(out_ptr + start + origin + cs, dot_bar_centred + dot_bar_mean * fixed, mask=inside)
+        tl.store(out_ptr + start + origin + cs, dot_bar_centred + dot_bar_mean * fixed_3, mask=inside)
 
 
 def hessian_resident(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -225,6 +231,7 @@ def hessian_resident(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tens
         BLOCK=block,
         BLOCK_ROW=block_row,
         num_warps=warps,
+        **registers(warps),
     )
     return out
 

@@ -2,8 +2,10 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.InstanceNorm3d.
 
-    mean[n, c] = (Σ_{s} input[n, c, s]) / S
-centred[n, c, s] = input[n, c, s] − mean[n, c]
+    shift[n, c] = (Σ_{s} input[n, c, s]) / S, held constant
+shifted[n, c, s] = input[n, c, s] − shift[n, c]
+mean[n, c] = (Σ_{s} shifted[n, c, s]) / S
+centred[n, c, s] = shifted[n, c, s] − mean[n, c]
 variance[n, c] = (Σ_{s} centred[n, c, s]²) / S
 rstd[n, c] = 1/sqrt(variance[n, c] + eps)
 normalised[n, c, s] = centred[n, c, s] rstd[n, c]
@@ -18,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layers import instance_norm3d as aten
-from ..runtime.triton_launch import accumulator, resident, row_tile, splits, triton_type
+from ..runtime.triton_launch import accumulator, registers, resident, row_tile, splits, triton_type
 
 
 @triton.jit
@@ -37,8 +39,10 @@ def vjp_resident_kernel(
     BLOCK: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """mean[n, c] = Σ_{s} input[n, c, s] / S
-    centred[n, c, s] = input[n, c, s] − mean[n, c]
+    """shift[n, c] = Σ_{s} input[n, c, s] / S
+    shifted[n, c, s] = input[n, c, s] − shift[n, c]
+    mean[n, c] = Σ_{s} shifted[n, c, s] / S
+    centred[n, c, s] = shifted[n, c, s] − mean[n, c]
     variance[n, c] = Σ_{s} centred[n, c, s]² / S
     rstd[n, c] = 1/sqrt(variance[n, c] + eps)
     bar_normalised[v, n, c, s] = factor[v, n, c, s] weight[c]
@@ -55,25 +59,26 @@ def vjp_resident_kernel(
     c = tl.cast(row % C, tl.int64)
     origin = row.to(tl.int64) * S
     eps = tl.full((), eps, COMPUTE)
+    fixed = 1 / tl.cast(S, COMPUTE)
     input = tl.load(input_ptr + origin + s, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + c, mask=row_inside, other=0).to(COMPUTE)
-    mean = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
-    centred = input - mean
-    variance = tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
+    shift = fixed * tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True)
+    shifted = input - shift
+    mean = fixed * tl.sum(tl.where(inside, shifted, 0.0), axis=0, keep_dims=True)
+    centred = shifted - mean
+    variance = fixed * tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True)
     rstd = tl.rsqrt(eps + variance)
     t = eps + variance
-    fixed = -0.5 / (t * tl.sqrt(t))
-    fixed_2 = 2 * centred / tl.cast(S, COMPUTE)
-    fixed_3 = 1 / tl.cast(S, COMPUTE)
+    fixed_2 = -0.5 / (t * tl.sqrt(t))
     for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         start = v * size
         factor = tl.load(factor_ptr + start + origin + s, mask=inside, other=0).to(COMPUTE)
         bar_normalised = factor * weight
         bar_rstd = tl.sum(tl.where(inside, bar_normalised * centred, 0.0), axis=0, keep_dims=True)
-        bar_variance = bar_rstd * fixed
-        bar_centred = bar_normalised * rstd + bar_variance * fixed_2
+        bar_variance = bar_rstd * fixed_2
+        bar_centred = bar_normalised * rstd + 2 * bar_variance * centred * fixed
         bar_mean = -tl.sum(tl.where(inside, bar_centred, 0.0), axis=0, keep_dims=True)
-        tl.store(out_ptr + start + origin + s, bar_centred + bar_mean * fixed_3, mask=inside)
+        tl.store(out_ptr + start + origin + s, bar_centred + bar_mean * fixed, mask=inside)
 
 
 def vjp_resident(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -105,6 +110,7 @@ def vjp_resident(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> T
         BLOCK=block,
         BLOCK_ROW=block_row,
         num_warps=warps,
+        **registers(warps),
     )
     return out
 
@@ -126,8 +132,10 @@ def hessian_resident_kernel(
     BLOCK: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """mean[n, c] = Σ_{s} input[n, c, s] / S
-    centred[n, c, s] = input[n, c, s] − mean[n, c]
+    """shift[n, c] = Σ_{s} input[n, c, s] / S
+    shifted[n, c, s] = input[n, c, s] − shift[n, c]
+    mean[n, c] = Σ_{s} shifted[n, c, s] / S
+    centred[n, c, s] = shifted[n, c, s] − mean[n, c]
     variance[n, c] = Σ_{s} centred[n, c, s]² / S
     bar_normalised[n, c, s] = delta[n, c, s] weight[c]
     bar_rstd[n, c] = Σ_{s} bar_normalised[n, c, s] centred[n, c, s]
@@ -149,24 +157,25 @@ def hessian_resident_kernel(
     c = tl.cast(row % C, tl.int64)
     origin = row.to(tl.int64) * S
     eps = tl.full((), eps, COMPUTE)
+    fixed = 1 / tl.cast(S, COMPUTE)
     delta = tl.load(delta_ptr + origin + s, mask=inside, other=0).to(COMPUTE)
     input = tl.load(input_ptr + origin + s, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + c, mask=row_inside, other=0).to(COMPUTE)
-    mean = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
-    centred = input - mean
-    variance = tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True) / tl.cast(S, COMPUTE)
+    shift = fixed * tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True)
+    shifted = input - shift
+    mean = fixed * tl.sum(tl.where(inside, shifted, 0.0), axis=0, keep_dims=True)
+    centred = shifted - mean
+    variance = fixed * tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True)
     bar_normalised = delta * weight
     bar_rstd = tl.sum(tl.where(inside, bar_normalised * centred, 0.0), axis=0, keep_dims=True)
     t = eps + variance
     bar_variance = -0.5 * bar_rstd / (t * tl.sqrt(t))
-    fixed = 1 / tl.cast(S, COMPUTE)
     t_2 = eps + variance
     fixed_2 = -0.5 / (t_2 * tl.sqrt(t_2))
     fixed_3 = 3 * bar_rstd / (eps + variance)
     t_3 = eps + variance
     fixed_4 = 0.25 / (t_3 * tl.sqrt(t_3))
     fixed_5 = 2 * bar_variance * fixed
-    fixed_6 = 2 * centred * fixed
     for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         start = v * size
         tangent = tl.load(tangent_ptr + start + origin + s, mask=inside, other=0).to(COMPUTE)
@@ -176,7 +185,7 @@ def hessian_resident_kernel(
         dot_rstd = dot_variance * fixed_2
         dot_bar_rstd = tl.sum(tl.where(inside, bar_normalised * dot_centred, 0.0), axis=0, keep_dims=True)
         dot_bar_variance = fixed_4 * (dot_variance * fixed_3 - 2 * dot_bar_rstd)
-        dot_bar_centred = bar_normalised * dot_rstd + dot_bar_variance * fixed_6 + dot_centred * fixed_5
+        dot_bar_centred = bar_normalised * dot_rstd + 2 * centred * dot_bar_variance * fixed + dot_centred * fixed_5
         dot_bar_mean = -tl.sum(tl.where(inside, dot_bar_centred, 0.0), axis=0, keep_dims=True)
         tl.store(out_ptr + start + origin + s, dot_bar_centred + dot_bar_mean * fixed, mask=inside)
 
@@ -212,6 +221,7 @@ def hessian_resident(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tens
         BLOCK=block,
         BLOCK_ROW=block_row,
         num_warps=warps,
+        **registers(warps),
     )
     return out
 

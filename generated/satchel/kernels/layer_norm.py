@@ -2,8 +2,10 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """Triton kernels of torch.nn.LayerNorm.
 
-    mean[n, r] = (Σ_{j} input[n, r, j]) / J
-centred[n, r, j] = input[n, r, j] − mean[n, r]
+    shift[n, r] = (Σ_{j} input[n, r, j]) / J, held constant
+shifted[n, r, j] = input[n, r, j] − shift[n, r]
+mean[n, r] = (Σ_{j} shifted[n, r, j]) / J
+centred[n, r, j] = shifted[n, r, j] − mean[n, r]
 variance[n, r] = (Σ_{j} centred[n, r, j]²) / J
 rstd[n, r] = 1/sqrt(variance[n, r] + eps)
 normalised[n, r, j] = centred[n, r, j] rstd[n, r]
@@ -18,7 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layers import layer_norm as aten
-from ..runtime.triton_launch import REDUCE_LANES, REDUCE_ROWS, accumulator, resident, row_tile, splits, triton_type
+from ..runtime.triton_launch import (
+    REDUCE_LANES,
+    REDUCE_ROWS,
+    accumulator,
+    registers,
+    resident,
+    row_tile,
+    splits,
+    triton_type,
+)
 
 
 @triton.jit
@@ -36,8 +47,10 @@ def vjp_resident_kernel(
     BLOCK: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """mean[n, r] = Σ_{j} input[n, r, j] / J
-    centred[n, r, j] = input[n, r, j] − mean[n, r]
+    """shift[n, r] = Σ_{j} input[n, r, j] / J
+    shifted[n, r, j] = input[n, r, j] − shift[n, r]
+    mean[n, r] = Σ_{j} shifted[n, r, j] / J
+    centred[n, r, j] = shifted[n, r, j] − mean[n, r]
     variance[n, r] = Σ_{j} centred[n, r, j]² / J
     rstd[n, r] = 1/sqrt(variance[n, r] + eps)
     bar_normalised[v, n, r, j] = factor[v, n, r, j] weight[j]
@@ -52,25 +65,26 @@ def vjp_resident_kernel(
     inside = (j < J) & (row < rows)
     origin = row.to(tl.int64) * J
     eps = tl.full((), eps, COMPUTE)
+    fixed = 1 / tl.cast(J, COMPUTE)
     input = tl.load(input_ptr + origin + j, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + j, mask=inside, other=0).to(COMPUTE)
-    mean = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
-    centred = input - mean
-    variance = tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
+    shift = fixed * tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True)
+    shifted = input - shift
+    mean = fixed * tl.sum(tl.where(inside, shifted, 0.0), axis=0, keep_dims=True)
+    centred = shifted - mean
+    variance = fixed * tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True)
     rstd = tl.rsqrt(eps + variance)
     t = eps + variance
-    fixed = -0.5 / (t * tl.sqrt(t))
-    fixed_2 = 2 * centred / tl.cast(J, COMPUTE)
-    fixed_3 = 1 / tl.cast(J, COMPUTE)
+    fixed_2 = -0.5 / (t * tl.sqrt(t))
     for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         start = v * size
         factor = tl.load(factor_ptr + start + origin + j, mask=inside, other=0).to(COMPUTE)
         bar_normalised = factor * weight
         bar_rstd = tl.sum(tl.where(inside, bar_normalised * centred, 0.0), axis=0, keep_dims=True)
-        bar_variance = bar_rstd * fixed
-        bar_centred = bar_normalised * rstd + bar_variance * fixed_2
+        bar_variance = bar_rstd * fixed_2
+        bar_centred = bar_normalised * rstd + 2 * bar_variance * centred * fixed
         bar_mean = -tl.sum(tl.where(inside, bar_centred, 0.0), axis=0, keep_dims=True)
-        tl.store(out_ptr + start + origin + j, bar_centred + bar_mean * fixed_3, mask=inside)
+        tl.store(out_ptr + start + origin + j, bar_centred + bar_mean * fixed, mask=inside)
 
 
 def vjp_resident(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -101,6 +115,7 @@ def vjp_resident(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> T
         BLOCK=block,
         BLOCK_ROW=block_row,
         num_warps=warps,
+        **registers(warps),
     )
     return out
 
@@ -121,8 +136,10 @@ def hessian_resident_kernel(
     BLOCK: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """mean[n, r] = Σ_{j} input[n, r, j] / J
-    centred[n, r, j] = input[n, r, j] − mean[n, r]
+    """shift[n, r] = Σ_{j} input[n, r, j] / J
+    shifted[n, r, j] = input[n, r, j] − shift[n, r]
+    mean[n, r] = Σ_{j} shifted[n, r, j] / J
+    centred[n, r, j] = shifted[n, r, j] − mean[n, r]
     variance[n, r] = Σ_{j} centred[n, r, j]² / J
     bar_normalised[n, r, j] = delta[n, r, j] weight[j]
     bar_rstd[n, r] = Σ_{j} bar_normalised[n, r, j] centred[n, r, j]
@@ -142,24 +159,25 @@ def hessian_resident_kernel(
     inside = (j < J) & (row < rows)
     origin = row.to(tl.int64) * J
     eps = tl.full((), eps, COMPUTE)
+    fixed = 1 / tl.cast(J, COMPUTE)
     delta = tl.load(delta_ptr + origin + j, mask=inside, other=0).to(COMPUTE)
     input = tl.load(input_ptr + origin + j, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + j, mask=inside, other=0).to(COMPUTE)
-    mean = tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
-    centred = input - mean
-    variance = tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
+    shift = fixed * tl.sum(tl.where(inside, input, 0.0), axis=0, keep_dims=True)
+    shifted = input - shift
+    mean = fixed * tl.sum(tl.where(inside, shifted, 0.0), axis=0, keep_dims=True)
+    centred = shifted - mean
+    variance = fixed * tl.sum(tl.where(inside, centred * centred, 0.0), axis=0, keep_dims=True)
     bar_normalised = delta * weight
     bar_rstd = tl.sum(tl.where(inside, bar_normalised * centred, 0.0), axis=0, keep_dims=True)
     t = eps + variance
     bar_variance = -0.5 * bar_rstd / (t * tl.sqrt(t))
-    fixed = 1 / tl.cast(J, COMPUTE)
     t_2 = eps + variance
     fixed_2 = -0.5 / (t_2 * tl.sqrt(t_2))
     fixed_3 = 3 * bar_rstd / (eps + variance)
     t_3 = eps + variance
     fixed_4 = 0.25 / (t_3 * tl.sqrt(t_3))
     fixed_5 = 2 * bar_variance * fixed
-    fixed_6 = 2 * centred * fixed
     for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         start = v * size
         tangent = tl.load(tangent_ptr + start + origin + j, mask=inside, other=0).to(COMPUTE)
@@ -169,7 +187,7 @@ def hessian_resident_kernel(
         dot_rstd = dot_variance * fixed_2
         dot_bar_rstd = tl.sum(tl.where(inside, bar_normalised * dot_centred, 0.0), axis=0, keep_dims=True)
         dot_bar_variance = fixed_4 * (dot_variance * fixed_3 - 2 * dot_bar_rstd)
-        dot_bar_centred = bar_normalised * dot_rstd + dot_bar_variance * fixed_6 + dot_centred * fixed_5
+        dot_bar_centred = bar_normalised * dot_rstd + 2 * centred * dot_bar_variance * fixed + dot_centred * fixed_5
         dot_bar_mean = -tl.sum(tl.where(inside, dot_bar_centred, 0.0), axis=0, keep_dims=True)
         tl.store(out_ptr + start + origin + j, dot_bar_centred + dot_bar_mean * fixed, mask=inside)
 
@@ -204,6 +222,7 @@ def hessian_resident(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tens
         BLOCK=block,
         BLOCK_ROW=block_row,
         num_warps=warps,
+        **registers(warps),
     )
     return out
 

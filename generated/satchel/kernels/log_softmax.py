@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layers import log_softmax as aten
-from ..runtime.triton_launch import accumulator, resident, row_tile, splits, triton_type
+from ..runtime.triton_launch import accumulator, registers, resident, row_tile, splits, triton_type
 
 
 @triton.jit
@@ -74,6 +74,7 @@ def vjp_resident(factor: Tensor, output: Tensor) -> Tensor:
         BLOCK=block,
         BLOCK_ROW=block_row,
         num_warps=warps,
+        **registers(warps),
     )
     return out
 
@@ -144,6 +145,7 @@ def hessian_resident(delta: Tensor, tangent: Tensor, output: Tensor) -> Tensor:
         BLOCK=block,
         BLOCK_ROW=block_row,
         num_warps=warps,
+        **registers(warps),
     )
     return out
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layers import rms_norm as aten
-from ..runtime.triton_launch import accumulator, resident, row_tile, splits, triton_type
+from ..runtime.triton_launch import accumulator, registers, resident, row_tile, splits, triton_type
 
 
 @triton.jit
@@ -46,20 +46,20 @@ def vjp_resident_kernel(
     inside = (j < J) & (row < rows)
     origin = row.to(tl.int64) * J
     eps = tl.full((), eps, COMPUTE)
+    fixed = 1 / tl.cast(J, COMPUTE)
     input = tl.load(input_ptr + origin + j, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + j, mask=inside, other=0).to(COMPUTE)
-    square = tl.sum(tl.where(inside, input * input, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
+    square = fixed * tl.sum(tl.where(inside, input * input, 0.0), axis=0, keep_dims=True)
     rrms = tl.rsqrt(eps + square)
     t = eps + square
-    fixed = -0.5 / (t * tl.sqrt(t))
-    fixed_2 = 2 * input / tl.cast(J, COMPUTE)
+    fixed_2 = -0.5 / (t * tl.sqrt(t))
     for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         start = v * size
         factor = tl.load(factor_ptr + start + origin + j, mask=inside, other=0).to(COMPUTE)
         bar_normalised = factor * weight
         bar_rrms = tl.sum(tl.where(inside, bar_normalised * input, 0.0), axis=0, keep_dims=True)
-        bar_square = bar_rrms * fixed
-        tl.store(out_ptr + start + origin + j, bar_normalised * rrms + bar_square * fixed_2, mask=inside)
+        bar_square = bar_rrms * fixed_2
+        tl.store(out_ptr + start + origin + j, bar_normalised * rrms + 2 * bar_square * fixed * input, mask=inside)
 
 
 def vjp_resident(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -90,6 +90,7 @@ def vjp_resident(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> T
         BLOCK=block,
         BLOCK_ROW=block_row,
         num_warps=warps,
+        **registers(warps),
     )
     return out
 
@@ -125,32 +126,31 @@ def hessian_resident_kernel(
     inside = (j < J) & (row < rows)
     origin = row.to(tl.int64) * J
     eps = tl.full((), eps, COMPUTE)
+    fixed = 1 / tl.cast(J, COMPUTE)
     delta = tl.load(delta_ptr + origin + j, mask=inside, other=0).to(COMPUTE)
     input = tl.load(input_ptr + origin + j, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + j, mask=inside, other=0).to(COMPUTE)
-    square = tl.sum(tl.where(inside, input * input, 0.0), axis=0, keep_dims=True) / tl.cast(J, COMPUTE)
+    square = fixed * tl.sum(tl.where(inside, input * input, 0.0), axis=0, keep_dims=True)
     bar_normalised = delta * weight
     bar_rrms = tl.sum(tl.where(inside, bar_normalised * input, 0.0), axis=0, keep_dims=True)
     t = eps + square
     bar_square = -0.5 * bar_rrms / (t * tl.sqrt(t))
-    fixed = 2 / tl.cast(J, COMPUTE)
     t_2 = eps + square
     fixed_2 = -0.5 / (t_2 * tl.sqrt(t_2))
     fixed_3 = 3 * bar_rrms / (eps + square)
     t_3 = eps + square
     fixed_4 = 0.25 / (t_3 * tl.sqrt(t_3))
-    fixed_5 = 2 * bar_square / tl.cast(J, COMPUTE)
-    fixed_6 = 2 * input / tl.cast(J, COMPUTE)
+    fixed_5 = 2 * bar_square * fixed
     for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         start = v * size
         tangent = tl.load(tangent_ptr + start + origin + j, mask=inside, other=0).to(COMPUTE)
-        dot_square = fixed * tl.sum(tl.where(inside, input * tangent, 0.0), axis=0, keep_dims=True)
+        dot_square = 2 * fixed * tl.sum(tl.where(inside, input * tangent, 0.0), axis=0, keep_dims=True)
         dot_rrms = dot_square * fixed_2
         dot_bar_rrms = tl.sum(tl.where(inside, bar_normalised * tangent, 0.0), axis=0, keep_dims=True)
         dot_bar_square = fixed_4 * (dot_square * fixed_3 - 2 * dot_bar_rrms)
         tl.store(
             out_ptr + start + origin + j,
-            bar_normalised * dot_rrms + dot_bar_square * fixed_6 + fixed_5 * tangent,
+            bar_normalised * dot_rrms + 2 * dot_bar_square * fixed * input + fixed_5 * tangent,
             mask=inside,
         )
 
@@ -185,6 +185,7 @@ def hessian_resident(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tens
         BLOCK=block,
         BLOCK_ROW=block_row,
         num_warps=warps,
+        **registers(warps),
     )
     return out
 

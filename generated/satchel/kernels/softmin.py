@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layers import softmin as aten
-from ..runtime.triton_launch import accumulator, resident, row_tile, splits, triton_type
+from ..runtime.triton_launch import accumulator, registers, resident, row_tile, splits, triton_type
 
 
 @triton.jit
@@ -82,6 +82,7 @@ def vjp_resident(factor: Tensor, input: Tensor) -> Tensor:
         BLOCK=block,
         BLOCK_ROW=block_row,
         num_warps=warps,
+        **registers(warps),
     )
     return out
 
@@ -121,14 +122,13 @@ def hessian_resident_kernel(
     lse_tail = tl.log(tl.sum(tl.where(inside, tl.exp(negative - lse_max), 0.0), axis=0, keep_dims=True))
     bar_lse = -tl.sum(tl.where(inside, delta * tl.exp(negative - lse_max - lse_tail), 0.0), axis=0, keep_dims=True)
     fixed = tl.exp(negative - lse_max - lse_tail)
-    fixed_2 = delta * fixed
-    fixed_3 = -delta * fixed
     for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         start = v * size
         tangent = tl.load(tangent_ptr + start + origin + k * S, mask=inside, other=0).to(COMPUTE)
         dot_negative = -tangent
         dot_lse = tl.sum(tl.where(inside, dot_negative * fixed, 0.0), axis=0, keep_dims=True)
-        dot_bar_lse = tl.sum(tl.where(inside, dot_lse * fixed_2 + dot_negative * fixed_3, 0.0), axis=0, keep_dims=True)
+        t = delta * fixed
+        dot_bar_lse = tl.sum(tl.where(inside, t * dot_lse - t * dot_negative, 0.0), axis=0, keep_dims=True)
         dot_bar_negative = fixed * (
             bar_lse * dot_negative + delta * dot_negative + dot_bar_lse - bar_lse * dot_lse - delta * dot_lse
         )
@@ -164,6 +164,7 @@ def hessian_resident(delta: Tensor, tangent: Tensor, input: Tensor) -> Tensor:
         BLOCK=block,
         BLOCK_ROW=block_row,
         num_warps=warps,
+        **registers(warps),
     )
     return out
 

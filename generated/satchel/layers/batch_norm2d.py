@@ -224,28 +224,6 @@ def weight_block(factor: Tensor, input: Tensor, running_mean: Tensor, running_va
 
 
 @widened
-def weight_averaged_block(
-    averaged: Tensor, input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> Tensor:
-    """weight_averaged_block[c, c2] = Σ_{n,s,s2} (input[n, c, s] − running_mean[c]) (input[n, c2, s2] −
-        running_mean[c2]) averaged[c, s, c2, s2] / (√(running_var[c2] + eps) √(running_var[c] + eps) N)
-
-    averaged [C, S, C, S], input [N, C, S], running_mean [C], running_var [C] → [C, C]
-    """
-    N = input.shape[0]
-    return (
-        torch.einsum(
-            "ncs,Cncs->cC",
-            input - running_mean[:, None],
-            torch.einsum("nCS,csCS->Cncs", input - running_mean[:, None], averaged),
-        )
-        * torch.pow(running_var + eps, -1 / 2)[:, None]
-        * torch.pow(running_var + eps, -1 / 2)
-        / N
-    )
-
-
-@widened
 def bias_per_sample(factor: Tensor) -> Tensor:
     """bias_per_sample[v, n, c] = Σ_{s} factor[v, n, c, s]
 
@@ -329,6 +307,16 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
 
 
 @widened
+def bias_output_sum(factor: Tensor) -> Tensor:
+    """bias_output_sum[v, n, c] = Σ_{s} factor[v, n, c, s]
+
+    factor [V, N, C, S] → [V, N, 1, C]
+    """
+    V, N, C, _ = factor.shape
+    return (factor.sum(3)).reshape(V, N, 1, C)
+
+
+@widened
 def bias_output_factor_expand(factor: Tensor) -> Tensor:
     """bias_output_factor_expand[c, c2] = Σ_{n,s,v} factor[v, n, c, s] factor[v, n, c2, s]
 
@@ -391,7 +379,6 @@ LAYER = Layer(
                 weight_squared_deviations, ("input", "running_mean", "running_var", "eps"), lead=0
             ),
             "block": Rule(weight_block, ("input", "running_mean", "running_var", "eps")),
-            "averaged_block": Rule(weight_averaged_block, ("input", "running_mean", "running_var", "eps")),
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
@@ -403,6 +390,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
+            "output_sum": Rule(bias_output_sum, ()),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

@@ -11,10 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..runtime.cost import Program, block_count, blocks, cheapest
+from ..extensions.reductions import REDUCTIONS
+from ..runtime.blocks import Blockwise
+from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.windows import correlate_transposed, windows
+from ..runtime.window_gram import window_gram
+from ..runtime.windows import (
+    correlate_transposed,
+    kernel_gradients,
+    windows,
+)
 
 
 @widened
@@ -49,47 +56,11 @@ def weight_per_sample(
 
     factor [V, N, G, O, W], input [N, G, C, IW] → [V, N, G, O, C, KW]
     """
-    W = factor.shape[4]
     KW = weight_shape[3]
-    patches = windows(input, (W,), (KW,), stride, dilation, padding)
-    return torch.einsum("ngcwa,vngow->vngoca", patches, factor)
+    return kernel_gradients(input, factor, (KW,), stride, dilation, padding)
 
 
-def weight_sample_squares_per_sample(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    W = factor.shape[4]
-    KW = weight_shape[3]
-    patches = windows(input, (W,), (KW,), stride, dilation, padding)
-    return torch.einsum("ngcwa,vngow->vngoca", patches, factor).square().sum(0)
-
-
-def weight_sample_squares_blockwise(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, W = factor.shape
-    C = input.shape[2]
-    KW = weight_shape[3]
-    total = factor.new_zeros(N, G, O, C, KW)
-    for columns, samples in blocks(V, N, C * G * KW * O):
-        patches = windows(input[samples], (W,), (KW,), stride, dilation, padding)
-        total[samples] += torch.einsum("ngcwa,vngow->vngoca", patches, factor[columns, samples]).square().sum(0)
-    return total
-
-
-@widened
+@cheapest
 def weight_sample_squares(
     factor: Tensor,
     input: Tensor,
@@ -97,73 +68,28 @@ def weight_sample_squares(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_sample_squares[n, g, o, c, kw] = Σ_{v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w
         stride[0] − padding[0]])²
 
-    factor [V, N, G, O, W], input [N, G, C, IW] → [N, G, O, C, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, W], input [N, G, C, IW] → [N, G, O, C, KW]
     """
     V, N, G, O, W = factor.shape
     *_, C, IW = input.shape
     KW = weight_shape[3]
-    return cheapest(
+    return (
         Program(
-            weight_sample_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], C * G * KW * O),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=C * G * IW * N + C * G * KW * N * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
-            peak=C * G * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_sample_squares_blockwise,
-            flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
-            elements=C * G * IW * N + C * G * KW * N * O + G * N * O * V * W,
+            peak=C * G * KW * O,
             calls=3 * block_count(V, N, C * G * KW * O),
         ),
-    )(factor, input, weight_shape, dilation, padding, stride)
+    )
 
 
-def weight_signed_sample_squares_per_sample(
-    factor: Tensor,
-    sign: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    W = factor.shape[4]
-    KW = weight_shape[3]
-    patches = windows(input, (W,), (KW,), stride, dilation, padding)
-    return (torch.einsum("ngcwa,vngow->vngoca", patches, factor).square() * sign[:, :, None, None, None, None]).sum(0)
-
-
-def weight_signed_sample_squares_blockwise(
-    factor: Tensor,
-    sign: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, W = factor.shape
-    C = input.shape[2]
-    KW = weight_shape[3]
-    total = factor.new_zeros(N, G, O, C, KW)
-    for columns, samples in blocks(V, N, C * G * KW * O):
-        patches = windows(input[samples], (W,), (KW,), stride, dilation, padding)
-        total[samples] += (
-            torch.einsum("ngcwa,vngow->vngoca", patches, factor[columns, samples]).square()
-            * sign[columns, samples][:, :, None, None, None, None]
-        ).sum(0)
-    return total
-
-
-@widened
+@cheapest
 def weight_signed_sample_squares(
     factor: Tensor,
     sign: Tensor,
@@ -172,31 +98,25 @@ def weight_signed_sample_squares(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_signed_sample_squares[n, g, o, c, kw] = Σ_{v} sign[v, n] (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw
         dilation[0] + w stride[0] − padding[0]])²
 
-    factor [V, N, G, O, W], sign [V, N], input [N, G, C, IW] → [N, G, O, C, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, W], sign [V, N], input [N, G, C, IW] → [N, G, O, C, KW]
     """
     V, N, G, O, W = factor.shape
     *_, C, IW = input.shape
     KW = weight_shape[3]
-    return cheapest(
+    return (
         Program(
-            weight_signed_sample_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], C * G * KW * O),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=N * V + C * G * IW * N + C * G * KW * N * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
-            peak=C * G * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_signed_sample_squares_blockwise,
-            flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
-            elements=N * V + C * G * IW * N + C * G * KW * N * O + G * N * O * V * W,
+            peak=C * G * KW * O,
             calls=3 * block_count(V, N, C * G * KW * O),
         ),
-    )(factor, sign, input, weight_shape, dilation, padding, stride)
+    )
 
 
 @widened
@@ -219,42 +139,6 @@ def weight_sample_diagonal(
     return torch.einsum("ngcwa,ngow->ngoca", patches.square(), curvature)
 
 
-def weight_squared_norm_per_sample(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    W = factor.shape[4]
-    KW = weight_shape[3]
-    patches = windows(input, (W,), (KW,), stride, dilation, padding)
-    return torch.einsum("ngcwa,vngow->vngoca", patches, factor).square().sum((0, 2, 3, 4, 5))
-
-
-def weight_squared_norm_blockwise(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, W = factor.shape
-    C = input.shape[2]
-    KW = weight_shape[3]
-    total = factor.new_zeros(N)
-    for columns, samples in blocks(V, N, C * G * KW * O):
-        patches = windows(input[samples], (W,), (KW,), stride, dilation, padding)
-        total[samples] += (
-            torch.einsum("ngcwa,vngow->vngoca", patches, factor[columns, samples]).square().sum((0, 2, 3, 4, 5))
-        )
-    return total
-
-
 def weight_squared_norm_gram(
     factor: Tensor,
     input: Tensor,
@@ -272,7 +156,7 @@ def weight_squared_norm_gram(
     ).sum((1, 2, 3))
 
 
-@widened
+@cheapest
 def weight_squared_norm(
     factor: Tensor,
     input: Tensor,
@@ -280,7 +164,7 @@ def weight_squared_norm(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_squared_norm[n] = Σ_{c,g,kw,o,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0]
         − padding[0]])²
 
@@ -289,19 +173,13 @@ def weight_squared_norm(
     V, N, G, O, W = factor.shape
     *_, C, IW = input.shape
     KW = weight_shape[3]
-    return cheapest(
+    return (
         Program(
-            weight_squared_norm_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], C * G * KW * O),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=N + C * G * IW * N + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
-            peak=C * G * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_squared_norm_blockwise,
-            flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
-            elements=N + C * G * IW * N + G * N * O * V * W,
+            peak=C * G * KW * O,
             calls=3 * block_count(V, N, C * G * KW * O),
         ),
         Program(
@@ -311,44 +189,10 @@ def weight_squared_norm(
             scratch=4 * G * N * W**2 - C * G * IW * N + G * N * O * V * W + 2 * C * G * KW * N * W,
             calls=3,
         ),
-    )(factor, input, weight_shape, dilation, padding, stride)
+    )
 
 
-def weight_sum_of_squares_per_sample(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    W = factor.shape[4]
-    KW = weight_shape[3]
-    patches = windows(input, (W,), (KW,), stride, dilation, padding)
-    return torch.einsum("ngcwa,vngow->vngoca", patches, factor).square().sum((0, 1))
-
-
-def weight_sum_of_squares_blockwise(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, W = factor.shape
-    C = input.shape[2]
-    KW = weight_shape[3]
-    total = factor.new_zeros(G, O, C, KW)
-    for columns, samples in blocks(V, N, C * G * KW * O):
-        patches = windows(input[samples], (W,), (KW,), stride, dilation, padding)
-        total += torch.einsum("ngcwa,vngow->vngoca", patches, factor[columns, samples]).square().sum((0, 1))
-    return total
-
-
-@widened
+@cheapest
 def weight_sum_of_squares(
     factor: Tensor,
     input: Tensor,
@@ -356,75 +200,28 @@ def weight_sum_of_squares(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_sum_of_squares[g, o, c, kw] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w
         stride[0] − padding[0]])²
 
-    factor [V, N, G, O, W], input [N, G, C, IW] → [G, O, C, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, W], input [N, G, C, IW] → [G, O, C, KW]
     """
     V, N, G, O, W = factor.shape
     *_, C, IW = input.shape
     KW = weight_shape[3]
-    return cheapest(
+    return (
         Program(
-            weight_sum_of_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], C * G * KW * O),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=C * G * IW * N + C * G * KW * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
-            peak=C * G * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_sum_of_squares_blockwise,
-            flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
-            elements=C * G * IW * N + C * G * KW * O + G * N * O * V * W,
+            peak=C * G * KW * O,
             calls=3 * block_count(V, N, C * G * KW * O),
         ),
-    )(factor, input, weight_shape, dilation, padding, stride)
-
-
-def weight_signed_sum_of_squares_per_sample(
-    factor: Tensor,
-    sign: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    W = factor.shape[4]
-    KW = weight_shape[3]
-    patches = windows(input, (W,), (KW,), stride, dilation, padding)
-    return (torch.einsum("ngcwa,vngow->vngoca", patches, factor).square() * sign[:, :, None, None, None, None]).sum(
-        (0, 1)
     )
 
 
-def weight_signed_sum_of_squares_blockwise(
-    factor: Tensor,
-    sign: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, W = factor.shape
-    C = input.shape[2]
-    KW = weight_shape[3]
-    total = factor.new_zeros(G, O, C, KW)
-    for columns, samples in blocks(V, N, C * G * KW * O):
-        patches = windows(input[samples], (W,), (KW,), stride, dilation, padding)
-        total += (
-            torch.einsum("ngcwa,vngow->vngoca", patches, factor[columns, samples]).square()
-            * sign[columns, samples][:, :, None, None, None, None]
-        ).sum((0, 1))
-    return total
-
-
-@widened
+@cheapest
 def weight_signed_sum_of_squares(
     factor: Tensor,
     sign: Tensor,
@@ -433,31 +230,25 @@ def weight_signed_sum_of_squares(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_signed_sum_of_squares[g, o, c, kw] = Σ_{n,v} sign[v, n] (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw
         dilation[0] + w stride[0] − padding[0]])²
 
-    factor [V, N, G, O, W], sign [V, N], input [N, G, C, IW] → [G, O, C, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, W], sign [V, N], input [N, G, C, IW] → [G, O, C, KW]
     """
     V, N, G, O, W = factor.shape
     *_, C, IW = input.shape
     KW = weight_shape[3]
-    return cheapest(
+    return (
         Program(
-            weight_signed_sum_of_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], C * G * KW * O),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=N * V + C * G * IW * N + C * G * KW * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
-            peak=C * G * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_signed_sum_of_squares_blockwise,
-            flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
-            elements=N * V + C * G * IW * N + C * G * KW * O + G * N * O * V * W,
+            peak=C * G * KW * O,
             calls=3 * block_count(V, N, C * G * KW * O),
         ),
-    )(factor, sign, input, weight_shape, dilation, padding, stride)
+    )
 
 
 @widened
@@ -480,46 +271,7 @@ def weight_diagonal_sum(
     return torch.einsum("ngcwa,ngow->goca", patches.square(), curvature)
 
 
-def weight_squared_deviations_per_sample(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    _, N, _, _, W = factor.shape
-    KW = weight_shape[3]
-    patches = windows(input, (W,), (KW,), stride, dilation, padding)
-    mean = torch.einsum("ngcwa,vngow->vgoca", patches, factor) / N
-    return torch.square(torch.einsum("ngcwa,vngow->vngoca", patches, factor) - mean[:, None, :, :, :, :]).sum((0, 1))
-
-
-def weight_squared_deviations_blockwise(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, W = factor.shape
-    C = input.shape[2]
-    KW = weight_shape[3]
-    patches = windows(input, (W,), (KW,), stride, dilation, padding)
-    mean = torch.einsum("ngcwa,vngow->vgoca", patches, factor) / N
-    total = factor.new_zeros(G, O, C, KW)
-    for columns, samples in blocks(V, N, C * G * KW * O):
-        patches = windows(input[samples], (W,), (KW,), stride, dilation, padding)
-        total += torch.square(
-            torch.einsum("ngcwa,vngow->vngoca", patches, factor[columns, samples]) - mean[columns][:, None, :, :, :, :]
-        ).sum((0, 1))
-    return total
-
-
-@widened
+@cheapest
 def weight_squared_deviations(
     factor: Tensor,
     input: Tensor,
@@ -527,35 +279,34 @@ def weight_squared_deviations(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_squared_deviations[g, o, c, kw] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w
         stride[0] − padding[0]] − mean_n)²
 
-    factor [V, N, G, O, W], input [N, G, C, IW] → [G, O, C, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, W], input [N, G, C, IW] → [G, O, C, KW]
     """
     V, N, G, O, W = factor.shape
     *_, C, IW = input.shape
     KW = weight_shape[3]
-    return cheapest(
+    return (
         Program(
-            weight_squared_deviations_per_sample,
-            flops=2 * C * G * KW * N * O * V + 4 * C * G * KW * N * O * V * W,
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], C * G * KW * O),
+            flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=C * G * IW * N + C * G * KW * O + G * N * O * V * W,
-            scratch=-C * G * IW * N
-            + G * N * O * V * W
-            + 2 * C * G * KW * N * W
-            + 2 * C * G * KW * O * V
-            + 4 * C * G * KW * N * O * V,
-            peak=C * G * KW * N * O * V,
-            calls=1 + 3,
+            scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
+            peak=C * G * KW * O,
+            calls=3 * block_count(V, N, C * G * KW * O),
         ),
-        Program(
-            weight_squared_deviations_blockwise,
-            flops=2 * C * G * KW * N * O * V + 4 * C * G * KW * N * O * V * W,
-            elements=C * G * IW * N + C * G * KW * O + G * N * O * V * W,
-            calls=1 + 3 * block_count(V, N, C * G * KW * O),
-        ),
-    )(factor, input, weight_shape, dilation, padding, stride)
+    )
+
+
+@widened
+def weight_output_sum(factor: Tensor) -> Tensor:
+    """weight_output_sum[v, n, g, o] = Σ_{w} factor[v, n, g, o, w]
+
+    factor [V, N, G, O, W] → [V, N, G, O]
+    """
+    return factor.sum(4)
 
 
 @widened
@@ -586,6 +337,26 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
 
 
 @widened
+def weight_input_sum(
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_input_sum[n, g, c, kw] = Σ_{w} input[n, g, c, kw dilation[0] + w stride[0] − padding[0]]
+
+    input [N, G, C, IW] → [N, G, C KW]
+    """
+    N, G, C, _ = input.shape
+    KW = weight_shape[3]
+    W = output_shape[3]
+    patches = windows(input, (W,), (KW,), stride, dilation, padding)
+    return (patches.sum(3)).reshape(N, G, C * KW)
+
+
+@widened
 def weight_input_factor_expand(
     input: Tensor,
     weight_shape: tuple[int, ...],
@@ -602,8 +373,7 @@ def weight_input_factor_expand(
     N, G, C, _ = input.shape
     KW = weight_shape[3]
     W = output_shape[3]
-    patches = windows(input, (W,), (KW,), stride, dilation, padding)
-    return (torch.einsum("ngcwa,ngCwb->gcaCb", patches, patches) / (N * W)).reshape(G, C * KW, C * KW).squeeze(0)
+    return (window_gram(input, (W,), (KW,), stride, dilation, padding) / (N * W)).reshape(G, C * KW, C * KW).squeeze(0)
 
 
 @widened
@@ -648,17 +418,7 @@ def weight_input_factor_backpack(
     N, G, C, _ = input.shape
     KW = weight_shape[3]
     W = output_shape[3]
-    patches = windows(input, (W,), (KW,), stride, dilation, padding)
-    return (torch.einsum("ngcwa,ngCwb->gcaCb", patches, patches) / N).reshape(G, C * KW, C * KW).squeeze(0)
-
-
-@widened
-def bias_per_sample(factor: Tensor) -> Tensor:
-    """bias_per_sample[v, n, g, o] = Σ_{w} factor[v, n, g, o, w]
-
-    factor [V, N, G, O, W] → [V, N, G, O]
-    """
-    return factor.sum(4)
+    return (window_gram(input, (W,), (KW,), stride, dilation, padding) / N).reshape(G, C * KW, C * KW).squeeze(0)
 
 
 @widened
@@ -733,6 +493,16 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
     N = factor.shape[1]
     mean = factor.sum((1, 4)) / N
     return torch.square(factor.sum(4) - mean[:, None, :, :]).sum((0, 1))
+
+
+@widened
+def bias_output_sum(factor: Tensor) -> Tensor:
+    """bias_output_sum[v, n, g, o] = Σ_{w} factor[v, n, g, o, w]
+
+    factor [V, N, G, O, W] → [V, N, 1, G O]
+    """
+    V, N, G, O, _ = factor.shape
+    return (factor.sum(4)).reshape(V, N, 1, G * O)
 
 
 @widened
@@ -822,9 +592,13 @@ LAYER = Layer(
             "squared_deviations": Rule(
                 weight_squared_deviations, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_sum": Rule(
+                weight_input_sum, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+            ),
             "input_factor_expand": Rule(
                 weight_input_factor_expand, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
             ),
@@ -836,7 +610,7 @@ LAYER = Layer(
             ),
         },
         "bias": {
-            "per_sample": Rule(bias_per_sample, (), lead=2),
+            "per_sample": Rule(weight_output_sum, (), lead=2),
             "sample_squares": Rule(bias_sample_squares, (), lead=1),
             "signed_sample_squares": Rule(bias_signed_sample_squares, (), lead=1),
             "sample_diagonal": Rule(bias_sample_diagonal, (), lead=1),
@@ -845,6 +619,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
+            "output_sum": Rule(bias_output_sum, ()),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

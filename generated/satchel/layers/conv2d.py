@@ -11,10 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..runtime.cost import Program, block_count, blocks, cheapest
+from ..extensions.reductions import REDUCTIONS
+from ..runtime.blocks import Blockwise
+from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.windows import correlate_transposed, windows
+from ..runtime.window_gram import window_gram
+from ..runtime.windows import (
+    correlate_transposed,
+    kernel_gradients,
+    windows,
+)
 
 
 @widened
@@ -50,47 +57,11 @@ def weight_per_sample(
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [V, N, G, O, C, KH, KW]
     """
-    *_, H, W = factor.shape
     *_, KH, KW = weight_shape
-    patches = windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    return torch.einsum("ngchwab,vngohw->vngocab", patches, factor)
+    return kernel_gradients(input, factor, (KH, KW), stride, dilation, padding)
 
 
-def weight_sample_squares_per_sample(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    *_, H, W = factor.shape
-    *_, KH, KW = weight_shape
-    patches = windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    return torch.einsum("ngchwab,vngohw->vngocab", patches, factor).square().sum(0)
-
-
-def weight_sample_squares_blockwise(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, H, W = factor.shape
-    C = input.shape[2]
-    *_, KH, KW = weight_shape
-    total = factor.new_zeros(N, G, O, C, KH, KW)
-    for columns, samples in blocks(V, N, C * G * KH * KW * O):
-        patches = windows(input[samples], (H, W), (KH, KW), stride, dilation, padding)
-        total[samples] += torch.einsum("ngchwab,vngohw->vngocab", patches, factor[columns, samples]).square().sum(0)
-    return total
-
-
-@widened
+@cheapest
 def weight_sample_squares(
     factor: Tensor,
     input: Tensor,
@@ -98,75 +69,28 @@ def weight_sample_squares(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_sample_squares[n, g, o, c, kh, kw] = Σ_{v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] +
         kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
 
-    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [N, G, O, C, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [N, G, O, C, KH, KW]
     """
     V, N, G, O, H, W = factor.shape
     *_, C, IH, IW = input.shape
     *_, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_sample_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], C * G * KH * KW * O),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
-            peak=C * G * KH * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_sample_squares_blockwise,
-            flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
-            elements=C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
+            peak=C * G * KH * KW * O,
             calls=3 * block_count(V, N, C * G * KH * KW * O),
         ),
-    )(factor, input, weight_shape, dilation, padding, stride)
+    )
 
 
-def weight_signed_sample_squares_per_sample(
-    factor: Tensor,
-    sign: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    *_, H, W = factor.shape
-    *_, KH, KW = weight_shape
-    patches = windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    return (
-        torch.einsum("ngchwab,vngohw->vngocab", patches, factor).square() * sign[:, :, None, None, None, None, None]
-    ).sum(0)
-
-
-def weight_signed_sample_squares_blockwise(
-    factor: Tensor,
-    sign: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, H, W = factor.shape
-    C = input.shape[2]
-    *_, KH, KW = weight_shape
-    total = factor.new_zeros(N, G, O, C, KH, KW)
-    for columns, samples in blocks(V, N, C * G * KH * KW * O):
-        patches = windows(input[samples], (H, W), (KH, KW), stride, dilation, padding)
-        total[samples] += (
-            torch.einsum("ngchwab,vngohw->vngocab", patches, factor[columns, samples]).square()
-            * sign[columns, samples][:, :, None, None, None, None, None]
-        ).sum(0)
-    return total
-
-
-@widened
+@cheapest
 def weight_signed_sample_squares(
     factor: Tensor,
     sign: Tensor,
@@ -175,31 +99,25 @@ def weight_signed_sample_squares(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_signed_sample_squares[n, g, o, c, kh, kw] = Σ_{v} sign[v, n] (Σ_{h,w} factor[v, n, g, o, h, w] input[n,
         g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
 
-    factor [V, N, G, O, H, W], sign [V, N], input [N, G, C, IH, IW] → [N, G, O, C, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, H, W], sign [V, N], input [N, G, C, IH, IW] → [N, G, O, C, KH, KW]
     """
     V, N, G, O, H, W = factor.shape
     *_, C, IH, IW = input.shape
     *_, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_signed_sample_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], C * G * KH * KW * O),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=N * V + C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
-            peak=C * G * KH * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_signed_sample_squares_blockwise,
-            flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
-            elements=N * V + C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
+            peak=C * G * KH * KW * O,
             calls=3 * block_count(V, N, C * G * KH * KW * O),
         ),
-    )(factor, sign, input, weight_shape, dilation, padding, stride)
+    )
 
 
 @widened
@@ -222,42 +140,6 @@ def weight_sample_diagonal(
     return torch.einsum("ngchwab,ngohw->ngocab", patches.square(), curvature)
 
 
-def weight_squared_norm_per_sample(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    *_, H, W = factor.shape
-    *_, KH, KW = weight_shape
-    patches = windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    return torch.einsum("ngchwab,vngohw->vngocab", patches, factor).square().sum((0, 2, 3, 4, 5, 6))
-
-
-def weight_squared_norm_blockwise(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, H, W = factor.shape
-    C = input.shape[2]
-    *_, KH, KW = weight_shape
-    total = factor.new_zeros(N)
-    for columns, samples in blocks(V, N, C * G * KH * KW * O):
-        patches = windows(input[samples], (H, W), (KH, KW), stride, dilation, padding)
-        total[samples] += (
-            torch.einsum("ngchwab,vngohw->vngocab", patches, factor[columns, samples]).square().sum((0, 2, 3, 4, 5, 6))
-        )
-    return total
-
-
 def weight_squared_norm_gram(
     factor: Tensor,
     input: Tensor,
@@ -276,7 +158,7 @@ def weight_squared_norm_gram(
     ).sum((1, 2, 3, 4, 5))
 
 
-@widened
+@cheapest
 def weight_squared_norm(
     factor: Tensor,
     input: Tensor,
@@ -284,7 +166,7 @@ def weight_squared_norm(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_squared_norm[n] = Σ_{c,g,kh,kw,o,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh
         dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
 
@@ -293,19 +175,13 @@ def weight_squared_norm(
     V, N, G, O, H, W = factor.shape
     *_, C, IH, IW = input.shape
     *_, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_squared_norm_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], C * G * KH * KW * O),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=N + C * G * IH * IW * N + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
-            peak=C * G * KH * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_squared_norm_blockwise,
-            flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
-            elements=N + C * G * IH * IW * N + G * H * N * O * V * W,
+            peak=C * G * KH * KW * O,
             calls=3 * block_count(V, N, C * G * KH * KW * O),
         ),
         Program(
@@ -318,44 +194,10 @@ def weight_squared_norm(
             + 2 * C * G * H * KH * KW * N * W,
             calls=3,
         ),
-    )(factor, input, weight_shape, dilation, padding, stride)
+    )
 
 
-def weight_sum_of_squares_per_sample(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    *_, H, W = factor.shape
-    *_, KH, KW = weight_shape
-    patches = windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    return torch.einsum("ngchwab,vngohw->vngocab", patches, factor).square().sum((0, 1))
-
-
-def weight_sum_of_squares_blockwise(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, H, W = factor.shape
-    C = input.shape[2]
-    *_, KH, KW = weight_shape
-    total = factor.new_zeros(G, O, C, KH, KW)
-    for columns, samples in blocks(V, N, C * G * KH * KW * O):
-        patches = windows(input[samples], (H, W), (KH, KW), stride, dilation, padding)
-        total += torch.einsum("ngchwab,vngohw->vngocab", patches, factor[columns, samples]).square().sum((0, 1))
-    return total
-
-
-@widened
+@cheapest
 def weight_sum_of_squares(
     factor: Tensor,
     input: Tensor,
@@ -363,75 +205,28 @@ def weight_sum_of_squares(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_sum_of_squares[g, o, c, kh, kw] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] +
         kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
 
-    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [G, O, C, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [G, O, C, KH, KW]
     """
     V, N, G, O, H, W = factor.shape
     *_, C, IH, IW = input.shape
     *_, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_sum_of_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], C * G * KH * KW * O),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
-            peak=C * G * KH * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_sum_of_squares_blockwise,
-            flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
-            elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
+            peak=C * G * KH * KW * O,
             calls=3 * block_count(V, N, C * G * KH * KW * O),
         ),
-    )(factor, input, weight_shape, dilation, padding, stride)
+    )
 
 
-def weight_signed_sum_of_squares_per_sample(
-    factor: Tensor,
-    sign: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    *_, H, W = factor.shape
-    *_, KH, KW = weight_shape
-    patches = windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    return (
-        torch.einsum("ngchwab,vngohw->vngocab", patches, factor).square() * sign[:, :, None, None, None, None, None]
-    ).sum((0, 1))
-
-
-def weight_signed_sum_of_squares_blockwise(
-    factor: Tensor,
-    sign: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, H, W = factor.shape
-    C = input.shape[2]
-    *_, KH, KW = weight_shape
-    total = factor.new_zeros(G, O, C, KH, KW)
-    for columns, samples in blocks(V, N, C * G * KH * KW * O):
-        patches = windows(input[samples], (H, W), (KH, KW), stride, dilation, padding)
-        total += (
-            torch.einsum("ngchwab,vngohw->vngocab", patches, factor[columns, samples]).square()
-            * sign[columns, samples][:, :, None, None, None, None, None]
-        ).sum((0, 1))
-    return total
-
-
-@widened
+@cheapest
 def weight_signed_sum_of_squares(
     factor: Tensor,
     sign: Tensor,
@@ -440,31 +235,25 @@ def weight_signed_sum_of_squares(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_signed_sum_of_squares[g, o, c, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g,
         c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
 
-    factor [V, N, G, O, H, W], sign [V, N], input [N, G, C, IH, IW] → [G, O, C, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, H, W], sign [V, N], input [N, G, C, IH, IW] → [G, O, C, KH, KW]
     """
     V, N, G, O, H, W = factor.shape
     *_, C, IH, IW = input.shape
     *_, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_signed_sum_of_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], C * G * KH * KW * O),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=N * V + C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
-            peak=C * G * KH * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_signed_sum_of_squares_blockwise,
-            flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
-            elements=N * V + C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
+            peak=C * G * KH * KW * O,
             calls=3 * block_count(V, N, C * G * KH * KW * O),
         ),
-    )(factor, sign, input, weight_shape, dilation, padding, stride)
+    )
 
 
 @widened
@@ -487,49 +276,7 @@ def weight_diagonal_sum(
     return torch.einsum("ngchwab,ngohw->gocab", patches.square(), curvature)
 
 
-def weight_squared_deviations_per_sample(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    _, N, _, _, H, W = factor.shape
-    *_, KH, KW = weight_shape
-    patches = windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    mean = torch.einsum("ngchwab,vngohw->vgocab", patches, factor) / N
-    return torch.square(torch.einsum("ngchwab,vngohw->vngocab", patches, factor) - mean[:, None, :, :, :, :, :]).sum(
-        (0, 1)
-    )
-
-
-def weight_squared_deviations_blockwise(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, H, W = factor.shape
-    C = input.shape[2]
-    *_, KH, KW = weight_shape
-    patches = windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    mean = torch.einsum("ngchwab,vngohw->vgocab", patches, factor) / N
-    total = factor.new_zeros(G, O, C, KH, KW)
-    for columns, samples in blocks(V, N, C * G * KH * KW * O):
-        patches = windows(input[samples], (H, W), (KH, KW), stride, dilation, padding)
-        total += torch.square(
-            torch.einsum("ngchwab,vngohw->vngocab", patches, factor[columns, samples])
-            - mean[columns][:, None, :, :, :, :, :]
-        ).sum((0, 1))
-    return total
-
-
-@widened
+@cheapest
 def weight_squared_deviations(
     factor: Tensor,
     input: Tensor,
@@ -537,35 +284,34 @@ def weight_squared_deviations(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_squared_deviations[g, o, c, kh, kw] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h
         stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]] − mean_n)²
 
-    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [G, O, C, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [G, O, C, KH, KW]
     """
     V, N, G, O, H, W = factor.shape
     *_, C, IH, IW = input.shape
     *_, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_squared_deviations_per_sample,
-            flops=2 * C * G * KH * KW * N * O * V + 4 * C * G * H * KH * KW * N * O * V * W,
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], C * G * KH * KW * O),
+            flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
-            scratch=-C * G * IH * IW * N
-            + G * H * N * O * V * W
-            + 2 * C * G * KH * KW * O * V
-            + 2 * C * G * H * KH * KW * N * W
-            + 4 * C * G * KH * KW * N * O * V,
-            peak=C * G * KH * KW * N * O * V,
-            calls=1 + 3,
+            scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
+            peak=C * G * KH * KW * O,
+            calls=3 * block_count(V, N, C * G * KH * KW * O),
         ),
-        Program(
-            weight_squared_deviations_blockwise,
-            flops=2 * C * G * KH * KW * N * O * V + 4 * C * G * H * KH * KW * N * O * V * W,
-            elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
-            calls=1 + 3 * block_count(V, N, C * G * KH * KW * O),
-        ),
-    )(factor, input, weight_shape, dilation, padding, stride)
+    )
+
+
+@widened
+def weight_output_sum(factor: Tensor) -> Tensor:
+    """weight_output_sum[v, n, g, o] = Σ_{h,w} factor[v, n, g, o, h, w]
+
+    factor [V, N, G, O, H, W] → [V, N, G, O]
+    """
+    return factor.sum((4, 5))
 
 
 @widened
@@ -596,6 +342,27 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
 
 
 @widened
+def weight_input_sum(
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_input_sum[n, g, c, kh, kw] = Σ_{h,w} input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw
+        dilation[1] + w stride[1] − padding[1]]
+
+    input [N, G, C, IH, IW] → [N, G, C KH KW]
+    """
+    N, G, C, _, _ = input.shape
+    *_, KH, KW = weight_shape
+    *_, H, W = output_shape
+    patches = windows(input, (H, W), (KH, KW), stride, dilation, padding)
+    return (patches.sum((3, 4))).reshape(N, G, C * KH * KW)
+
+
+@widened
 def weight_input_factor_expand(
     input: Tensor,
     weight_shape: tuple[int, ...],
@@ -613,9 +380,8 @@ def weight_input_factor_expand(
     N, G, C, _, _ = input.shape
     *_, KH, KW = weight_shape
     *_, H, W = output_shape
-    patches = windows(input, (H, W), (KH, KW), stride, dilation, padding)
     return (
-        (torch.einsum("ngchwab,ngChwde->gcabCde", patches, patches) / (H * N * W))
+        (window_gram(input, (H, W), (KH, KW), stride, dilation, padding) / (H * N * W))
         .reshape(G, C * KH * KW, C * KH * KW)
         .squeeze(0)
     )
@@ -665,19 +431,11 @@ def weight_input_factor_backpack(
     N, G, C, _, _ = input.shape
     *_, KH, KW = weight_shape
     *_, H, W = output_shape
-    patches = windows(input, (H, W), (KH, KW), stride, dilation, padding)
     return (
-        (torch.einsum("ngchwab,ngChwde->gcabCde", patches, patches) / N).reshape(G, C * KH * KW, C * KH * KW).squeeze(0)
+        (window_gram(input, (H, W), (KH, KW), stride, dilation, padding) / N)
+        .reshape(G, C * KH * KW, C * KH * KW)
+        .squeeze(0)
     )
-
-
-@widened
-def bias_per_sample(factor: Tensor) -> Tensor:
-    """bias_per_sample[v, n, g, o] = Σ_{h,w} factor[v, n, g, o, h, w]
-
-    factor [V, N, G, O, H, W] → [V, N, G, O]
-    """
-    return factor.sum((4, 5))
 
 
 @widened
@@ -752,6 +510,16 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
     N = factor.shape[1]
     mean = factor.sum((1, 4, 5)) / N
     return torch.square(factor.sum((4, 5)) - mean[:, None, :, :]).sum((0, 1))
+
+
+@widened
+def bias_output_sum(factor: Tensor) -> Tensor:
+    """bias_output_sum[v, n, g, o] = Σ_{h,w} factor[v, n, g, o, h, w]
+
+    factor [V, N, G, O, H, W] → [V, N, 1, G O]
+    """
+    V, N, G, O, _, _ = factor.shape
+    return (factor.sum((4, 5))).reshape(V, N, 1, G * O)
 
 
 @widened
@@ -842,9 +610,13 @@ LAYER = Layer(
             "squared_deviations": Rule(
                 weight_squared_deviations, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_sum": Rule(
+                weight_input_sum, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+            ),
             "input_factor_expand": Rule(
                 weight_input_factor_expand, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
             ),
@@ -856,7 +628,7 @@ LAYER = Layer(
             ),
         },
         "bias": {
-            "per_sample": Rule(bias_per_sample, (), lead=2),
+            "per_sample": Rule(weight_output_sum, (), lead=2),
             "sample_squares": Rule(bias_sample_squares, (), lead=1),
             "signed_sample_squares": Rule(bias_signed_sample_squares, (), lead=1),
             "sample_diagonal": Rule(bias_sample_diagonal, (), lead=1),
@@ -865,6 +637,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
+            "output_sum": Rule(bias_output_sum, ()),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

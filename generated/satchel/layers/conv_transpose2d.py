@@ -11,10 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..runtime.cost import Program, block_count, blocks, cheapest
+from ..extensions.reductions import REDUCTIONS
+from ..runtime.blocks import Blockwise
+from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.windows import correlate, transposed_windows
+from ..runtime.windows import (
+    correlate,
+    transposed_kernel_gradients,
+    transposed_windows,
+)
 
 
 @widened
@@ -49,47 +55,11 @@ def weight_per_sample(
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [V, N, G, C, O, KH, KW]
     """
-    *_, H, W = factor.shape
     *_, KH, KW = weight_shape
-    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    return torch.einsum("ngchwab,vngohw->vngcoab", patches, factor)
+    return transposed_kernel_gradients(input, factor, (KH, KW), stride, dilation, padding)
 
 
-def weight_sample_squares_per_sample(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    *_, H, W = factor.shape
-    *_, KH, KW = weight_shape
-    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    return torch.einsum("ngchwab,vngohw->vngcoab", patches, factor).square().sum(0)
-
-
-def weight_sample_squares_blockwise(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, H, W = factor.shape
-    C = input.shape[2]
-    *_, KH, KW = weight_shape
-    total = factor.new_zeros(N, G, C, O, KH, KW)
-    for columns, samples in blocks(V, N, C * G * KH * KW * O):
-        patches = transposed_windows(input[samples], (H, W), (KH, KW), stride, dilation, padding)
-        total[samples] += torch.einsum("ngchwab,vngohw->vngcoab", patches, factor[columns, samples]).square().sum(0)
-    return total
-
-
-@widened
+@cheapest
 def weight_sample_squares(
     factor: Tensor,
     input: Tensor,
@@ -97,75 +67,28 @@ def weight_sample_squares(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_sample_squares[n, g, c, o, kh, kw] = Σ_{v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h +
         padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
 
-    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [N, G, C, O, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [N, G, C, O, KH, KW]
     """
     V, N, G, O, H, W = factor.shape
     *_, C, IH, IW = input.shape
     *_, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_sample_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], C * G * KH * KW * O),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
-            peak=C * G * KH * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_sample_squares_blockwise,
-            flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
-            elements=C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
+            peak=C * G * KH * KW * O,
             calls=3 * block_count(V, N, C * G * KH * KW * O),
         ),
-    )(factor, input, weight_shape, dilation, padding, stride)
+    )
 
 
-def weight_signed_sample_squares_per_sample(
-    factor: Tensor,
-    sign: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    *_, H, W = factor.shape
-    *_, KH, KW = weight_shape
-    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    return (
-        torch.einsum("ngchwab,vngohw->vngcoab", patches, factor).square() * sign[:, :, None, None, None, None, None]
-    ).sum(0)
-
-
-def weight_signed_sample_squares_blockwise(
-    factor: Tensor,
-    sign: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, H, W = factor.shape
-    C = input.shape[2]
-    *_, KH, KW = weight_shape
-    total = factor.new_zeros(N, G, C, O, KH, KW)
-    for columns, samples in blocks(V, N, C * G * KH * KW * O):
-        patches = transposed_windows(input[samples], (H, W), (KH, KW), stride, dilation, padding)
-        total[samples] += (
-            torch.einsum("ngchwab,vngohw->vngcoab", patches, factor[columns, samples]).square()
-            * sign[columns, samples][:, :, None, None, None, None, None]
-        ).sum(0)
-    return total
-
-
-@widened
+@cheapest
 def weight_signed_sample_squares(
     factor: Tensor,
     sign: Tensor,
@@ -174,31 +97,25 @@ def weight_signed_sample_squares(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_signed_sample_squares[n, g, c, o, kh, kw] = Σ_{v} sign[v, n] (Σ_{h,w} factor[v, n, g, o, h, w] input[n,
         g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
 
-    factor [V, N, G, O, H, W], sign [V, N], input [N, G, C, IH, IW] → [N, G, C, O, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, H, W], sign [V, N], input [N, G, C, IH, IW] → [N, G, C, O, KH, KW]
     """
     V, N, G, O, H, W = factor.shape
     *_, C, IH, IW = input.shape
     *_, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_signed_sample_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], C * G * KH * KW * O),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=N * V + C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
-            peak=C * G * KH * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_signed_sample_squares_blockwise,
-            flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
-            elements=N * V + C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
+            peak=C * G * KH * KW * O,
             calls=3 * block_count(V, N, C * G * KH * KW * O),
         ),
-    )(factor, sign, input, weight_shape, dilation, padding, stride)
+    )
 
 
 @widened
@@ -221,42 +138,6 @@ def weight_sample_diagonal(
     return torch.einsum("ngchwab,ngohw->ngcoab", patches.square(), curvature)
 
 
-def weight_squared_norm_per_sample(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    *_, H, W = factor.shape
-    *_, KH, KW = weight_shape
-    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    return torch.einsum("ngchwab,vngohw->vngocab", patches, factor).square().sum((0, 2, 3, 4, 5, 6))
-
-
-def weight_squared_norm_blockwise(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, H, W = factor.shape
-    C = input.shape[2]
-    *_, KH, KW = weight_shape
-    total = factor.new_zeros(N)
-    for columns, samples in blocks(V, N, C * G * KH * KW * O):
-        patches = transposed_windows(input[samples], (H, W), (KH, KW), stride, dilation, padding)
-        total[samples] += (
-            torch.einsum("ngchwab,vngohw->vngocab", patches, factor[columns, samples]).square().sum((0, 2, 3, 4, 5, 6))
-        )
-    return total
-
-
 def weight_squared_norm_gram(
     factor: Tensor,
     input: Tensor,
@@ -275,7 +156,7 @@ def weight_squared_norm_gram(
     ).sum((1, 2, 3, 4, 5))
 
 
-@widened
+@cheapest
 def weight_squared_norm(
     factor: Tensor,
     input: Tensor,
@@ -283,7 +164,7 @@ def weight_squared_norm(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_squared_norm[n] = Σ_{c,g,kh,kw,o,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h + padding[0] − kh
         dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
 
@@ -292,19 +173,13 @@ def weight_squared_norm(
     V, N, G, O, H, W = factor.shape
     *_, C, IH, IW = input.shape
     *_, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_squared_norm_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], C * G * KH * KW * O),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=N + C * G * IH * IW * N + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
-            peak=C * G * KH * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_squared_norm_blockwise,
-            flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
-            elements=N + C * G * IH * IW * N + G * H * N * O * V * W,
+            peak=C * G * KH * KW * O,
             calls=3 * block_count(V, N, C * G * KH * KW * O),
         ),
         Program(
@@ -317,44 +192,10 @@ def weight_squared_norm(
             + 2 * C * G * H * KH * KW * N * W,
             calls=3,
         ),
-    )(factor, input, weight_shape, dilation, padding, stride)
+    )
 
 
-def weight_sum_of_squares_per_sample(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    *_, H, W = factor.shape
-    *_, KH, KW = weight_shape
-    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    return torch.einsum("ngchwab,vngohw->vngcoab", patches, factor).square().sum((0, 1))
-
-
-def weight_sum_of_squares_blockwise(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, H, W = factor.shape
-    C = input.shape[2]
-    *_, KH, KW = weight_shape
-    total = factor.new_zeros(G, C, O, KH, KW)
-    for columns, samples in blocks(V, N, C * G * KH * KW * O):
-        patches = transposed_windows(input[samples], (H, W), (KH, KW), stride, dilation, padding)
-        total += torch.einsum("ngchwab,vngohw->vngcoab", patches, factor[columns, samples]).square().sum((0, 1))
-    return total
-
-
-@widened
+@cheapest
 def weight_sum_of_squares(
     factor: Tensor,
     input: Tensor,
@@ -362,75 +203,28 @@ def weight_sum_of_squares(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_sum_of_squares[g, c, o, kh, kw] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h +
         padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
 
-    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [G, C, O, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [G, C, O, KH, KW]
     """
     V, N, G, O, H, W = factor.shape
     *_, C, IH, IW = input.shape
     *_, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_sum_of_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], C * G * KH * KW * O),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
-            peak=C * G * KH * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_sum_of_squares_blockwise,
-            flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
-            elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
+            peak=C * G * KH * KW * O,
             calls=3 * block_count(V, N, C * G * KH * KW * O),
         ),
-    )(factor, input, weight_shape, dilation, padding, stride)
+    )
 
 
-def weight_signed_sum_of_squares_per_sample(
-    factor: Tensor,
-    sign: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    *_, H, W = factor.shape
-    *_, KH, KW = weight_shape
-    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    return (
-        torch.einsum("ngchwab,vngohw->vngcoab", patches, factor).square() * sign[:, :, None, None, None, None, None]
-    ).sum((0, 1))
-
-
-def weight_signed_sum_of_squares_blockwise(
-    factor: Tensor,
-    sign: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, H, W = factor.shape
-    C = input.shape[2]
-    *_, KH, KW = weight_shape
-    total = factor.new_zeros(G, C, O, KH, KW)
-    for columns, samples in blocks(V, N, C * G * KH * KW * O):
-        patches = transposed_windows(input[samples], (H, W), (KH, KW), stride, dilation, padding)
-        total += (
-            torch.einsum("ngchwab,vngohw->vngcoab", patches, factor[columns, samples]).square()
-            * sign[columns, samples][:, :, None, None, None, None, None]
-        ).sum((0, 1))
-    return total
-
-
-@widened
+@cheapest
 def weight_signed_sum_of_squares(
     factor: Tensor,
     sign: Tensor,
@@ -439,31 +233,25 @@ def weight_signed_sum_of_squares(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_signed_sum_of_squares[g, c, o, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g,
         c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
 
-    factor [V, N, G, O, H, W], sign [V, N], input [N, G, C, IH, IW] → [G, C, O, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, H, W], sign [V, N], input [N, G, C, IH, IW] → [G, C, O, KH, KW]
     """
     V, N, G, O, H, W = factor.shape
     *_, C, IH, IW = input.shape
     *_, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_signed_sum_of_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], C * G * KH * KW * O),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=N * V + C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
-            peak=C * G * KH * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_signed_sum_of_squares_blockwise,
-            flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
-            elements=N * V + C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
+            peak=C * G * KH * KW * O,
             calls=3 * block_count(V, N, C * G * KH * KW * O),
         ),
-    )(factor, sign, input, weight_shape, dilation, padding, stride)
+    )
 
 
 @widened
@@ -486,49 +274,7 @@ def weight_diagonal_sum(
     return torch.einsum("ngchwab,ngohw->gcoab", patches.square(), curvature)
 
 
-def weight_squared_deviations_per_sample(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    _, N, _, _, H, W = factor.shape
-    *_, KH, KW = weight_shape
-    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    mean = torch.einsum("ngchwab,vngohw->vgcoab", patches, factor) / N
-    return torch.square(torch.einsum("ngchwab,vngohw->vngcoab", patches, factor) - mean[:, None, :, :, :, :, :]).sum(
-        (0, 1)
-    )
-
-
-def weight_squared_deviations_blockwise(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, H, W = factor.shape
-    C = input.shape[2]
-    *_, KH, KW = weight_shape
-    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    mean = torch.einsum("ngchwab,vngohw->vgcoab", patches, factor) / N
-    total = factor.new_zeros(G, C, O, KH, KW)
-    for columns, samples in blocks(V, N, C * G * KH * KW * O):
-        patches = transposed_windows(input[samples], (H, W), (KH, KW), stride, dilation, padding)
-        total += torch.square(
-            torch.einsum("ngchwab,vngohw->vngcoab", patches, factor[columns, samples])
-            - mean[columns][:, None, :, :, :, :, :]
-        ).sum((0, 1))
-    return total
-
-
-@widened
+@cheapest
 def weight_squared_deviations(
     factor: Tensor,
     input: Tensor,
@@ -536,35 +282,34 @@ def weight_squared_deviations(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_squared_deviations[g, c, o, kh, kw] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h +
         padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]] − mean_n)²
 
-    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [G, C, O, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [G, C, O, KH, KW]
     """
     V, N, G, O, H, W = factor.shape
     *_, C, IH, IW = input.shape
     *_, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_squared_deviations_per_sample,
-            flops=2 * C * G * KH * KW * N * O * V + 4 * C * G * H * KH * KW * N * O * V * W,
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], C * G * KH * KW * O),
+            flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
-            scratch=-C * G * IH * IW * N
-            + G * H * N * O * V * W
-            + 2 * C * G * KH * KW * O * V
-            + 2 * C * G * H * KH * KW * N * W
-            + 4 * C * G * KH * KW * N * O * V,
-            peak=C * G * KH * KW * N * O * V,
-            calls=1 + 3,
+            scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
+            peak=C * G * KH * KW * O,
+            calls=3 * block_count(V, N, C * G * KH * KW * O),
         ),
-        Program(
-            weight_squared_deviations_blockwise,
-            flops=2 * C * G * KH * KW * N * O * V + 4 * C * G * H * KH * KW * N * O * V * W,
-            elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
-            calls=1 + 3 * block_count(V, N, C * G * KH * KW * O),
-        ),
-    )(factor, input, weight_shape, dilation, padding, stride)
+    )
+
+
+@widened
+def weight_output_sum(factor: Tensor) -> Tensor:
+    """weight_output_sum[v, n, g, o] = Σ_{h,w} factor[v, n, g, o, h, w]
+
+    factor [V, N, G, O, H, W] → [V, N, G, O]
+    """
+    return factor.sum((4, 5))
 
 
 @widened
@@ -592,6 +337,27 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [G, O, H, W, G, O, H, W] → [G, O, O]
     """
     return (averaged.diagonal(0, 0, 4).sum((1, 2, 4, 5)).permute(2, 0, 1)).squeeze(0)
+
+
+@widened
+def weight_input_sum(
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_input_sum[n, g, c, kh, kw] = Σ_{h,w} input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w +
+        padding[1] − kw dilation[1]) / stride[1]]
+
+    input [N, G, C, IH, IW] → [N, G, C KH KW]
+    """
+    N, G, C, _, _ = input.shape
+    *_, KH, KW = weight_shape
+    *_, H, W = output_shape
+    patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
+    return (patches.sum((3, 4))).reshape(N, G, C * KH * KW)
 
 
 @widened
@@ -671,15 +437,6 @@ def weight_input_factor_backpack(
 
 
 @widened
-def bias_per_sample(factor: Tensor) -> Tensor:
-    """bias_per_sample[v, n, g, o] = Σ_{h,w} factor[v, n, g, o, h, w]
-
-    factor [V, N, G, O, H, W] → [V, N, G, O]
-    """
-    return factor.sum((4, 5))
-
-
-@widened
 def bias_sample_squares(factor: Tensor) -> Tensor:
     """bias_sample_squares[n, g, o] = Σ_{v} (Σ_{h,w} factor[v, n, g, o, h, w])²
 
@@ -751,6 +508,16 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
     N = factor.shape[1]
     mean = factor.sum((1, 4, 5)) / N
     return torch.square(factor.sum((4, 5)) - mean[:, None, :, :]).sum((0, 1))
+
+
+@widened
+def bias_output_sum(factor: Tensor) -> Tensor:
+    """bias_output_sum[v, n, g, o] = Σ_{h,w} factor[v, n, g, o, h, w]
+
+    factor [V, N, G, O, H, W] → [V, N, 1, G O]
+    """
+    V, N, G, O, _, _ = factor.shape
+    return (factor.sum((4, 5))).reshape(V, N, 1, G * O)
 
 
 @widened
@@ -841,9 +608,13 @@ LAYER = Layer(
             "squared_deviations": Rule(
                 weight_squared_deviations, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_sum": Rule(
+                weight_input_sum, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+            ),
             "input_factor_expand": Rule(
                 weight_input_factor_expand, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
             ),
@@ -855,7 +626,7 @@ LAYER = Layer(
             ),
         },
         "bias": {
-            "per_sample": Rule(bias_per_sample, (), lead=2),
+            "per_sample": Rule(weight_output_sum, (), lead=2),
             "sample_squares": Rule(bias_sample_squares, (), lead=1),
             "signed_sample_squares": Rule(bias_signed_sample_squares, (), lead=1),
             "sample_diagonal": Rule(bias_sample_diagonal, (), lead=1),
@@ -864,6 +635,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
+            "output_sum": Rule(bias_output_sum, ()),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

@@ -12,10 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..runtime.cost import Program, block_count, blocks, cheapest
+from ..extensions.reductions import REDUCTIONS
+from ..runtime.blocks import Blockwise
+from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.windows import correlate, transposed_windows
+from ..runtime.windows import (
+    correlate,
+    transposed_kernel_gradients,
+    transposed_windows,
+)
 
 
 @widened
@@ -52,47 +58,11 @@ def weight_per_sample(
 
     factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [V, N, G, C, O, KD, KH, KW]
     """
-    *_, D, H, W = factor.shape
     *_, KD, KH, KW = weight_shape
-    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
-    return torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor)
+    return transposed_kernel_gradients(input, factor, (KD, KH, KW), stride, dilation, padding)
 
 
-def weight_sample_squares_per_sample(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    *_, D, H, W = factor.shape
-    *_, KD, KH, KW = weight_shape
-    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
-    return torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor).square().sum(0)
-
-
-def weight_sample_squares_blockwise(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, D, H, W = factor.shape
-    C = input.shape[2]
-    *_, KD, KH, KW = weight_shape
-    total = factor.new_zeros(N, G, C, O, KD, KH, KW)
-    for columns, samples in blocks(V, N, C * G * KD * KH * KW * O):
-        patches = transposed_windows(input[samples], (D, H, W), (KD, KH, KW), stride, dilation, padding)
-        total[samples] += torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor[columns, samples]).square().sum(0)
-    return total
-
-
-@widened
+@cheapest
 def weight_sample_squares(
     factor: Tensor,
     input: Tensor,
@@ -100,79 +70,31 @@ def weight_sample_squares(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_sample_squares[n, g, c, o, kd, kh, kw] = Σ_{v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d +
         padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] −
         kw dilation[2]) / stride[2]])²
 
-    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [N, G, C, O, KD, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [N, G, C, O, KD, KH, KW]
     """
     V, N, G, O, D, H, W = factor.shape
     *_, C, ID, IH, IW = input.shape
     *_, KD, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_sample_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], C * G * KD * KH * KW * O),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * N * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
             + 4 * C * G * KD * KH * KW * N * O * V
             + C * D * G * H * KD * KH * KW * N * W,
-            peak=C * G * KD * KH * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_sample_squares_blockwise,
-            flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
-            elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * N * O + D * G * H * N * O * V * W,
+            peak=C * G * KD * KH * KW * O,
             calls=3 * block_count(V, N, C * G * KD * KH * KW * O),
         ),
-    )(factor, input, weight_shape, dilation, padding, stride)
+    )
 
 
-def weight_signed_sample_squares_per_sample(
-    factor: Tensor,
-    sign: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    *_, D, H, W = factor.shape
-    *_, KD, KH, KW = weight_shape
-    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
-    return (
-        torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor).square()
-        * sign[:, :, None, None, None, None, None, None]
-    ).sum(0)
-
-
-def weight_signed_sample_squares_blockwise(
-    factor: Tensor,
-    sign: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, D, H, W = factor.shape
-    C = input.shape[2]
-    *_, KD, KH, KW = weight_shape
-    total = factor.new_zeros(N, G, C, O, KD, KH, KW)
-    for columns, samples in blocks(V, N, C * G * KD * KH * KW * O):
-        patches = transposed_windows(input[samples], (D, H, W), (KD, KH, KW), stride, dilation, padding)
-        total[samples] += (
-            torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor[columns, samples]).square()
-            * sign[columns, samples][:, :, None, None, None, None, None, None]
-        ).sum(0)
-    return total
-
-
-@widened
+@cheapest
 def weight_signed_sample_squares(
     factor: Tensor,
     sign: Tensor,
@@ -181,34 +103,28 @@ def weight_signed_sample_squares(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_signed_sample_squares[n, g, c, o, kd, kh, kw] = Σ_{v} sign[v, n] (Σ_{d,h,w} factor[v, n, g, o, d, h, w]
         input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1],
         (w + padding[2] − kw dilation[2]) / stride[2]])²
 
-    factor [V, N, G, O, D, H, W], sign [V, N], input [N, G, C, ID, IH, IW] → [N, G, C, O, KD, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, D, H, W], sign [V, N], input [N, G, C, ID, IH, IW] → [N, G, C, O, KD, KH, KW]
     """
     V, N, G, O, D, H, W = factor.shape
     *_, C, ID, IH, IW = input.shape
     *_, KD, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_signed_sample_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], C * G * KD * KH * KW * O),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=N * V + C * G * ID * IH * IW * N + C * G * KD * KH * KW * N * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
             + 4 * C * G * KD * KH * KW * N * O * V
             + C * D * G * H * KD * KH * KW * N * W,
-            peak=C * G * KD * KH * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_signed_sample_squares_blockwise,
-            flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
-            elements=N * V + C * G * ID * IH * IW * N + C * G * KD * KH * KW * N * O + D * G * H * N * O * V * W,
+            peak=C * G * KD * KH * KW * O,
             calls=3 * block_count(V, N, C * G * KD * KH * KW * O),
         ),
-    )(factor, sign, input, weight_shape, dilation, padding, stride)
+    )
 
 
 @widened
@@ -232,44 +148,6 @@ def weight_sample_diagonal(
     return torch.einsum("ngcdhwabe,ngodhw->ngcoabe", patches.square(), curvature)
 
 
-def weight_squared_norm_per_sample(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    *_, D, H, W = factor.shape
-    *_, KD, KH, KW = weight_shape
-    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
-    return torch.einsum("ngcdhwabe,vngodhw->vngocabe", patches, factor).square().sum((0, 2, 3, 4, 5, 6, 7))
-
-
-def weight_squared_norm_blockwise(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, D, H, W = factor.shape
-    C = input.shape[2]
-    *_, KD, KH, KW = weight_shape
-    total = factor.new_zeros(N)
-    for columns, samples in blocks(V, N, C * G * KD * KH * KW * O):
-        patches = transposed_windows(input[samples], (D, H, W), (KD, KH, KW), stride, dilation, padding)
-        total[samples] += (
-            torch.einsum("ngcdhwabe,vngodhw->vngocabe", patches, factor[columns, samples])
-            .square()
-            .sum((0, 2, 3, 4, 5, 6, 7))
-        )
-    return total
-
-
 def weight_squared_norm_gram(
     factor: Tensor,
     input: Tensor,
@@ -291,7 +169,7 @@ def weight_squared_norm_gram(
     )
 
 
-@widened
+@cheapest
 def weight_squared_norm(
     factor: Tensor,
     input: Tensor,
@@ -299,7 +177,7 @@ def weight_squared_norm(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_squared_norm[n] = Σ_{c,g,kd,kh,kw,o,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d +
         padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] −
         kw dilation[2]) / stride[2]])²
@@ -309,21 +187,15 @@ def weight_squared_norm(
     V, N, G, O, D, H, W = factor.shape
     *_, C, ID, IH, IW = input.shape
     *_, KD, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_squared_norm_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], C * G * KD * KH * KW * O),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=N + C * G * ID * IH * IW * N + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
             + 4 * C * G * KD * KH * KW * N * O * V
             + C * D * G * H * KD * KH * KW * N * W,
-            peak=C * G * KD * KH * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_squared_norm_blockwise,
-            flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
-            elements=N + C * G * ID * IH * IW * N + D * G * H * N * O * V * W,
+            peak=C * G * KD * KH * KW * O,
             calls=3 * block_count(V, N, C * G * KD * KH * KW * O),
         ),
         Program(
@@ -338,44 +210,10 @@ def weight_squared_norm(
             + 2 * C * D * G * H * KD * KH * KW * N * W,
             calls=3,
         ),
-    )(factor, input, weight_shape, dilation, padding, stride)
+    )
 
 
-def weight_sum_of_squares_per_sample(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    *_, D, H, W = factor.shape
-    *_, KD, KH, KW = weight_shape
-    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
-    return torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor).square().sum((0, 1))
-
-
-def weight_sum_of_squares_blockwise(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, D, H, W = factor.shape
-    C = input.shape[2]
-    *_, KD, KH, KW = weight_shape
-    total = factor.new_zeros(G, C, O, KD, KH, KW)
-    for columns, samples in blocks(V, N, C * G * KD * KH * KW * O):
-        patches = transposed_windows(input[samples], (D, H, W), (KD, KH, KW), stride, dilation, padding)
-        total += torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor[columns, samples]).square().sum((0, 1))
-    return total
-
-
-@widened
+@cheapest
 def weight_sum_of_squares(
     factor: Tensor,
     input: Tensor,
@@ -383,79 +221,31 @@ def weight_sum_of_squares(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_sum_of_squares[g, c, o, kd, kh, kw] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d +
         padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] −
         kw dilation[2]) / stride[2]])²
 
-    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [G, C, O, KD, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [G, C, O, KD, KH, KW]
     """
     V, N, G, O, D, H, W = factor.shape
     *_, C, ID, IH, IW = input.shape
     *_, KD, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_sum_of_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], C * G * KD * KH * KW * O),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
             + 4 * C * G * KD * KH * KW * N * O * V
             + C * D * G * H * KD * KH * KW * N * W,
-            peak=C * G * KD * KH * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_sum_of_squares_blockwise,
-            flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
-            elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
+            peak=C * G * KD * KH * KW * O,
             calls=3 * block_count(V, N, C * G * KD * KH * KW * O),
         ),
-    )(factor, input, weight_shape, dilation, padding, stride)
+    )
 
 
-def weight_signed_sum_of_squares_per_sample(
-    factor: Tensor,
-    sign: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    *_, D, H, W = factor.shape
-    *_, KD, KH, KW = weight_shape
-    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
-    return (
-        torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor).square()
-        * sign[:, :, None, None, None, None, None, None]
-    ).sum((0, 1))
-
-
-def weight_signed_sum_of_squares_blockwise(
-    factor: Tensor,
-    sign: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, D, H, W = factor.shape
-    C = input.shape[2]
-    *_, KD, KH, KW = weight_shape
-    total = factor.new_zeros(G, C, O, KD, KH, KW)
-    for columns, samples in blocks(V, N, C * G * KD * KH * KW * O):
-        patches = transposed_windows(input[samples], (D, H, W), (KD, KH, KW), stride, dilation, padding)
-        total += (
-            torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor[columns, samples]).square()
-            * sign[columns, samples][:, :, None, None, None, None, None, None]
-        ).sum((0, 1))
-    return total
-
-
-@widened
+@cheapest
 def weight_signed_sum_of_squares(
     factor: Tensor,
     sign: Tensor,
@@ -464,34 +254,28 @@ def weight_signed_sum_of_squares(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_signed_sum_of_squares[g, c, o, kd, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{d,h,w} factor[v, n, g, o, d, h, w]
         input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1],
         (w + padding[2] − kw dilation[2]) / stride[2]])²
 
-    factor [V, N, G, O, D, H, W], sign [V, N], input [N, G, C, ID, IH, IW] → [G, C, O, KD, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, D, H, W], sign [V, N], input [N, G, C, ID, IH, IW] → [G, C, O, KD, KH, KW]
     """
     V, N, G, O, D, H, W = factor.shape
     *_, C, ID, IH, IW = input.shape
     *_, KD, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_signed_sum_of_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], C * G * KD * KH * KW * O),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=N * V + C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
             + 4 * C * G * KD * KH * KW * N * O * V
             + C * D * G * H * KD * KH * KW * N * W,
-            peak=C * G * KD * KH * KW * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_signed_sum_of_squares_blockwise,
-            flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
-            elements=N * V + C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
+            peak=C * G * KD * KH * KW * O,
             calls=3 * block_count(V, N, C * G * KD * KH * KW * O),
         ),
-    )(factor, sign, input, weight_shape, dilation, padding, stride)
+    )
 
 
 @widened
@@ -515,49 +299,7 @@ def weight_diagonal_sum(
     return torch.einsum("ngcdhwabe,ngodhw->gcoabe", patches.square(), curvature)
 
 
-def weight_squared_deviations_per_sample(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, stored whole."""
-    _, N, _, _, D, H, W = factor.shape
-    *_, KD, KH, KW = weight_shape
-    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
-    mean = torch.einsum("ngcdhwabe,vngodhw->vgcoabe", patches, factor) / N
-    return torch.square(
-        torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor) - mean[:, None, :, :, :, :, :, :]
-    ).sum((0, 1))
-
-
-def weight_squared_deviations_blockwise(
-    factor: Tensor,
-    input: Tensor,
-    weight_shape: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, G, O, D, H, W = factor.shape
-    C = input.shape[2]
-    *_, KD, KH, KW = weight_shape
-    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
-    mean = torch.einsum("ngcdhwabe,vngodhw->vgcoabe", patches, factor) / N
-    total = factor.new_zeros(G, C, O, KD, KH, KW)
-    for columns, samples in blocks(V, N, C * G * KD * KH * KW * O):
-        patches = transposed_windows(input[samples], (D, H, W), (KD, KH, KW), stride, dilation, padding)
-        total += torch.square(
-            torch.einsum("ngcdhwabe,vngodhw->vngcoabe", patches, factor[columns, samples])
-            - mean[columns][:, None, :, :, :, :, :, :]
-        ).sum((0, 1))
-    return total
-
-
-@widened
+@cheapest
 def weight_squared_deviations(
     factor: Tensor,
     input: Tensor,
@@ -565,36 +307,37 @@ def weight_squared_deviations(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_squared_deviations[g, c, o, kd, kh, kw] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c,
         (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w +
         padding[2] − kw dilation[2]) / stride[2]] − mean_n)²
 
-    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [G, C, O, KD, KH, KW]. The cheapest program for the shapes.
+    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [G, C, O, KD, KH, KW]
     """
     V, N, G, O, D, H, W = factor.shape
     *_, C, ID, IH, IW = input.shape
     *_, KD, KH, KW = weight_shape
-    return cheapest(
+    return (
         Program(
-            weight_squared_deviations_per_sample,
-            flops=2 * C * G * KD * KH * KW * N * O * V + 4 * C * D * G * H * KD * KH * KW * N * O * V * W,
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], C * G * KD * KH * KW * O),
+            flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
-            + D * G * H * N * O * V * W
-            + 2 * C * G * KD * KH * KW * O * V
             + 4 * C * G * KD * KH * KW * N * O * V
-            + 2 * C * D * G * H * KD * KH * KW * N * W,
-            peak=C * G * KD * KH * KW * N * O * V,
-            calls=1 + 3,
+            + C * D * G * H * KD * KH * KW * N * W,
+            peak=C * G * KD * KH * KW * O,
+            calls=3 * block_count(V, N, C * G * KD * KH * KW * O),
         ),
-        Program(
-            weight_squared_deviations_blockwise,
-            flops=2 * C * G * KD * KH * KW * N * O * V + 4 * C * D * G * H * KD * KH * KW * N * O * V * W,
-            elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
-            calls=1 + 3 * block_count(V, N, C * G * KD * KH * KW * O),
-        ),
-    )(factor, input, weight_shape, dilation, padding, stride)
+    )
+
+
+@widened
+def weight_output_sum(factor: Tensor) -> Tensor:
+    """weight_output_sum[v, n, g, o] = Σ_{d,h,w} factor[v, n, g, o, d, h, w]
+
+    factor [V, N, G, O, D, H, W] → [V, N, G, O]
+    """
+    return factor.sum((4, 5, 6))
 
 
 @widened
@@ -623,6 +366,27 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [G, O, D, H, W, G, O, D, H, W] → [G, O, O]
     """
     return (averaged.diagonal(0, 0, 5).sum((1, 2, 3, 5, 6, 7)).permute(2, 0, 1)).squeeze(0)
+
+
+@widened
+def weight_input_sum(
+    input: Tensor,
+    weight_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Tensor:
+    """weight_input_sum[n, g, c, kd, kh, kw] = Σ_{d,h,w} input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0],
+        (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]]
+
+    input [N, G, C, ID, IH, IW] → [N, G, C KD KH KW]
+    """
+    N, G, C, _, _, _ = input.shape
+    *_, KD, KH, KW = weight_shape
+    *_, D, H, W = output_shape
+    patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
+    return (patches.sum((3, 4, 5))).reshape(N, G, C * KD * KH * KW)
 
 
 @widened
@@ -711,15 +475,6 @@ def weight_input_factor_backpack(
 
 
 @widened
-def bias_per_sample(factor: Tensor) -> Tensor:
-    """bias_per_sample[v, n, g, o] = Σ_{d,h,w} factor[v, n, g, o, d, h, w]
-
-    factor [V, N, G, O, D, H, W] → [V, N, G, O]
-    """
-    return factor.sum((4, 5, 6))
-
-
-@widened
 def bias_sample_squares(factor: Tensor) -> Tensor:
     """bias_sample_squares[n, g, o] = Σ_{v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w])²
 
@@ -791,6 +546,16 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
     N = factor.shape[1]
     mean = factor.sum((1, 4, 5, 6)) / N
     return torch.square(factor.sum((4, 5, 6)) - mean[:, None, :, :]).sum((0, 1))
+
+
+@widened
+def bias_output_sum(factor: Tensor) -> Tensor:
+    """bias_output_sum[v, n, g, o] = Σ_{d,h,w} factor[v, n, g, o, d, h, w]
+
+    factor [V, N, G, O, D, H, W] → [V, N, 1, G O]
+    """
+    V, N, G, O, _, _, _ = factor.shape
+    return (factor.sum((4, 5, 6))).reshape(V, N, 1, G * O)
 
 
 @widened
@@ -882,9 +647,13 @@ LAYER = Layer(
             "squared_deviations": Rule(
                 weight_squared_deviations, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
             ),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_sum": Rule(
+                weight_input_sum, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+            ),
             "input_factor_expand": Rule(
                 weight_input_factor_expand, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
             ),
@@ -896,7 +665,7 @@ LAYER = Layer(
             ),
         },
         "bias": {
-            "per_sample": Rule(bias_per_sample, (), lead=2),
+            "per_sample": Rule(weight_output_sum, (), lead=2),
             "sample_squares": Rule(bias_sample_squares, (), lead=1),
             "signed_sample_squares": Rule(bias_signed_sample_squares, (), lead=1),
             "sample_diagonal": Rule(bias_sample_diagonal, (), lead=1),
@@ -905,6 +674,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
+            "output_sum": Rule(bias_output_sum, ()),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..runtime.cost import Program, block_count, blocks, cheapest
+from ..extensions.reductions import REDUCTIONS
+from ..runtime.blocks import Blockwise
+from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 
@@ -41,51 +43,15 @@ def weight_sample_squares_separated(factor: Tensor, input: Tensor, weight: Tenso
     )
 
 
-def weight_sample_squares_per_sample(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
-    """By the individual products, stored whole."""
-    K = weight.shape[0]
-    classes = torch.arange(K, device=factor.device)
-    return (
-        (
-            (1 - (classes == padding_idx).to(factor.dtype))[:, None]
-            * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
-                2, 0, 1, 3
-            )
-        )
-        .square()
-        .sum(0)
-    )
-
-
-def weight_sample_squares_blockwise(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, D = factor.shape
-    K = weight.shape[0]
-    total = factor.new_zeros(N, K, D)
-    for columns, samples in blocks(V, N, D * K):
-        classes = torch.arange(K, device=factor.device)
-        total[samples] += (
-            (
-                (1 - (classes == padding_idx).to(factor.dtype))[:, None]
-                * torch.einsum(
-                    "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
-                ).permute(2, 0, 1, 3)
-            )
-            .square()
-            .sum(0)
-        )
-    return total
-
-
-@widened
-def weight_sample_squares(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+@cheapest
+def weight_sample_squares(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> tuple[Program, ...]:
     """weight_sample_squares[n, k, d] = Σ_{v} (Σ_{r} (1 − [k = padding_idx]) [k = input[n, r]] factor[v, n, r, d])²
 
     factor [V, N, R, D], input [N, R], weight [K, D] → [N, K, D]. The cheapest program for the shapes.
     """
     V, N, R, D = factor.shape
     K = weight.shape[0]
-    return cheapest(
+    return (
         Program(
             weight_sample_squares_separated,
             flops=K + 2 * K * N + D * K * N + 2 * D * N * V,
@@ -95,20 +61,14 @@ def weight_sample_squares(factor: Tensor, input: Tensor, weight: Tensor, padding
             valid=R == 1,
         ),
         Program(
-            weight_sample_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], D * K),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=N * R + D * K * N + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
-            peak=D * K * N * V,
-            calls=6,
-        ),
-        Program(
-            weight_sample_squares_blockwise,
-            flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
-            elements=N * R + D * K * N + D * N * R * V,
+            peak=D * K,
             calls=6 * block_count(V, N, D * K),
         ),
-    )(factor, input, weight, padding_idx)
+    )
 
 
 def weight_signed_sample_squares_separated(
@@ -126,48 +86,10 @@ def weight_signed_sample_squares_separated(
     )
 
 
-def weight_signed_sample_squares_per_sample(
-    factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor, padding_idx: float
-) -> Tensor:
-    """By the individual products, stored whole."""
-    K = weight.shape[0]
-    classes = torch.arange(K, device=factor.device)
-    return (
-        torch.square(
-            (1 - (classes == padding_idx).to(factor.dtype))[:, None]
-            * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
-                2, 0, 1, 3
-            )
-        )
-        * sign[:, :, None, None]
-    ).sum(0)
-
-
-def weight_signed_sample_squares_blockwise(
-    factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor, padding_idx: float
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, D = factor.shape
-    K = weight.shape[0]
-    total = factor.new_zeros(N, K, D)
-    for columns, samples in blocks(V, N, D * K):
-        classes = torch.arange(K, device=factor.device)
-        total[samples] += (
-            torch.square(
-                (1 - (classes == padding_idx).to(factor.dtype))[:, None]
-                * torch.einsum(
-                    "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
-                ).permute(2, 0, 1, 3)
-            )
-            * sign[columns, samples][:, :, None, None]
-        ).sum(0)
-    return total
-
-
-@widened
+@cheapest
 def weight_signed_sample_squares(
     factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor, padding_idx: float
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_signed_sample_squares[n, k, d] = Σ_{v} sign[v, n] (Σ_{r} (1 − [k = padding_idx]) [k = input[n, r]]
         factor[v, n, r, d])²
 
@@ -175,7 +97,7 @@ def weight_signed_sample_squares(
     """
     V, N, R, D = factor.shape
     K = weight.shape[0]
-    return cheapest(
+    return (
         Program(
             weight_signed_sample_squares_separated,
             flops=K + 2 * K * N + D * K * N + 3 * D * N * V,
@@ -185,20 +107,14 @@ def weight_signed_sample_squares(
             valid=R == 1,
         ),
         Program(
-            weight_signed_sample_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], D * K),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=N * R + N * V + D * K * N + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
-            peak=D * K * N * V,
-            calls=6,
-        ),
-        Program(
-            weight_signed_sample_squares_blockwise,
-            flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
-            elements=N * R + N * V + D * K * N + D * N * R * V,
+            peak=D * K,
             calls=6 * block_count(V, N, D * K),
         ),
-    )(factor, sign, input, weight, padding_idx)
+    )
 
 
 @widened
@@ -224,51 +140,15 @@ def weight_squared_norm_separated(factor: Tensor, input: Tensor, weight: Tensor,
     )
 
 
-def weight_squared_norm_per_sample(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
-    """By the individual products, stored whole."""
-    K = weight.shape[0]
-    classes = torch.arange(K, device=factor.device)
-    return (
-        (
-            (1 - (classes == padding_idx).to(factor.dtype))
-            * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
-                2, 0, 3, 1
-            )
-        )
-        .square()
-        .sum((0, 2, 3))
-    )
-
-
-def weight_squared_norm_blockwise(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, D = factor.shape
-    K = weight.shape[0]
-    total = factor.new_zeros(N)
-    for columns, samples in blocks(V, N, D * K):
-        classes = torch.arange(K, device=factor.device)
-        total[samples] += (
-            (
-                (1 - (classes == padding_idx).to(factor.dtype))
-                * torch.einsum(
-                    "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
-                ).permute(2, 0, 3, 1)
-            )
-            .square()
-            .sum((0, 2, 3))
-        )
-    return total
-
-
-@widened
-def weight_squared_norm(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+@cheapest
+def weight_squared_norm(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> tuple[Program, ...]:
     """weight_squared_norm[n] = Σ_{d,k,v} (Σ_{r} (1 − [k = padding_idx]) [k = input[n, r]] factor[v, n, r, d])²
 
     factor [V, N, R, D], input [N, R], weight [K, D] → [N]. The cheapest program for the shapes.
     """
     V, N, R, D = factor.shape
     K = weight.shape[0]
-    return cheapest(
+    return (
         Program(
             weight_squared_norm_separated,
             flops=K + N + 3 * K * N + 2 * D * N * V,
@@ -278,20 +158,14 @@ def weight_squared_norm(factor: Tensor, input: Tensor, weight: Tensor, padding_i
             valid=R == 1,
         ),
         Program(
-            weight_squared_norm_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], D * K),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=N + N * R + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
-            peak=D * K * N * V,
-            calls=6,
-        ),
-        Program(
-            weight_squared_norm_blockwise,
-            flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
-            elements=N + N * R + D * N * R * V,
+            peak=D * K,
             calls=6 * block_count(V, N, D * K),
         ),
-    )(factor, input, weight, padding_idx)
+    )
 
 
 def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
@@ -303,51 +177,15 @@ def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tenso
     return torch.square(1 - (classes == padding_idx).to(factor.dtype))[:, None] * (values.T @ total)
 
 
-def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
-    """By the individual products, stored whole."""
-    K = weight.shape[0]
-    classes = torch.arange(K, device=factor.device)
-    return (
-        (
-            (1 - (classes == padding_idx).to(factor.dtype))[:, None]
-            * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
-                2, 0, 1, 3
-            )
-        )
-        .square()
-        .sum((0, 1))
-    )
-
-
-def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, D = factor.shape
-    K = weight.shape[0]
-    total = factor.new_zeros(K, D)
-    for columns, samples in blocks(V, N, D * K):
-        classes = torch.arange(K, device=factor.device)
-        total += (
-            (
-                (1 - (classes == padding_idx).to(factor.dtype))[:, None]
-                * torch.einsum(
-                    "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
-                ).permute(2, 0, 1, 3)
-            )
-            .square()
-            .sum((0, 1))
-        )
-    return total
-
-
-@widened
-def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+@cheapest
+def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> tuple[Program, ...]:
     """weight_sum_of_squares[k, d] = Σ_{n,v} (Σ_{r} (1 − [k = padding_idx]) [k = input[n, r]] factor[v, n, r, d])²
 
     factor [V, N, R, D], input [N, R], weight [K, D] → [K, D]. The cheapest program for the shapes.
     """
     V, N, R, D = factor.shape
     K = weight.shape[0]
-    return cheapest(
+    return (
         Program(
             weight_sum_of_squares_separated,
             flops=K + D * K + K * N + 2 * D * K * N + 2 * D * N * V,
@@ -357,20 +195,14 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor, padding
             valid=R == 1,
         ),
         Program(
-            weight_sum_of_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], D * K),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=D * K + N * R + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
-            peak=D * K * N * V,
-            calls=6,
-        ),
-        Program(
-            weight_sum_of_squares_blockwise,
-            flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
-            elements=D * K + N * R + D * N * R * V,
+            peak=D * K,
             calls=6 * block_count(V, N, D * K),
         ),
-    )(factor, input, weight, padding_idx)
+    )
 
 
 def weight_signed_sum_of_squares_separated(
@@ -384,48 +216,10 @@ def weight_signed_sum_of_squares_separated(
     return torch.square(1 - (classes == padding_idx).to(factor.dtype))[:, None] * (values.T @ product)
 
 
-def weight_signed_sum_of_squares_per_sample(
-    factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor, padding_idx: float
-) -> Tensor:
-    """By the individual products, stored whole."""
-    K = weight.shape[0]
-    classes = torch.arange(K, device=factor.device)
-    return (
-        torch.square(
-            (1 - (classes == padding_idx).to(factor.dtype))[:, None]
-            * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
-                2, 0, 1, 3
-            )
-        )
-        * sign[:, :, None, None]
-    ).sum((0, 1))
-
-
-def weight_signed_sum_of_squares_blockwise(
-    factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor, padding_idx: float
-) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, D = factor.shape
-    K = weight.shape[0]
-    total = factor.new_zeros(K, D)
-    for columns, samples in blocks(V, N, D * K):
-        classes = torch.arange(K, device=factor.device)
-        total += (
-            torch.square(
-                (1 - (classes == padding_idx).to(factor.dtype))[:, None]
-                * torch.einsum(
-                    "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
-                ).permute(2, 0, 1, 3)
-            )
-            * sign[columns, samples][:, :, None, None]
-        ).sum((0, 1))
-    return total
-
-
-@widened
+@cheapest
 def weight_signed_sum_of_squares(
     factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor, padding_idx: float
-) -> Tensor:
+) -> tuple[Program, ...]:
     """weight_signed_sum_of_squares[k, d] = Σ_{n,v} sign[v, n] (Σ_{r} (1 − [k = padding_idx]) [k = input[n, r]]
         factor[v, n, r, d])²
 
@@ -433,7 +227,7 @@ def weight_signed_sum_of_squares(
     """
     V, N, R, D = factor.shape
     K = weight.shape[0]
-    return cheapest(
+    return (
         Program(
             weight_signed_sum_of_squares_separated,
             flops=K + D * K + K * N + 2 * D * K * N + 3 * D * N * V,
@@ -443,20 +237,14 @@ def weight_signed_sum_of_squares(
             valid=R == 1,
         ),
         Program(
-            weight_signed_sum_of_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], D * K),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=D * K + N * R + N * V + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
-            peak=D * K * N * V,
-            calls=6,
-        ),
-        Program(
-            weight_signed_sum_of_squares_blockwise,
-            flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
-            elements=D * K + N * R + N * V + D * N * R * V,
+            peak=D * K,
             calls=6 * block_count(V, N, D * K),
         ),
-    )(factor, sign, input, weight, padding_idx)
+    )
 
 
 @widened
@@ -494,54 +282,8 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor, weight: Ten
     ).clamp(min=0)
 
 
-def weight_squared_deviations_per_sample(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
-    """By the individual products, stored whole."""
-    N = factor.shape[1]
-    K = weight.shape[0]
-    classes = torch.arange(K, device=factor.device)
-    mean = (
-        (1 - (classes == padding_idx).to(factor.dtype))[:, None]
-        * torch.einsum("nrk,vnrd->kvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(1, 0, 2)
-        / N
-    )
-    return torch.square(
-        (
-            (1 - (classes == padding_idx).to(factor.dtype))[:, None]
-            * torch.einsum("nrk,vnrd->nkvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(
-                2, 0, 1, 3
-            )
-        )
-        - mean[:, None, :, :]
-    ).sum((0, 1))
-
-
-def weight_squared_deviations_blockwise(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, D = factor.shape
-    K = weight.shape[0]
-    classes = torch.arange(K, device=factor.device)
-    mean = (
-        (1 - (classes == padding_idx).to(factor.dtype))[:, None]
-        * torch.einsum("nrk,vnrd->kvd", (input[:, :, None] == classes).to(factor.dtype), factor).permute(1, 0, 2)
-        / N
-    )
-    total = factor.new_zeros(K, D)
-    for columns, samples in blocks(V, N, D * K):
-        classes = torch.arange(K, device=factor.device)
-        total += torch.square(
-            (
-                (1 - (classes == padding_idx).to(factor.dtype))[:, None]
-                * torch.einsum(
-                    "nrk,vnrd->nkvd", (input[samples][:, :, None] == classes).to(factor.dtype), factor[columns, samples]
-                ).permute(2, 0, 1, 3)
-            )
-            - mean[columns][:, None, :, :]
-        ).sum((0, 1))
-    return total
-
-
-@widened
-def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+@cheapest
+def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor, padding_idx: float) -> tuple[Program, ...]:
     """weight_squared_deviations[k, d] = Σ_{n,v} (Σ_{r} (1 − [k = padding_idx]) [k = input[n, r]] factor[v, n, r, d] −
         mean_n)²
 
@@ -549,30 +291,34 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor, pad
     """
     V, N, R, D = factor.shape
     K = weight.shape[0]
-    return cheapest(
+    return (
         Program(
             weight_squared_deviations_centred,
             flops=K + D * K + 5 * K * N + 6 * D * N + 6 * D * K * N,
             elements=D * K + N * R + D * N * R * V,
             scratch=N + 4 * D + 5 * K - N * R + 6 * D * K + 11 * K * N + 14 * D * N - D * N * R * V,
-            calls=13 + 3,
+            calls=16,
             valid=R == 1 and V == 1,
         ),
         Program(
-            weight_squared_deviations_per_sample,
-            flops=2 * K + D * K * V + 2 * K * N * R + 3 * D * K * N * V + 4 * D * K * N * R * V,
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], D * K),
+            flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=D * K + N * R + D * N * R * V,
-            scratch=4 * K + N * R + 4 * D * K * V + 4 * K * N * R + D * N * R * V + 6 * D * K * N * V,
-            peak=D * K * N * V,
-            calls=4 + 6,
+            scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
+            peak=D * K,
+            calls=6 * block_count(V, N, D * K),
         ),
-        Program(
-            weight_squared_deviations_blockwise,
-            flops=2 * K + D * K * V + 2 * K * N * R + 3 * D * K * N * V + 4 * D * K * N * R * V,
-            elements=D * K + N * R + D * N * R * V,
-            calls=4 + 6 * block_count(V, N, D * K),
-        ),
-    )(factor, input, weight, padding_idx)
+    )
+
+
+@widened
+def weight_output_sum(factor: Tensor) -> Tensor:
+    """weight_output_sum[v, n, d] = Σ_{r} factor[v, n, r, d]
+
+    factor [V, N, R, D] → [V, N, 1, D]
+    """
+    V, N, _, D = factor.shape
+    return (factor.sum(2)).reshape(V, N, 1, D)
 
 
 @widened
@@ -601,6 +347,21 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [R, D, R, D] → [D, D]
     """
     return averaged.sum((0, 2))
+
+
+@widened
+def weight_input_sum(input: Tensor, weight: Tensor, padding_idx: float) -> Tensor:
+    """weight_input_sum[n, k] = Σ_{r} (1 − [k = padding_idx]) [k = input[n, r]]
+
+    input [N, R], weight [K, D] → [N, 1, K]
+    """
+    N = input.shape[0]
+    K = weight.shape[0]
+    classes = torch.arange(K, device=input.device)
+    classes2 = torch.arange(K, device=weight.device)
+    return (
+        (1 - (classes == padding_idx).to(input.dtype)) * (input[:, :, None] == classes2).to(weight.dtype).sum(1)
+    ).reshape(N, 1, K)
 
 
 @widened
@@ -691,9 +452,11 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(weight_signed_sum_of_squares, ("input", "weight", "padding_idx"), lead=0),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "weight", "padding_idx"), lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input", "weight", "padding_idx"), lead=0),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_sum": Rule(weight_input_sum, ("input", "weight", "padding_idx")),
             "input_factor_expand": Rule(weight_input_factor_expand, ("input", "weight", "padding_idx")),
             "input_factor_reduce": Rule(weight_input_factor_reduce, ("input", "weight", "padding_idx")),
             "input_factor_backpack": Rule(weight_input_factor_backpack, ("input", "weight", "padding_idx")),

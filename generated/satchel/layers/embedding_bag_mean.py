@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..runtime.cost import Program, block_count, blocks, cheapest
+from ..extensions.reductions import REDUCTIONS
+from ..runtime.blocks import Blockwise
+from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 
@@ -39,38 +41,8 @@ def weight_sample_squares_separated(factor: Tensor, input: Tensor, weight: Tenso
     )
 
 
-def weight_sample_squares_per_sample(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """By the individual products, stored whole."""
-    R = input.shape[1]
-    K = weight.shape[0]
-    classes = torch.arange(K, device=factor.device)
-    return (
-        ((input[:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None] * factor[:, :, None, :] / R).square().sum(0)
-    )
-
-
-def weight_sample_squares_blockwise(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, D = factor.shape
-    R = input.shape[1]
-    K = weight.shape[0]
-    total = factor.new_zeros(N, K, D)
-    for columns, samples in blocks(V, N, D * K):
-        classes = torch.arange(K, device=factor.device)
-        total[samples] += (
-            (
-                (input[samples][:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None]
-                * factor[columns, samples][:, :, None, :]
-                / R
-            )
-            .square()
-            .sum(0)
-        )
-    return total
-
-
-@widened
-def weight_sample_squares(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+@cheapest
+def weight_sample_squares(factor: Tensor, input: Tensor, weight: Tensor) -> tuple[Program, ...]:
     """weight_sample_squares[n, k, d] = Σ_{v} (Σ_{r} [k = input[n, r]] factor[v, n, d] / R)²
 
     factor [V, N, D], input [N, R], weight [K, D] → [N, K, D]. The cheapest program for the shapes.
@@ -78,7 +50,7 @@ def weight_sample_squares(factor: Tensor, input: Tensor, weight: Tensor) -> Tens
     V, N, D = factor.shape
     R = input.shape[1]
     K = weight.shape[0]
-    return cheapest(
+    return (
         Program(
             weight_sample_squares_separated,
             flops=K * N + D * K * N + 2 * D * N * V,
@@ -88,20 +60,14 @@ def weight_sample_squares(factor: Tensor, input: Tensor, weight: Tensor) -> Tens
             valid=R == 1,
         ),
         Program(
-            weight_sample_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], D * K),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=N * R + D * K * N + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
-            peak=D * K * N * V,
-            calls=5,
-        ),
-        Program(
-            weight_sample_squares_blockwise,
-            flops=2 * K * N * R + 3 * D * K * N * V,
-            elements=N * R + D * K * N + D * N * V,
+            peak=D * K,
             calls=5 * block_count(V, N, D * K),
         ),
-    )(factor, input, weight)
+    )
 
 
 def weight_signed_sample_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor) -> Tensor:
@@ -116,38 +82,8 @@ def weight_signed_sample_squares_separated(factor: Tensor, sign: Tensor, input: 
     )
 
 
-def weight_signed_sample_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """By the individual products, stored whole."""
-    R = input.shape[1]
-    K = weight.shape[0]
-    classes = torch.arange(K, device=factor.device)
-    return (
-        ((input[:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None] * factor[:, :, None, :] / R).square()
-        * sign[:, :, None, None]
-    ).sum(0)
-
-
-def weight_signed_sample_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, D = factor.shape
-    R = input.shape[1]
-    K = weight.shape[0]
-    total = factor.new_zeros(N, K, D)
-    for columns, samples in blocks(V, N, D * K):
-        classes = torch.arange(K, device=factor.device)
-        total[samples] += (
-            (
-                (input[samples][:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None]
-                * factor[columns, samples][:, :, None, :]
-                / R
-            ).square()
-            * sign[columns, samples][:, :, None, None]
-        ).sum(0)
-    return total
-
-
-@widened
-def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+@cheapest
+def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor) -> tuple[Program, ...]:
     """weight_signed_sample_squares[n, k, d] = Σ_{v} sign[v, n] (Σ_{r} [k = input[n, r]] factor[v, n, d] / R)²
 
     factor [V, N, D], sign [V, N], input [N, R], weight [K, D] → [N, K, D]. The cheapest program for the shapes.
@@ -155,7 +91,7 @@ def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, we
     V, N, D = factor.shape
     R = input.shape[1]
     K = weight.shape[0]
-    return cheapest(
+    return (
         Program(
             weight_signed_sample_squares_separated,
             flops=K * N + D * K * N + 3 * D * N * V,
@@ -165,20 +101,14 @@ def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, we
             valid=R == 1,
         ),
         Program(
-            weight_signed_sample_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], D * K),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=N * R + N * V + D * K * N + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
-            peak=D * K * N * V,
-            calls=5,
-        ),
-        Program(
-            weight_signed_sample_squares_blockwise,
-            flops=2 * K * N * R + 3 * D * K * N * V,
-            elements=N * R + N * V + D * K * N + D * N * V,
+            peak=D * K,
             calls=5 * block_count(V, N, D * K),
         ),
-    )(factor, sign, input, weight)
+    )
 
 
 @widened
@@ -203,38 +133,6 @@ def weight_squared_norm_separated(factor: Tensor, input: Tensor, weight: Tensor)
     )
 
 
-def weight_squared_norm_per_sample(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """By the individual products, stored whole."""
-    R = input.shape[1]
-    K = weight.shape[0]
-    classes = torch.arange(K, device=factor.device)
-    return (
-        ((input[:, :, None] == classes).to(factor.dtype).sum(1)[:, None, :] * factor[:, :, :, None] / R)
-        .square()
-        .sum((0, 2, 3))
-    )
-
-
-def weight_squared_norm_blockwise(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, D = factor.shape
-    R = input.shape[1]
-    K = weight.shape[0]
-    total = factor.new_zeros(N)
-    for columns, samples in blocks(V, N, D * K):
-        classes = torch.arange(K, device=factor.device)
-        total[samples] += (
-            (
-                (input[samples][:, :, None] == classes).to(factor.dtype).sum(1)[:, None, :]
-                * factor[columns, samples][:, :, :, None]
-                / R
-            )
-            .square()
-            .sum((0, 2, 3))
-        )
-    return total
-
-
 def weight_squared_norm_gram(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """By the Gram matrices of both operands."""
     R = input.shape[1]
@@ -250,8 +148,8 @@ def weight_squared_norm_gram(factor: Tensor, input: Tensor, weight: Tensor) -> T
     )
 
 
-@widened
-def weight_squared_norm(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+@cheapest
+def weight_squared_norm(factor: Tensor, input: Tensor, weight: Tensor) -> tuple[Program, ...]:
     """weight_squared_norm[n] = Σ_{d,k,v} (Σ_{r} [k = input[n, r]] factor[v, n, d] / R)²
 
     factor [V, N, D], input [N, R], weight [K, D] → [N]. The cheapest program for the shapes.
@@ -259,7 +157,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor
     V, N, D = factor.shape
     R = input.shape[1]
     K = weight.shape[0]
-    return cheapest(
+    return (
         Program(
             weight_squared_norm_separated,
             flops=N + 2 * K * N + 2 * D * N * V,
@@ -269,17 +167,11 @@ def weight_squared_norm(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor
             valid=R == 1,
         ),
         Program(
-            weight_squared_norm_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], D * K),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=N + N * R + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
-            peak=D * K * N * V,
-            calls=5,
-        ),
-        Program(
-            weight_squared_norm_blockwise,
-            flops=2 * K * N * R + 3 * D * K * N * V,
-            elements=N + N * R + D * N * V,
+            peak=D * K,
             calls=5 * block_count(V, N, D * K),
         ),
         Program(
@@ -289,7 +181,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor
             scratch=4 * N + N * R + 4 * K * N + 2 * D * N * V + 4 * K * N * R,
             calls=8,
         ),
-    )(factor, input, weight)
+    )
 
 
 def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
@@ -302,40 +194,8 @@ def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tenso
     return values.T @ total / (R**2)
 
 
-def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """By the individual products, stored whole."""
-    R = input.shape[1]
-    K = weight.shape[0]
-    classes = torch.arange(K, device=factor.device)
-    return (
-        ((input[:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None] * factor[:, :, None, :] / R)
-        .square()
-        .sum((0, 1))
-    )
-
-
-def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, D = factor.shape
-    R = input.shape[1]
-    K = weight.shape[0]
-    total = factor.new_zeros(K, D)
-    for columns, samples in blocks(V, N, D * K):
-        classes = torch.arange(K, device=factor.device)
-        total += (
-            (
-                (input[samples][:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None]
-                * factor[columns, samples][:, :, None, :]
-                / R
-            )
-            .square()
-            .sum((0, 1))
-        )
-    return total
-
-
-@widened
-def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+@cheapest
+def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor) -> tuple[Program, ...]:
     """weight_sum_of_squares[k, d] = Σ_{n,v} (Σ_{r} [k = input[n, r]] factor[v, n, d] / R)²
 
     factor [V, N, D], input [N, R], weight [K, D] → [K, D]. The cheapest program for the shapes.
@@ -343,7 +203,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor) -> Tens
     V, N, D = factor.shape
     R = input.shape[1]
     K = weight.shape[0]
-    return cheapest(
+    return (
         Program(
             weight_sum_of_squares_separated,
             flops=K * N + 2 * D * K * N + 2 * D * N * V,
@@ -353,20 +213,14 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor) -> Tens
             valid=R == 1,
         ),
         Program(
-            weight_sum_of_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], D * K),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=D * K + N * R + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
-            peak=D * K * N * V,
-            calls=5,
-        ),
-        Program(
-            weight_sum_of_squares_blockwise,
-            flops=2 * K * N * R + 3 * D * K * N * V,
-            elements=D * K + N * R + D * N * V,
+            peak=D * K,
             calls=5 * block_count(V, N, D * K),
         ),
-    )(factor, input, weight)
+    )
 
 
 def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor) -> Tensor:
@@ -379,38 +233,8 @@ def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: 
     return values.T @ product / (R**2)
 
 
-def weight_signed_sum_of_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """By the individual products, stored whole."""
-    R = input.shape[1]
-    K = weight.shape[0]
-    classes = torch.arange(K, device=factor.device)
-    return (
-        ((input[:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None] * factor[:, :, None, :] / R).square()
-        * sign[:, :, None, None]
-    ).sum((0, 1))
-
-
-def weight_signed_sum_of_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, D = factor.shape
-    R = input.shape[1]
-    K = weight.shape[0]
-    total = factor.new_zeros(K, D)
-    for columns, samples in blocks(V, N, D * K):
-        classes = torch.arange(K, device=factor.device)
-        total += (
-            (
-                (input[samples][:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None]
-                * factor[columns, samples][:, :, None, :]
-                / R
-            ).square()
-            * sign[columns, samples][:, :, None, None]
-        ).sum((0, 1))
-    return total
-
-
-@widened
-def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+@cheapest
+def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor) -> tuple[Program, ...]:
     """weight_signed_sum_of_squares[k, d] = Σ_{n,v} sign[v, n] (Σ_{r} [k = input[n, r]] factor[v, n, d] / R)²
 
     factor [V, N, D], sign [V, N], input [N, R], weight [K, D] → [K, D]. The cheapest program for the shapes.
@@ -418,7 +242,7 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, we
     V, N, D = factor.shape
     R = input.shape[1]
     K = weight.shape[0]
-    return cheapest(
+    return (
         Program(
             weight_signed_sum_of_squares_separated,
             flops=K * N + 2 * D * K * N + 3 * D * N * V,
@@ -428,20 +252,14 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, we
             valid=R == 1,
         ),
         Program(
-            weight_signed_sum_of_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], D * K),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=D * K + N * R + N * V + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
-            peak=D * K * N * V,
-            calls=5,
-        ),
-        Program(
-            weight_signed_sum_of_squares_blockwise,
-            flops=2 * K * N * R + 3 * D * K * N * V,
-            elements=D * K + N * R + N * V + D * N * V,
+            peak=D * K,
             calls=5 * block_count(V, N, D * K),
         ),
-    )(factor, sign, input, weight)
+    )
 
 
 @widened
@@ -480,42 +298,8 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor, weight: Ten
     ).clamp(min=0)
 
 
-def weight_squared_deviations_per_sample(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """By the individual products, stored whole."""
-    N = factor.shape[1]
-    R = input.shape[1]
-    K = weight.shape[0]
-    classes = torch.arange(K, device=factor.device)
-    mean = torch.einsum("nk,vnd->vkd", (input[:, :, None] == classes).to(factor.dtype).sum(1), factor) / R / N
-    return torch.square(
-        ((input[:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None] * factor[:, :, None, :] / R)
-        - mean[:, None, :, :]
-    ).sum((0, 1))
-
-
-def weight_squared_deviations_blockwise(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, D = factor.shape
-    R = input.shape[1]
-    K = weight.shape[0]
-    classes = torch.arange(K, device=factor.device)
-    mean = torch.einsum("nk,vnd->vkd", (input[:, :, None] == classes).to(factor.dtype).sum(1), factor) / R / N
-    total = factor.new_zeros(K, D)
-    for columns, samples in blocks(V, N, D * K):
-        classes = torch.arange(K, device=factor.device)
-        total += torch.square(
-            (
-                (input[samples][:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None]
-                * factor[columns, samples][:, :, None, :]
-                / R
-            )
-            - mean[columns][:, None, :, :]
-        ).sum((0, 1))
-    return total
-
-
-@widened
-def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+@cheapest
+def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor) -> tuple[Program, ...]:
     """weight_squared_deviations[k, d] = Σ_{n,v} (Σ_{r} [k = input[n, r]] factor[v, n, d] / R − mean_n)²
 
     factor [V, N, D], input [N, R], weight [K, D] → [K, D]. The cheapest program for the shapes.
@@ -523,30 +307,34 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor) -> 
     V, N, D = factor.shape
     R = input.shape[1]
     K = weight.shape[0]
-    return cheapest(
+    return (
         Program(
             weight_squared_deviations_centred,
             flops=D * K + 4 * K * N + 6 * D * N + 6 * D * K * N,
             elements=D * K + N * R + D * N * V,
             scratch=N + 3 * K + 4 * D - N * R + 6 * D * K + 9 * K * N + 14 * D * N - D * N * V,
-            calls=11 + 3,
+            calls=14,
             valid=R == 1 and V == 1,
         ),
         Program(
-            weight_squared_deviations_per_sample,
-            flops=4 * K * N * R + 5 * D * K * N * V,
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], D * K),
+            flops=2 * K * N * R + 3 * D * K * N * V,
             elements=D * K + N * R + D * N * V,
-            scratch=N * R + 4 * K * N + D * N * V + 2 * D * K * V + 4 * K * N * R + 4 * D * K * N * V,
-            peak=D * K * N * V,
-            calls=3 + 5,
+            scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
+            peak=D * K,
+            calls=5 * block_count(V, N, D * K),
         ),
-        Program(
-            weight_squared_deviations_blockwise,
-            flops=4 * K * N * R + 5 * D * K * N * V,
-            elements=D * K + N * R + D * N * V,
-            calls=3 + 5 * block_count(V, N, D * K),
-        ),
-    )(factor, input, weight)
+    )
+
+
+@widened
+def weight_output_sum(factor: Tensor) -> Tensor:
+    """weight_output_sum[v, n, d] = factor[v, n, d]
+
+    factor [V, N, D] → [V, N, 1, D]
+    """
+    V, N, D = factor.shape
+    return (factor).reshape(V, N, 1, D)
 
 
 @widened
@@ -565,6 +353,18 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [D, D] → [D, D]
     """
     return averaged
+
+
+@widened
+def weight_input_sum(input: Tensor, weight: Tensor) -> Tensor:
+    """weight_input_sum[n, k] = Σ_{r} [k = input[n, r]] / R
+
+    input [N, R], weight [K, D] → [N, 1, K]
+    """
+    N, R = input.shape
+    K = weight.shape[0]
+    classes = torch.arange(K, device=weight.device)
+    return ((input[:, :, None] == classes).to(weight.dtype).sum(1) / R).reshape(N, 1, K)
 
 
 @widened
@@ -608,9 +408,11 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(weight_signed_sum_of_squares, ("input", "weight"), lead=0),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "weight"), lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input", "weight"), lead=0),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_expand, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_sum": Rule(weight_input_sum, ("input", "weight")),
             "input_factor_expand": Rule(weight_input_factor_expand, ("input", "weight")),
             "input_factor_reduce": Rule(weight_input_factor_expand, ("input", "weight")),
             "input_factor_backpack": Rule(weight_input_factor_expand, ("input", "weight")),

@@ -2,8 +2,10 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """torch.nn.GroupNorm
 
-mean[n, g] = (Σ_{c,s} input[n, g, c, s]) / (C S)
-centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
+shift[n, g] = (Σ_{c,s} input[n, g, c, s]) / (C S), held constant
+shifted[n, g, c, s] = input[n, g, c, s] − shift[n, g]
+mean[n, g] = (Σ_{c,s} shifted[n, g, c, s]) / (C S)
+centred[n, g, c, s] = shifted[n, g, c, s] − mean[n, g]
 variance[n, g] = (Σ_{c,s} centred[n, g, c, s]²) / (C S)
 rstd[n, g] = 1/sqrt(variance[n, g] + eps)
 normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]
@@ -21,8 +23,10 @@ from ..runtime.rules import Layer, Rule
 
 @widened
 def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """mean[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
-    centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
+    """shift[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
+    shifted[n, g, c, s] = input[n, g, c, s] − shift[n, g]
+    mean[n, g] = Σ_{c,s} shifted[n, g, c, s] / (C S)
+    centred[n, g, c, s] = shifted[n, g, c, s] − mean[n, g]
     variance[n, g] = Σ_{c,s} centred[n, g, c, s]² / (C S)
     rstd[n, g] = 1/sqrt(variance[n, g] + eps)
     bar_normalised[v, n, g, c, s] = factor[v, n, g, c, s] weight[g, c]
@@ -36,8 +40,10 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     factor [V, N, G, C, S], input [N, G, C, S], weight [G, C] → [V, N, G, C, S]
     """
     *_, C, S = factor.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
+    shift = input.sum((2, 3)) / (C * S)
+    shifted = input - shift[:, :, None, None]
+    mean = shifted.sum((2, 3)) / (C * S)
+    centred = shifted - mean[:, :, None, None]
     variance = centred.square().sum((2, 3)) / (C * S)
     rstd = torch.pow(variance + eps, -1 / 2)
     bar_normalised = weight[:, :, None] * factor
@@ -50,8 +56,10 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @widened
 def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """mean[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
-    centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
+    """shift[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
+    shifted[n, g, c, s] = input[n, g, c, s] − shift[n, g]
+    mean[n, g] = Σ_{c,s} shifted[n, g, c, s] / (C S)
+    centred[n, g, c, s] = shifted[n, g, c, s] − mean[n, g]
     variance[n, g] = Σ_{c,s} centred[n, g, c, s]² / (C S)
     bar_normalised[n, g, c, s] = delta[n, g, c, s] weight[g, c]
     bar_rstd[n, g] = Σ_{c,s} bar_normalised[n, g, c, s] centred[n, g, c, s]
@@ -71,8 +79,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     delta [N, G, C, S], tangent [V, N, G, C, S], input [N, G, C, S], weight [G, C] → [V, N, G, C, S]
     """
     *_, C, S = delta.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
+    shift = input.sum((2, 3)) / (C * S)
+    shifted = input - shift[:, :, None, None]
+    mean = shifted.sum((2, 3)) / (C * S)
+    centred = shifted - mean[:, :, None, None]
     variance = centred.square().sum((2, 3)) / (C * S)
     bar_normalised = weight[:, :, None] * delta
     bar_rstd = (bar_normalised * centred).sum((2, 3))
@@ -95,8 +105,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
 
 
 def normalised_from(input: Tensor, eps: float) -> Tensor:
-    """mean[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
-    centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]
+    """shift[n, g] = Σ_{c,s} input[n, g, c, s] / (C S)
+    shifted[n, g, c, s] = input[n, g, c, s] − shift[n, g]
+    mean[n, g] = Σ_{c,s} shifted[n, g, c, s] / (C S)
+    centred[n, g, c, s] = shifted[n, g, c, s] − mean[n, g]
     variance[n, g] = Σ_{c,s} centred[n, g, c, s]² / (C S)
     rstd[n, g] = 1/sqrt(variance[n, g] + eps)
     normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]
@@ -104,8 +116,10 @@ def normalised_from(input: Tensor, eps: float) -> Tensor:
     input [N, G, C, S] → [N, G, C, S]
     """
     *_, C, S = input.shape
-    mean = input.sum((2, 3)) / (C * S)
-    centred = input - mean[:, :, None, None]
+    shift = input.sum((2, 3)) / (C * S)
+    shifted = input - shift[:, :, None, None]
+    mean = shifted.sum((2, 3)) / (C * S)
+    centred = shifted - mean[:, :, None, None]
     variance = centred.square().sum((2, 3)) / (C * S)
     rstd = torch.pow(variance + eps, -1 / 2)
     return rstd[:, :, None, None] * centred
@@ -222,21 +236,6 @@ def weight_block(factor: Tensor, input: Tensor, eps: float) -> Tensor:
 
 
 @widened
-def weight_averaged_block(averaged: Tensor, input: Tensor, eps: float) -> Tensor:
-    """weight_averaged_block[g, c, g2, c2] = Σ_{n,s,s2} averaged[g, c, s, g2, c2, s2] normalised[n, g, c, s]
-        normalised[n, g2, c2, s2] / N
-
-    averaged [G, C, S, G, C, S], input [N, G, C, S] → [G C, G C]
-    """
-    G, C, _, _, _, _ = averaged.shape
-    N = input.shape[0]
-    normalised = normalised_from(input, eps)
-    return (
-        torch.einsum("ngcs,GCngcs->gcGC", normalised, torch.einsum("nGCS,gcsGCS->GCngcs", normalised, averaged)) / N
-    ).reshape(C * G, C * G)
-
-
-@widened
 def bias_per_sample(factor: Tensor) -> Tensor:
     """bias_per_sample[v, n, g, c] = Σ_{s} factor[v, n, g, c, s]
 
@@ -320,6 +319,16 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
 
 
 @widened
+def bias_output_sum(factor: Tensor) -> Tensor:
+    """bias_output_sum[v, n, g, c] = Σ_{s} factor[v, n, g, c, s]
+
+    factor [V, N, G, C, S] → [V, N, 1, G C]
+    """
+    V, N, G, C, _ = factor.shape
+    return (factor.sum(4)).reshape(V, N, 1, C * G)
+
+
+@widened
 def bias_output_factor_expand(factor: Tensor) -> Tensor:
     """bias_output_factor_expand[g, c, g2, c2] = Σ_{n,s,v} factor[v, n, g, c, s] factor[v, n, g2, c2, s]
 
@@ -353,8 +362,10 @@ LAYER = Layer(
     name="GroupNorm",
     module=torch.nn.GroupNorm,
     formula=(
-        "mean[n, g] = (Σ_{c,s} input[n, g, c, s]) / (C S); "
-        "centred[n, g, c, s] = input[n, g, c, s] − mean[n, g]; "
+        "shift[n, g] = (Σ_{c,s} input[n, g, c, s]) / (C S), held constant; "
+        "shifted[n, g, c, s] = input[n, g, c, s] − shift[n, g]; "
+        "mean[n, g] = (Σ_{c,s} shifted[n, g, c, s]) / (C S); "
+        "centred[n, g, c, s] = shifted[n, g, c, s] − mean[n, g]; "
         "variance[n, g] = (Σ_{c,s} centred[n, g, c, s]²) / (C S); "
         "rstd[n, g] = 1/sqrt(variance[n, g] + eps); "
         "normalised[n, g, c, s] = centred[n, g, c, s] rstd[n, g]; "
@@ -385,7 +396,6 @@ LAYER = Layer(
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "eps"), lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input", "eps"), lead=0),
             "block": Rule(weight_block, ("input", "eps")),
-            "averaged_block": Rule(weight_averaged_block, ("input", "eps")),
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
@@ -397,6 +407,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
+            "output_sum": Rule(bias_output_sum, ()),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

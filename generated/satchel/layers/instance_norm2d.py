@@ -2,8 +2,10 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """torch.nn.InstanceNorm2d
 
-mean[n, c] = (Σ_{s} input[n, c, s]) / S
-centred[n, c, s] = input[n, c, s] − mean[n, c]
+shift[n, c] = (Σ_{s} input[n, c, s]) / S, held constant
+shifted[n, c, s] = input[n, c, s] − shift[n, c]
+mean[n, c] = (Σ_{s} shifted[n, c, s]) / S
+centred[n, c, s] = shifted[n, c, s] − mean[n, c]
 variance[n, c] = (Σ_{s} centred[n, c, s]²) / S
 rstd[n, c] = 1/sqrt(variance[n, c] + eps)
 normalised[n, c, s] = centred[n, c, s] rstd[n, c]
@@ -21,8 +23,10 @@ from ..runtime.rules import Layer, Rule
 
 @widened
 def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """mean[n, c] = Σ_{s} input[n, c, s] / S
-    centred[n, c, s] = input[n, c, s] − mean[n, c]
+    """shift[n, c] = Σ_{s} input[n, c, s] / S
+    shifted[n, c, s] = input[n, c, s] − shift[n, c]
+    mean[n, c] = Σ_{s} shifted[n, c, s] / S
+    centred[n, c, s] = shifted[n, c, s] − mean[n, c]
     variance[n, c] = Σ_{s} centred[n, c, s]² / S
     rstd[n, c] = 1/sqrt(variance[n, c] + eps)
     bar_normalised[v, n, c, s] = factor[v, n, c, s] weight[c]
@@ -35,8 +39,10 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     factor [V, N, C, S], input [N, C, S], weight [C] → [V, N, C, S]
     """
     S = factor.shape[3]
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
+    shift = input.sum(2) / S
+    shifted = input - shift[:, :, None]
+    mean = shifted.sum(2) / S
+    centred = shifted - mean[:, :, None]
     variance = centred.square().sum(2) / S
     rstd = torch.pow(variance + eps, -1 / 2)
     bar_normalised = weight[:, None] * factor
@@ -49,8 +55,10 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @widened
 def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """mean[n, c] = Σ_{s} input[n, c, s] / S
-    centred[n, c, s] = input[n, c, s] − mean[n, c]
+    """shift[n, c] = Σ_{s} input[n, c, s] / S
+    shifted[n, c, s] = input[n, c, s] − shift[n, c]
+    mean[n, c] = Σ_{s} shifted[n, c, s] / S
+    centred[n, c, s] = shifted[n, c, s] − mean[n, c]
     variance[n, c] = Σ_{s} centred[n, c, s]² / S
     bar_normalised[n, c, s] = delta[n, c, s] weight[c]
     bar_rstd[n, c] = Σ_{s} bar_normalised[n, c, s] centred[n, c, s]
@@ -70,8 +78,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     delta [N, C, S], tangent [V, N, C, S], input [N, C, S], weight [C] → [V, N, C, S]
     """
     S = delta.shape[2]
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
+    shift = input.sum(2) / S
+    shifted = input - shift[:, :, None]
+    mean = shifted.sum(2) / S
+    centred = shifted - mean[:, :, None]
     variance = centred.square().sum(2) / S
     bar_normalised = weight[:, None] * delta
     bar_rstd = (bar_normalised * centred).sum(2)
@@ -94,8 +104,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
 
 
 def normalised_from(input: Tensor, eps: float) -> Tensor:
-    """mean[n, c] = Σ_{s} input[n, c, s] / S
-    centred[n, c, s] = input[n, c, s] − mean[n, c]
+    """shift[n, c] = Σ_{s} input[n, c, s] / S
+    shifted[n, c, s] = input[n, c, s] − shift[n, c]
+    mean[n, c] = Σ_{s} shifted[n, c, s] / S
+    centred[n, c, s] = shifted[n, c, s] − mean[n, c]
     variance[n, c] = Σ_{s} centred[n, c, s]² / S
     rstd[n, c] = 1/sqrt(variance[n, c] + eps)
     normalised[n, c, s] = centred[n, c, s] rstd[n, c]
@@ -103,8 +115,10 @@ def normalised_from(input: Tensor, eps: float) -> Tensor:
     input [N, C, S] → [N, C, S]
     """
     S = input.shape[2]
-    mean = input.sum(2) / S
-    centred = input - mean[:, :, None]
+    shift = input.sum(2) / S
+    shifted = input - shift[:, :, None]
+    mean = shifted.sum(2) / S
+    centred = shifted - mean[:, :, None]
     variance = centred.square().sum(2) / S
     rstd = torch.pow(variance + eps, -1 / 2)
     return rstd[:, :, None] * centred
@@ -218,17 +232,6 @@ def weight_block(factor: Tensor, input: Tensor, eps: float) -> Tensor:
 
 
 @widened
-def weight_averaged_block(averaged: Tensor, input: Tensor, eps: float) -> Tensor:
-    """weight_averaged_block[c, c2] = Σ_{n,s,s2} averaged[c, s, c2, s2] normalised[n, c, s] normalised[n, c2, s2] / N
-
-    averaged [C, S, C, S], input [N, C, S] → [C, C]
-    """
-    N = input.shape[0]
-    normalised = normalised_from(input, eps)
-    return torch.einsum("ncs,Cncs->cC", normalised, torch.einsum("nCS,csCS->Cncs", normalised, averaged)) / N
-
-
-@widened
 def bias_per_sample(factor: Tensor) -> Tensor:
     """bias_per_sample[v, n, c] = Σ_{s} factor[v, n, c, s]
 
@@ -312,6 +315,16 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
 
 
 @widened
+def bias_output_sum(factor: Tensor) -> Tensor:
+    """bias_output_sum[v, n, c] = Σ_{s} factor[v, n, c, s]
+
+    factor [V, N, C, S] → [V, N, 1, C]
+    """
+    V, N, C, _ = factor.shape
+    return (factor.sum(3)).reshape(V, N, 1, C)
+
+
+@widened
 def bias_output_factor_expand(factor: Tensor) -> Tensor:
     """bias_output_factor_expand[c, c2] = Σ_{n,s,v} factor[v, n, c, s] factor[v, n, c2, s]
 
@@ -343,8 +356,10 @@ LAYER = Layer(
     name="InstanceNorm2d",
     module=torch.nn.InstanceNorm2d,
     formula=(
-        "mean[n, c] = (Σ_{s} input[n, c, s]) / S; "
-        "centred[n, c, s] = input[n, c, s] − mean[n, c]; "
+        "shift[n, c] = (Σ_{s} input[n, c, s]) / S, held constant; "
+        "shifted[n, c, s] = input[n, c, s] − shift[n, c]; "
+        "mean[n, c] = (Σ_{s} shifted[n, c, s]) / S; "
+        "centred[n, c, s] = shifted[n, c, s] − mean[n, c]; "
         "variance[n, c] = (Σ_{s} centred[n, c, s]²) / S; "
         "rstd[n, c] = 1/sqrt(variance[n, c] + eps); "
         "normalised[n, c, s] = centred[n, c, s] rstd[n, c]; "
@@ -375,7 +390,6 @@ LAYER = Layer(
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "eps"), lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input", "eps"), lead=0),
             "block": Rule(weight_block, ("input", "eps")),
-            "averaged_block": Rule(weight_averaged_block, ("input", "eps")),
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
@@ -387,6 +401,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
+            "output_sum": Rule(bias_output_sum, ()),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

@@ -2,8 +2,10 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """torch.nn.LayerNorm
 
-mean[n, r] = (Σ_{j} input[n, r, j]) / J
-centred[n, r, j] = input[n, r, j] − mean[n, r]
+shift[n, r] = (Σ_{j} input[n, r, j]) / J, held constant
+shifted[n, r, j] = input[n, r, j] − shift[n, r]
+mean[n, r] = (Σ_{j} shifted[n, r, j]) / J
+centred[n, r, j] = shifted[n, r, j] − mean[n, r]
 variance[n, r] = (Σ_{j} centred[n, r, j]²) / J
 rstd[n, r] = 1/sqrt(variance[n, r] + eps)
 normalised[n, r, j] = centred[n, r, j] rstd[n, r]
@@ -21,8 +23,10 @@ from ..runtime.rules import Layer, Rule
 
 @widened
 def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """mean[n, r] = Σ_{j} input[n, r, j] / J
-    centred[n, r, j] = input[n, r, j] − mean[n, r]
+    """shift[n, r] = Σ_{j} input[n, r, j] / J
+    shifted[n, r, j] = input[n, r, j] − shift[n, r]
+    mean[n, r] = Σ_{j} shifted[n, r, j] / J
+    centred[n, r, j] = shifted[n, r, j] − mean[n, r]
     variance[n, r] = Σ_{j} centred[n, r, j]² / J
     rstd[n, r] = 1/sqrt(variance[n, r] + eps)
     bar_normalised[v, n, r, j] = factor[v, n, r, j] weight[j]
@@ -35,8 +39,10 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J], weight [J] → [V, N, R, J]
     """
     J = factor.shape[3]
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
+    shift = input.sum(2) / J
+    shifted = input - shift[:, :, None]
+    mean = shifted.sum(2) / J
+    centred = shifted - mean[:, :, None]
     variance = centred.square().sum(2) / J
     rstd = torch.pow(variance + eps, -1 / 2)
     bar_normalised = weight * factor
@@ -49,8 +55,10 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @widened
 def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """mean[n, r] = Σ_{j} input[n, r, j] / J
-    centred[n, r, j] = input[n, r, j] − mean[n, r]
+    """shift[n, r] = Σ_{j} input[n, r, j] / J
+    shifted[n, r, j] = input[n, r, j] − shift[n, r]
+    mean[n, r] = Σ_{j} shifted[n, r, j] / J
+    centred[n, r, j] = shifted[n, r, j] − mean[n, r]
     variance[n, r] = Σ_{j} centred[n, r, j]² / J
     bar_normalised[n, r, j] = delta[n, r, j] weight[j]
     bar_rstd[n, r] = Σ_{j} bar_normalised[n, r, j] centred[n, r, j]
@@ -70,8 +78,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     delta [N, R, J], tangent [V, N, R, J], input [N, R, J], weight [J] → [V, N, R, J]
     """
     J = delta.shape[2]
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
+    shift = input.sum(2) / J
+    shifted = input - shift[:, :, None]
+    mean = shifted.sum(2) / J
+    centred = shifted - mean[:, :, None]
     variance = centred.square().sum(2) / J
     bar_normalised = weight * delta
     bar_rstd = (bar_normalised * centred).sum(2)
@@ -94,8 +104,10 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
 
 
 def normalised_from(input: Tensor, eps: float) -> Tensor:
-    """mean[n, r] = Σ_{j} input[n, r, j] / J
-    centred[n, r, j] = input[n, r, j] − mean[n, r]
+    """shift[n, r] = Σ_{j} input[n, r, j] / J
+    shifted[n, r, j] = input[n, r, j] − shift[n, r]
+    mean[n, r] = Σ_{j} shifted[n, r, j] / J
+    centred[n, r, j] = shifted[n, r, j] − mean[n, r]
     variance[n, r] = Σ_{j} centred[n, r, j]² / J
     rstd[n, r] = 1/sqrt(variance[n, r] + eps)
     normalised[n, r, j] = centred[n, r, j] rstd[n, r]
@@ -103,8 +115,10 @@ def normalised_from(input: Tensor, eps: float) -> Tensor:
     input [N, R, J] → [N, R, J]
     """
     J = input.shape[2]
-    mean = input.sum(2) / J
-    centred = input - mean[:, :, None]
+    shift = input.sum(2) / J
+    shifted = input - shift[:, :, None]
+    mean = shifted.sum(2) / J
+    centred = shifted - mean[:, :, None]
     variance = centred.square().sum(2) / J
     rstd = torch.pow(variance + eps, -1 / 2)
     return rstd[:, :, None] * centred
@@ -218,17 +232,6 @@ def weight_block(factor: Tensor, input: Tensor, eps: float) -> Tensor:
 
 
 @widened
-def weight_averaged_block(averaged: Tensor, input: Tensor, eps: float) -> Tensor:
-    """weight_averaged_block[j, j2] = Σ_{n,r,r2} averaged[r, j, r2, j2] normalised[n, r, j] normalised[n, r2, j2] / N
-
-    averaged [R, J, R, J], input [N, R, J] → [J, J]
-    """
-    N = input.shape[0]
-    normalised = normalised_from(input, eps)
-    return torch.einsum("nrj,Jnrj->jJ", normalised, torch.einsum("nRJ,rjRJ->Jnrj", normalised, averaged)) / N
-
-
-@widened
 def bias_per_sample(factor: Tensor) -> Tensor:
     """bias_per_sample[v, n, j] = Σ_{r} factor[v, n, r, j]
 
@@ -312,6 +315,16 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
 
 
 @widened
+def bias_output_sum(factor: Tensor) -> Tensor:
+    """bias_output_sum[v, n, j] = Σ_{r} factor[v, n, r, j]
+
+    factor [V, N, R, J] → [V, N, 1, J]
+    """
+    V, N, _, J = factor.shape
+    return (factor.sum(2)).reshape(V, N, 1, J)
+
+
+@widened
 def bias_output_factor_expand(factor: Tensor) -> Tensor:
     """bias_output_factor_expand[j, j2] = Σ_{n,r,v} factor[v, n, r, j2] factor[v, n, r, j]
 
@@ -343,8 +356,10 @@ LAYER = Layer(
     name="LayerNorm",
     module=torch.nn.LayerNorm,
     formula=(
-        "mean[n, r] = (Σ_{j} input[n, r, j]) / J; "
-        "centred[n, r, j] = input[n, r, j] − mean[n, r]; "
+        "shift[n, r] = (Σ_{j} input[n, r, j]) / J, held constant; "
+        "shifted[n, r, j] = input[n, r, j] − shift[n, r]; "
+        "mean[n, r] = (Σ_{j} shifted[n, r, j]) / J; "
+        "centred[n, r, j] = shifted[n, r, j] − mean[n, r]; "
         "variance[n, r] = (Σ_{j} centred[n, r, j]²) / J; "
         "rstd[n, r] = 1/sqrt(variance[n, r] + eps); "
         "normalised[n, r, j] = centred[n, r, j] rstd[n, r]; "
@@ -375,7 +390,6 @@ LAYER = Layer(
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "eps"), lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input", "eps"), lead=0),
             "block": Rule(weight_block, ("input", "eps")),
-            "averaged_block": Rule(weight_averaged_block, ("input", "eps")),
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
@@ -387,6 +401,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), kernel="bias_signed_sum_of_squares", lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
+            "output_sum": Rule(bias_output_sum, ()),
             "output_factor_expand": Rule(bias_output_factor_expand, ()),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),

@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..runtime.cost import Program, block_count, blocks, cheapest
+from ..extensions.reductions import REDUCTIONS
+from ..runtime.blocks import Blockwise
+from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, NodeCall, Rule
 
@@ -65,30 +67,15 @@ def weight_sample_squares_separated(factor: Tensor, input: Tensor) -> Tensor:
     return input.squeeze(1).square()[:, None, :] * factor.squeeze(2).square().sum(0)[:, :, None]
 
 
-def weight_sample_squares_per_sample(factor: Tensor, input: Tensor) -> Tensor:
-    """By the individual products, stored whole."""
-    return (factor.transpose(-2, -1) @ input).square().sum(0)
-
-
-def weight_sample_squares_blockwise(factor: Tensor, input: Tensor) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, O = factor.shape
-    I = input.shape[2]
-    total = factor.new_zeros(N, O, I)
-    for columns, samples in blocks(V, N, I * O):
-        total[samples] += (factor[columns, samples].transpose(-2, -1) @ input[samples]).square().sum(0)
-    return total
-
-
-@widened
-def weight_sample_squares(factor: Tensor, input: Tensor) -> Tensor:
+@cheapest
+def weight_sample_squares(factor: Tensor, input: Tensor) -> tuple[Program, ...]:
     """weight_sample_squares[n, o, i] = Σ_{v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     factor [V, N, R, O], input [N, R, I] → [N, O, I]. The cheapest program for the shapes.
     """
     V, N, R, O = factor.shape
     I = input.shape[2]
-    return cheapest(
+    return (
         Program(
             weight_sample_squares_separated,
             flops=I * N + I * N * O + 2 * N * O * V,
@@ -98,20 +85,14 @@ def weight_sample_squares(factor: Tensor, input: Tensor) -> Tensor:
             valid=R == 1,
         ),
         Program(
-            weight_sample_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], I * O),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=I * N * O + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
-            peak=I * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_sample_squares_blockwise,
-            flops=2 * I * N * O * V + 2 * I * N * O * R * V,
-            elements=I * N * O + I * N * R + N * O * R * V,
+            peak=I * O,
             calls=3 * block_count(V, N, I * O),
         ),
-    )(factor, input)
+    )
 
 
 def weight_signed_sample_squares_separated(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
@@ -121,33 +102,15 @@ def weight_signed_sample_squares_separated(factor: Tensor, sign: Tensor, input: 
     )
 
 
-def weight_signed_sample_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
-    """By the individual products, stored whole."""
-    return ((factor.transpose(-2, -1) @ input).square() * sign[:, :, None, None]).sum(0)
-
-
-def weight_signed_sample_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, O = factor.shape
-    I = input.shape[2]
-    total = factor.new_zeros(N, O, I)
-    for columns, samples in blocks(V, N, I * O):
-        total[samples] += (
-            (factor[columns, samples].transpose(-2, -1) @ input[samples]).square()
-            * sign[columns, samples][:, :, None, None]
-        ).sum(0)
-    return total
-
-
-@widened
-def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
+@cheapest
+def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor) -> tuple[Program, ...]:
     """weight_signed_sample_squares[n, o, i] = Σ_{v} sign[v, n] (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     factor [V, N, R, O], sign [V, N], input [N, R, I] → [N, O, I]. The cheapest program for the shapes.
     """
     V, N, R, O = factor.shape
     I = input.shape[2]
-    return cheapest(
+    return (
         Program(
             weight_signed_sample_squares_separated,
             flops=I * N + I * N * O + 3 * N * O * V,
@@ -157,20 +120,14 @@ def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor) ->
             valid=R == 1,
         ),
         Program(
-            weight_signed_sample_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], I * O),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=N * V + I * N * O + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
-            peak=I * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_signed_sample_squares_blockwise,
-            flops=2 * I * N * O * V + 2 * I * N * O * R * V,
-            elements=N * V + I * N * O + I * N * R + N * O * R * V,
+            peak=I * O,
             calls=3 * block_count(V, N, I * O),
         ),
-    )(factor, sign, input)
+    )
 
 
 @widened
@@ -187,35 +144,20 @@ def weight_squared_norm_separated(factor: Tensor, input: Tensor) -> Tensor:
     return input.squeeze(1).square().sum(1) * factor.squeeze(2).square().sum((0, 2))
 
 
-def weight_squared_norm_per_sample(factor: Tensor, input: Tensor) -> Tensor:
-    """By the individual products, stored whole."""
-    return (factor.transpose(-2, -1) @ input).square().sum((0, 2, 3))
-
-
-def weight_squared_norm_blockwise(factor: Tensor, input: Tensor) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, O = factor.shape
-    I = input.shape[2]
-    total = factor.new_zeros(N)
-    for columns, samples in blocks(V, N, I * O):
-        total[samples] += (factor[columns, samples].transpose(-2, -1) @ input[samples]).square().sum((0, 2, 3))
-    return total
-
-
 def weight_squared_norm_gram(factor: Tensor, input: Tensor) -> Tensor:
     """By the Gram matrices of both operands."""
     return (torch.einsum("vnro,vnRo->nrR", factor, factor) * (input @ input.transpose(-2, -1))).sum((1, 2))
 
 
-@widened
-def weight_squared_norm(factor: Tensor, input: Tensor) -> Tensor:
+@cheapest
+def weight_squared_norm(factor: Tensor, input: Tensor) -> tuple[Program, ...]:
     """weight_squared_norm[n] = Σ_{i,o,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     factor [V, N, R, O], input [N, R, I] → [N]. The cheapest program for the shapes.
     """
     V, N, R, O = factor.shape
     I = input.shape[2]
-    return cheapest(
+    return (
         Program(
             weight_squared_norm_separated,
             flops=N + 2 * I * N + 2 * N * O * V,
@@ -225,17 +167,11 @@ def weight_squared_norm(factor: Tensor, input: Tensor) -> Tensor:
             valid=R == 1,
         ),
         Program(
-            weight_squared_norm_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], I * O),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=N + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
-            peak=I * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_squared_norm_blockwise,
-            flops=2 * I * N * O * V + 2 * I * N * O * R * V,
-            elements=N + I * N * R + N * O * R * V,
+            peak=I * O,
             calls=3 * block_count(V, N, I * O),
         ),
         Program(
@@ -245,7 +181,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor) -> Tensor:
             scratch=4 * N * R**2 + I * N * R + N * O * R * V,
             calls=3,
         ),
-    )(factor, input)
+    )
 
 
 def weight_sum_of_squares_separated(factor: Tensor, input: Tensor) -> Tensor:
@@ -255,30 +191,15 @@ def weight_sum_of_squares_separated(factor: Tensor, input: Tensor) -> Tensor:
     return total.T @ values
 
 
-def weight_sum_of_squares_per_sample(factor: Tensor, input: Tensor) -> Tensor:
-    """By the individual products, stored whole."""
-    return (factor.transpose(-2, -1) @ input).square().sum((0, 1))
-
-
-def weight_sum_of_squares_blockwise(factor: Tensor, input: Tensor) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, O = factor.shape
-    I = input.shape[2]
-    total = factor.new_zeros(O, I)
-    for columns, samples in blocks(V, N, I * O):
-        total += (factor[columns, samples].transpose(-2, -1) @ input[samples]).square().sum((0, 1))
-    return total
-
-
-@widened
-def weight_sum_of_squares(factor: Tensor, input: Tensor) -> Tensor:
+@cheapest
+def weight_sum_of_squares(factor: Tensor, input: Tensor) -> tuple[Program, ...]:
     """weight_sum_of_squares[o, i] = Σ_{n,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     factor [V, N, R, O], input [N, R, I] → [O, I]. The cheapest program for the shapes.
     """
     V, N, R, O = factor.shape
     I = input.shape[2]
-    return cheapest(
+    return (
         Program(
             weight_sum_of_squares_separated,
             flops=I * N + 2 * I * N * O + 2 * N * O * V,
@@ -288,20 +209,14 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor) -> Tensor:
             valid=R == 1,
         ),
         Program(
-            weight_sum_of_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], I * O),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=I * O + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
-            peak=I * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_sum_of_squares_blockwise,
-            flops=2 * I * N * O * V + 2 * I * N * O * R * V,
-            elements=I * O + I * N * R + N * O * R * V,
+            peak=I * O,
             calls=3 * block_count(V, N, I * O),
         ),
-    )(factor, input)
+    )
 
 
 def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
@@ -311,33 +226,15 @@ def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: 
     return product.T @ values
 
 
-def weight_signed_sum_of_squares_per_sample(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
-    """By the individual products, stored whole."""
-    return ((factor.transpose(-2, -1) @ input).square() * sign[:, :, None, None]).sum((0, 1))
-
-
-def weight_signed_sum_of_squares_blockwise(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, O = factor.shape
-    I = input.shape[2]
-    total = factor.new_zeros(O, I)
-    for columns, samples in blocks(V, N, I * O):
-        total += (
-            (factor[columns, samples].transpose(-2, -1) @ input[samples]).square()
-            * sign[columns, samples][:, :, None, None]
-        ).sum((0, 1))
-    return total
-
-
-@widened
-def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
+@cheapest
+def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor) -> tuple[Program, ...]:
     """weight_signed_sum_of_squares[o, i] = Σ_{n,v} sign[v, n] (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     factor [V, N, R, O], sign [V, N], input [N, R, I] → [O, I]. The cheapest program for the shapes.
     """
     V, N, R, O = factor.shape
     I = input.shape[2]
-    return cheapest(
+    return (
         Program(
             weight_signed_sum_of_squares_separated,
             flops=I * N + 2 * I * N * O + 3 * N * O * V,
@@ -347,20 +244,14 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor) ->
             valid=R == 1,
         ),
         Program(
-            weight_signed_sum_of_squares_per_sample,
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], I * O),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=I * O + N * V + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
-            peak=I * N * O * V,
-            calls=3,
-        ),
-        Program(
-            weight_signed_sum_of_squares_blockwise,
-            flops=2 * I * N * O * V + 2 * I * N * O * R * V,
-            elements=I * O + N * V + I * N * R + N * O * R * V,
+            peak=I * O,
             calls=3 * block_count(V, N, I * O),
         ),
-    )(factor, sign, input)
+    )
 
 
 @widened
@@ -392,58 +283,42 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor) -> Tensor:
     )
 
 
-def weight_squared_deviations_per_sample(factor: Tensor, input: Tensor) -> Tensor:
-    """By the individual products, stored whole."""
-    N = factor.shape[1]
-    mean = torch.einsum("nri,vnro->voi", input, factor) / N
-    return torch.square((factor.transpose(-2, -1) @ input) - mean[:, None, :, :]).sum((0, 1))
-
-
-def weight_squared_deviations_blockwise(factor: Tensor, input: Tensor) -> Tensor:
-    """By the individual products, in blocks that stay in cache."""
-    V, N, _, O = factor.shape
-    I = input.shape[2]
-    mean = torch.einsum("nri,vnro->voi", input, factor) / N
-    total = factor.new_zeros(O, I)
-    for columns, samples in blocks(V, N, I * O):
-        total += torch.square(
-            (factor[columns, samples].transpose(-2, -1) @ input[samples]) - mean[columns][:, None, :, :]
-        ).sum((0, 1))
-    return total
-
-
-@widened
-def weight_squared_deviations(factor: Tensor, input: Tensor) -> Tensor:
+@cheapest
+def weight_squared_deviations(factor: Tensor, input: Tensor) -> tuple[Program, ...]:
     """weight_squared_deviations[o, i] = Σ_{n,v} (Σ_{r} factor[v, n, r, o] input[n, r, i] − mean_n)²
 
     factor [V, N, R, O], input [N, R, I] → [O, I]. The cheapest program for the shapes.
     """
     V, N, R, O = factor.shape
     I = input.shape[2]
-    return cheapest(
+    return (
         Program(
             weight_squared_deviations_centred,
             flops=I * O + 3 * I * N + 6 * N * O + 6 * I * N * O,
             elements=I * O + I * N * R + N * O * R * V,
             scratch=3 * I + 4 * O + 6 * I * O + 8 * I * N + 14 * N * O - I * N * R - N * O * R * V,
-            calls=10 + 3,
+            calls=13,
             valid=R == 1 and V == 1,
         ),
         Program(
-            weight_squared_deviations_per_sample,
-            flops=2 * I * N * O * V + 4 * I * N * O * R * V,
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], I * O),
+            flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=I * O + I * N * R + N * O * R * V,
-            scratch=I * N * R + 2 * I * O * V + N * O * R * V + 4 * I * N * O * V,
-            peak=I * N * O * V,
-            calls=1 + 3,
+            scratch=4 * I * N * O * V,
+            peak=I * O,
+            calls=3 * block_count(V, N, I * O),
         ),
-        Program(
-            weight_squared_deviations_blockwise,
-            flops=2 * I * N * O * V + 4 * I * N * O * R * V,
-            elements=I * O + I * N * R + N * O * R * V,
-            calls=1 + 3 * block_count(V, N, I * O),
-        ),
-    )(factor, input)
+    )
+
+
+@widened
+def weight_output_sum(factor: Tensor) -> Tensor:
+    """weight_output_sum[v, n, o] = Σ_{r} factor[v, n, r, o]
+
+    factor [V, N, R, O] → [V, N, 1, O]
+    """
+    V, N, _, O = factor.shape
+    return (factor.sum(2)).reshape(V, N, 1, O)
 
 
 @widened
@@ -472,6 +347,16 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [R, O, R, O] → [O, O]
     """
     return averaged.sum((0, 2))
+
+
+@widened
+def weight_input_sum(input: Tensor) -> Tensor:
+    """weight_input_sum[n, i] = Σ_{r} input[n, r, i]
+
+    input [N, R, I] → [N, 1, I]
+    """
+    N, _, I = input.shape
+    return (input.sum(1)).reshape(N, 1, I)
 
 
 @widened
@@ -620,9 +505,11 @@ LAYER = Layer(
             ),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input",), kernel="weight_diagonal_sum", lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input",), lead=0),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
+            "input_sum": Rule(weight_input_sum, ("input",)),
             "input_factor_expand": Rule(weight_input_factor_expand, ("input",)),
             "input_factor_reduce": Rule(weight_input_factor_reduce, ("input",)),
             "input_factor_backpack": Rule(weight_input_factor_backpack, ("input",)),
@@ -637,6 +524,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(bias_signed_sum_of_squares, (), kernel="bias_signed_sum_of_squares", lead=0),
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
+            "output_sum": Rule(weight_output_sum, ()),
             "output_factor_expand": Rule(weight_output_factor_expand, ()),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),

@@ -173,24 +173,6 @@ def weight_block(factor: Tensor, input: Tensor) -> Tensor:
     )
 
 
-@widened
-def weight_averaged_block(averaged: Tensor, input: Tensor) -> Tensor:
-    """weight_averaged_block[c, c2] = Σ_{n,s,s2} (0 if input[n, c, s] > 0, else input[n, c, s]) (0 if input[n, c2, s2]
-        > 0, else input[n, c2, s2]) averaged[c, s, c2, s2] / N
-
-    averaged [C, S, C, S], input [N, C, S] → [C, C]
-    """
-    N = input.shape[0]
-    return (
-        torch.einsum(
-            "ncs,Ccsn->cC",
-            torch.where(input > 0, input.new_tensor(0.0), input),
-            torch.einsum("csCS,nCS->Ccsn", averaged, torch.where(input > 0, input.new_tensor(0.0), input)),
-        )
-        / N
-    )
-
-
 LAYER = Layer(
     name="PReLU",
     module=torch.nn.PReLU,
@@ -220,7 +202,6 @@ LAYER = Layer(
             "diagonal_sum": Rule(weight_diagonal_sum, ("input",), lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input",), lead=0),
             "block": Rule(weight_block, ("input",)),
-            "averaged_block": Rule(weight_averaged_block, ("input",)),
         },
     },
     approximation="expand",

@@ -20,7 +20,7 @@ def vjp(factor: Tensor, output: Tensor) -> Tensor:
 
     factor [V, N, J], output [N, J] → [V, N, J]
     """
-    return (output > 0).to(output.dtype) * factor
+    return torch.ops.aten.threshold_backward(factor, output, 0)
 
 
 @widened
@@ -29,7 +29,7 @@ def diagonal(curvature: Tensor, output: Tensor) -> Tensor:
 
     curvature [N, J], output [N, J] → [N, J]
     """
-    return curvature * (output > 0).to(curvature.dtype)
+    return torch.ops.aten.threshold_backward(curvature, output, 0)
 
 
 @widened

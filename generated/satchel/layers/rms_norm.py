@@ -191,17 +191,6 @@ def weight_block(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     )
 
 
-@widened
-def weight_averaged_block(averaged: Tensor, input: Tensor, eps: float) -> Tensor:
-    """weight_averaged_block[j, j2] = Σ_{n,r,r2} averaged[r, j, r2, j2] normalised[n, r, j] normalised[n, r2, j2] / N
-
-    averaged [R, J, R, J], input [N, R, J] → [J, J]
-    """
-    N = input.shape[0]
-    normalised = normalised_from(input, eps)
-    return torch.einsum("nrj,Jnrj->jJ", normalised, torch.einsum("nRJ,rjRJ->Jnrj", normalised, averaged)) / N
-
-
 LAYER = Layer(
     name="RMSNorm",
     module=torch.nn.RMSNorm,
@@ -236,7 +225,6 @@ LAYER = Layer(
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "eps"), lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input", "eps"), lead=0),
             "block": Rule(weight_block, ("input", "eps")),
-            "averaged_block": Rule(weight_averaged_block, ("input", "eps")),
         },
     },
     ranks={

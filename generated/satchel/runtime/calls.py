@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,11 @@ class Call(ABC):
 
     record: Record
     parameters: Mapping[str, Tensor]
+
+    @property
+    @abstractmethod
+    def outputs(self) -> Collection[int]:
+        """The numbers of the outputs that the parameters are in."""
 
     @abstractmethod
     def factor(self, columns: Mapping[int, Tensor]) -> Tensor:
@@ -71,6 +76,10 @@ class Call(ABC):
 @dataclass(frozen=True)
 class ByRules(Call):
     """A call of a definition, which is linear in its parameters."""
+
+    @property
+    def outputs(self) -> tuple[int]:
+        return (self.record.output_nr,)
 
     def at_output(self, tensor: Tensor, lead: int) -> Tensor:
         """A tensor [*lead, *node] as what the rules take."""

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .averaged import needed_bytes, start_of, sweep_averaged
+from .averaged import Pair, averaged_quantities, needed_bytes, start_of, sweep_averaged
 from .axes import canonical_shape, extents
 from .calls import Call
 from .demand import CURVATURE, SECOND_ORDER, Demand, Source
@@ -28,7 +28,6 @@ from .errors import (
     NotTwiceDifferentiable,
     OperandDifferentiated,
     SequentialReuse,
-    SharedByKinds,
     TargetRefused,
     UnsupportedOption,
 )
@@ -42,8 +41,8 @@ from .rules import Layer, Need, registry
 from .second import is_twice_differentiable
 from .settings import current
 from .subsampling import quantities_of
-from .sweep import at_edge, chunks, sweep
-from .uses import PER_SAMPLE, Use, joinable, quantities, summed
+from .sweep import AT_ONCE, at_edge, chunks, sweep
+from .uses import PER_SAMPLE, Use, summed
 
 #: Takes a quantity of a parameter, and the source that it comes from, and adds it to what is there.
 Accumulate: TypeAlias = Callable[[Tensor, Source, dict[Need, Tensor]], None]
@@ -186,9 +185,6 @@ def check_plan(plan: Plan, demand: Demand, samples: int, flags: Sequence[Flag]) 
     for places in plan.uses.values():
         if RESIDUAL in sources and (use := _mixed_without_rule(plan, places)) is not None:
             raise SequentialReuse(use.record.where, use.name, demand.features(layers, "residual"))
-        using = uses_of(places)
-        if AVERAGED in sources and len(using) > 1 and not joinable(using):
-            raise SharedByKinds([use.record.where for use in using], using[0].name, "averaged_factor")
     for extension in demand.extensions:
         extension.check(samples)
     limit = current().memory_limit
@@ -214,15 +210,12 @@ def _refuse_second_order(step: Step, samples: int, features: list[str]) -> None:
 def _mixed_without_rule(plan: Plan, places: Sequence[Place]) -> Use | None:
     """A use with another below it whose ∂²y/∂θ∂x is not zero and cannot be had from its rules."""
     nodes = {place.step.node for place in places}
-    for use, place in zip(uses_of(places), places, strict=True):
+    for place in places:
+        use = place.use
         reads_output = use.layer.mixed and "output" in use.layer.parameters[use.name][PER_SAMPLE].operands
         if reads_output and not plan.below(place.step.node).isdisjoint(nodes):
             return use
     return None
-
-
-def uses_of(places: Sequence[Place]) -> list[Use]:
-    return [Use(place.call.record, place.name) for place in places]
 
 
 def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> None:
@@ -240,11 +233,9 @@ def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> Non
         _residual(start, plan, demand, shared, accumulate)
     if averaged and exact is not None:
 
-        def visit(places: Sequence[Place], matrix: Tensor) -> None:
-            uses = uses_of(places)
-            needs = {need.quantity: need for need in demand.needs([use.layer for use in uses], AVERAGED)}
-            found = quantities(uses, needs, matrix)
-            accumulate(places[0].parameter, AVERAGED, {needs[name]: value for name, value in found.items()})
+        def visit(parameter: Tensor, pairs: Sequence[Pair]) -> None:
+            needs = demand.needs((pair.one.use.layer for pair in pairs), AVERAGED)
+            accumulate(parameter, AVERAGED, averaged_quantities(pairs, needs))
 
         sweep_averaged(plan, start.edge, start_of(exact, start.samples), start.samples, visit)
 
@@ -258,7 +249,7 @@ def _columns(
     size = factor.shape[0] if limit is None else limit // max(per_column, 1)
     for columns in chunks(factor, size):
         gathered = _Gathered(source, demand, shared, accumulate)
-        sweep(plan, {edge: columns}, gathered.visit)
+        sweep(plan, {edge: columns}, gathered.visit, None if shared else AT_ONCE)
         gathered.finish()
 
 
@@ -282,7 +273,8 @@ def _residual(start: Start, plan: Plan, demand: Demand, shared: set[int], accumu
             continue
         for call, parameter, pullback, signs in parameter_terms(plan, step, at_uses[step.node], limit):
             needs = demand.needs([call.record.definition], RESIDUAL)
-            accumulate(parameter, RESIDUAL, {need: reductions[need.quantity](pullback, signs) for need in needs})
+            found = {need: reductions[need.quantity].function(pullback, signs) for need in needs}
+            accumulate(parameter, RESIDUAL, found)
 
 
 class _Gathered:

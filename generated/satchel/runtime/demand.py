@@ -66,5 +66,7 @@ class Demand:
 
 #: Kinds of columns that start at an extended loss.
 CURVATURE = ("exact", "mc", "residual", "diagonal", "averaged")
+#: Those that arise only below a layer that is curved itself.
+RESIDUALS = ("residual", "diagonal")
 #: Kinds that need second derivatives of whatever they pass: a node without definition must be linear.
-SECOND_ORDER = ("residual", "diagonal", "averaged")
+SECOND_ORDER = (*RESIDUALS, "averaged")

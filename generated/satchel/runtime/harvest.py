@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .demand import Demand, Source, source
+from .demand import RESIDUALS, Demand, Source, source
 from .errors import FieldMissing
 from .extension import Extension
 from .fields import Owner
 from .record import Record
-from .rules import Layer, Need, Sizes
+from .rules import Need, Sizes
 from .subsampling import quantities_of
 from .uses import PER_SAMPLE, Use
 
@@ -68,12 +68,8 @@ class Harvest:
         self._owner.lend([tensor for use in uses for tensor in use.record.tensors.values()])
         for extension in self.extensions(uses):
             with torch.set_grad_enabled(graph and extension.differentiable):
-                q = self._asked(extension, uses[0].layer, results)
-                try:
-                    value = extension.value(q, sizes)
-                except KeyError as error:  # no sweep has come by
-                    raise FieldMissing(uses[0].record.where, uses[0].name, [extension.name]) from error
-                self._owner.set(parameter, extension.field, value)
+                q = self._asked(extension, uses, results)
+                self._owner.set(parameter, extension.field, extension.value(q, sizes))
         return uses
 
     def extensions(self, uses: Sequence[Use]) -> list[Extension]:
@@ -96,9 +92,14 @@ class Harvest:
         return {(INPUT, need): tensor for need, tensor in found.items()}
 
     def _asked(
-        self, extension: Extension, layer: Layer, results: dict[tuple[Source, Need], Tensor]
+        self, extension: Extension, uses: Sequence[Use], results: dict[tuple[Source, Need], Tensor]
     ) -> dict[str, Tensor]:
         """What a feature asked for, by name; residuals that never arose are absent. Only its graph is kept."""
-        keys = {need.quantity: (source(extension, need), need) for need in extension.needs(layer)}
-        q = {name: results[key] for name, key in keys.items() if key in results}
+        q: dict[str, Tensor] = {}
+        for need in extension.needs(uses[0].layer):
+            key = source(extension, need), need
+            if key in results:
+                q[need.quantity] = results[key]
+            elif need.source not in RESIDUALS and all(use.offers(need.quantity) for use in uses):
+                raise FieldMissing(uses[0].record.where, uses[0].name, [extension.name])  # no sweep has come by
         return q if torch.is_grad_enabled() else {name: tensor.detach() for name, tensor in q.items()}

@@ -178,6 +178,10 @@ class Record(_Kept):
         shape = self._layout(axes, tuple(parameter.shape)).canonical_shape(tuple(parameter.shape))
         return parameter if shape is None else parameter.reshape(shape)
 
+    def called(self, parameter: str) -> str:
+        """What its module calls a parameter of the definition."""
+        return parameter
+
     def touch(self, name: str) -> None:
         """Refuse an operand that was overwritten or freed."""
         if name in ("input", "output"):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -225,9 +225,27 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Registry:
-    """Everything that is defined. `reductions` give a quantity from a materialised per_sample [V, N, *p].
+class Reduction:
+    """A quantity from the total, over the uses of a parameter, of one that adds.
 
+    of:        the additive quantity
+    function:  its total, then signs [V, N] or the number of `positions`, where the formula reads these → the quantity
+    over:      how the values of blocks of samples combine: "columns" if each belongs to a sample, so that they stand side by side;
+               "samples" if they add; "deviations" if each is Σ (T − mean_n T)², and they are merged
+    """
+
+    of: str
+    function: Callable[..., Tensor]
+    over: Literal["columns", "samples", "deviations"] = "samples"
+    signed: bool = False
+    positions: bool = False
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Everything that is defined. A quantity without one of the `reductions` adds over the uses of a parameter.
+
+    `factors` are the quantities of a Kronecker structure, which all uses must share.
     `passing` are modules without parameters that are piecewise linear: torch's own backward passes every factor.
     """
 
@@ -235,7 +253,8 @@ class Registry:
     passing: tuple[type[nn.Module], ...]
     losses: tuple[Loss, ...]
     extensions: tuple[type[Extension], ...]
-    reductions: Mapping[str, Callable[..., Tensor]]
+    reductions: Mapping[str, Reduction]
+    factors: frozenset[str]
     composites: tuple[Composite, ...] = ()
     operations: tuple[Operation, ...] = ()
 

@@ -11,7 +11,7 @@ import torch
 from torch.autograd.graph import Node
 
 from .context import backpack
-from .curvature import AVERAGED, RESIDUAL, refuse_option, uses_of
+from .curvature import AVERAGED, RESIDUAL, refuse_option
 from .demand import CURVATURE, SECOND_ORDER, Demand
 from .errors import CheckpointedRegion, MemoryLimit, SatchelError, SharedByKinds, SparseGradient, UnsupportedModule
 from .flags import Flag, first_raised
@@ -24,7 +24,7 @@ from .rules import registry
 from .second import is_linear
 from .settings import current
 from .torch_private import has_sparse_gradient, is_python_function, is_reentrant_checkpoint
-from .uses import BLOCKS, PER_SAMPLE, Use, joinable
+from .uses import BLOCK, Use, alike
 
 
 def check(
@@ -65,6 +65,8 @@ def check(
             ordered = _ordered(plan, context.demand)
             if ordered:
                 found = Probe(plan, start, count, ordered).run()
+    _refuse_blocks(plan, context.demand)
+    _refuse_kinds(plan, context.demand)
     return plan, count, found.flags
 
 
@@ -140,30 +142,35 @@ def _refuse_undefined(plan: Plan, context: backpack) -> None:
         for name in call.parameters:
             use = Use(record, name)
             lacking = [e.name for e in context.demand.extensions if not use.serves(e)]
-            blocks = [
-                e.name for e in context.demand.extensions if any(need.quantity in BLOCKS for need in e.needs(use.layer))
-            ]
-            limit = current().matrix_bytes
-            if blocks and not lacking and not use.offers("output_factor_expand") and use.block_bytes() > limit:
-                raise MemoryLimit(blocks, f"the exact block of {record.parameter_name!r}", use.block_bytes(), limit)
             if lacking:
                 error = UnsupportedModule(record.owner, record.parameter_name, record.node_name, lacking, supported)
                 if context.strict:
                     raise error
                 warnings.warn(str(error), stacklevel=2)
+
+
+def _refuse_blocks(plan: Plan, demand: Demand) -> None:
+    """Refuse the exact curvature of a parameter that is too large for it."""
+    limit = current().matrix_bytes
+    for use in (place.use for places in plan.uses.values() for place in places):
+        asking = [e for e in demand.extensions if any(need.quantity == BLOCK for need in e.needs(use.layer))]
+        features = [extension.name for extension in asking if use.offers(BLOCK) and use.serves(extension)]
+        if features and use.block_bytes() > limit:
+            where = f"{use.record.where}, the exact block of {use.record.called(use.name)!r}"
+            raise MemoryLimit(features, where, use.block_bytes(), limit)
+
+
+def _refuse_kinds(plan: Plan, demand: Demand) -> None:
+    """Of uses that have no Kronecker structure in common, only what individual pullbacks give is defined."""
     for places in plan.uses.values():
-        uses = uses_of(places)
-        if len(uses) > 1 and not joinable(uses):
-            _refuse_unjoinable(uses, context.demand)
-
-
-def _refuse_unjoinable(uses: Sequence[Use], demand: Demand) -> None:
-    """Of uses that are not more positions of one, only what individual pullbacks give is defined."""
-    pulled = {PER_SAMPLE, *registry().reductions}
-    for extension in demand.extensions:
-        needs = {need.quantity for need in extension.needs(uses[0].layer) if need.source != "diagonal"} - pulled
-        if needs and all(use.serves(extension) for use in uses):
-            raise SharedByKinds([use.record.where for use in uses], uses[0].name, sorted(needs)[0], [extension.name])
+        uses = [place.use for place in places]
+        if len(uses) < 2 or alike(uses):
+            continue
+        for extension in demand.extensions:
+            asked = {need.quantity for use in uses for need in extension.needs(use.layer) if use.offers(need.quantity)}
+            factors = sorted(asked & registry().factors)
+            if factors and all(use.serves(extension) for use in uses):
+                raise SharedByKinds([use.record.where for use in uses], uses[0].name, factors[0], [extension.name])
 
 
 def _warn_of_cost(plan: Plan) -> None:

@@ -8,36 +8,72 @@ Autograd runs a node after all its consumers, and so does a plan: what the consu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 
 from torch import Tensor
 
 from .calls import Call
 from .evaluate import evaluate
+from .memory import FRESH
 from .passing import edge_shape, pull
 from .plan import Plan, Step
 from .record import Edge, Record
 
+#: Bytes of columns at a step from which on fewer at a time are faster: they stay in cache, and `malloc` reuses their memory.
+AT_ONCE = FRESH // 2
 
-def sweep(plan: Plan, start: Mapping[Edge, Tensor], visit: Callable[[Call, Tensor], None]) -> None:
+
+def sweep(
+    plan: Plan, start: Mapping[Edge, Tensor], visit: Callable[[Call, Tensor], None], at_once: int | None = None
+) -> None:
     """Pass columns [V, *edge] from the edges of `start`; `visit` gets whatever uses wanted parameters, and its factor.
 
-    The columns are those of one space, so what arrives at an edge twice is summed.
+    The columns are those of one space, so what arrives at an edge twice is summed. at_once: bytes; from a step on that would hold
+    more, ranges of the columns are passed one after the other, each to the bottom.
     """
-    live = dict(start)
-    for step in plan.steps:
+    _descend(plan, 0, dict(start), visit, at_once)
+
+
+def _descend(
+    plan: Plan,
+    first: int,
+    live: dict[Edge, Tensor],
+    visit: Callable[[Call, Tensor], None],
+    at_once: int | None,
+) -> None:
+    for number in range(first, len(plan.steps)):
+        step = plan.steps[number]
         columns = take(live, step)
         if not columns:
             continue
+        count = _fewer(step, columns, at_once)
+        if count is not None:
+            live |= {(step.node, output): factor for output, factor in columns.items()}
+            for parts in zip(*(factor.split(count) for factor in live.values()), strict=True):
+                _descend(plan, number, dict(zip(live, parts, strict=True)), visit, at_once)
+            return
         for call in step.calls:
             visit(call, call.factor(columns))
         add(live, pass_step(step, columns))
 
 
+def _fewer(step: Step, columns: Mapping[int, Tensor], at_once: int | None) -> int | None:
+    """How many columns are to pass a step at a time, if these are too many."""
+    some = next(iter(columns.values()))
+    edges = [*((step.node, number) for number in columns), *(edge for _, edge in step.inputs)]
+    each = sum(prod(edge_shape(edge)) for edge in edges) * some.element_size()
+    if at_once is None or len(some) < 2 or len(some) * each <= at_once:
+        return None
+    return max(1, at_once // each)
+
+
 def pass_step(step: Step, columns: Mapping[int, Tensor]) -> dict[Edge, Tensor]:
     """Columns [V, *output] by output number → Jᵀ of them [V, *input] by edge."""
     record = step.record
+    if not step.inputs:
+        return {}
     if record is None:
-        return pull(step, columns) if step.inputs else {}
+        return pull(step, columns)
     layer = record.definition
     if layer.vjp is None:  # the input is not differentiable
         return {}

@@ -22,6 +22,27 @@ VIEWS = (
     "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
 )  # fmt: skip
 
+#: Nodes whose output holds all elements of their one input in the same order.
+RESHAPING = ("UnsafeViewBackward0", "ViewBackward0")
+
+#: Nodes that take the entries of the first axis one by one, unless that is an axis which they have saved by name.
+ROWWISE = frozenset(
+    f"{name}Backward{k}"
+    for k, names in enumerate((
+        # elementwise
+        "Abs Add Alias Clone Div Elu Exp Expm1 Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Log Log1P LogSigmoid Mish Mul NativeDropout "
+        "Neg Pow Reciprocal Relu Rsqrt Sigmoid Silu Softplus Softshrink Sqrt Sub Tanh Threshold ToCopy "
+        # by samples and channels
+        "AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D AvgPool2D AvgPool3D MaxPool2DWithIndices "
+        "MaxPool3DWithIndices ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D "
+        "UpsampleBicubic2D UpsampleBilinear2D UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleTrilinear3D "
+        # along the axes that they have saved
+        "Bmm Cat Expand LogSoftmax Permute Select Slice Softmax Split SplitWithSizes Transpose Unbind UnsafeSplit Unsqueeze",
+        "Mean Pow Squeeze Sum",
+    ))
+    for name in names.split()
+)  # fmt: skip
+
 
 def graph_task() -> int:
     """Number of the backward that runs in this thread, -1 outside."""
@@ -112,6 +133,25 @@ def normalised_shape(node: Node) -> tuple[int, ...] | None:
     if getattr(node, "_saved_training", False) is not True:
         return None
     return tuple(node._saved_input.shape)  # type: ignore[attr-defined]
+
+
+def keeps_rows(node: Node, before: Sequence[int], after: Sequence[int]) -> bool:
+    """Whether entries of the first axis of an input of shape `before` are computed to those of an output of shape `after`, one by one."""
+    if node.name() not in ROWWISE or not before or not after or before[0] != after[0]:
+        return False
+    first = {0, -len(before), -len(after)}
+    axes = [saved(node, name) for name in ("dim", "dim0", "dim1")]
+    touched = {
+        _signed(axis) for some in axes if some is not None for axis in (some if isinstance(some, tuple) else (some,))
+    }
+    order = saved(node, "dims")
+    aligned = len(before) == len(after) or bool(touched)  # otherwise a smaller operand is broadcast from the last axis
+    return aligned and first.isdisjoint(touched) and (order is None or _signed(order[0]) in first)
+
+
+def _signed(axis: int) -> int:
+    """torch shows a negative axis as an unsigned number."""
+    return axis - (1 << 64) if axis >> 63 else axis
 
 
 def saved(node: Node, name: str) -> Any:

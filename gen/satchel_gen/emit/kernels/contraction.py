@@ -295,16 +295,12 @@ def _loop(plan: Plan, batch: Group | None, split: bool, narrow: bool) -> str:
 
 
 def _epilogue(program: Contraction, starts: Mapping[Read, str]) -> list[str]:
+    """What follows a sum. Where steps of plain sums add up, nothing does: they go on in one accumulator."""
     value = "product" if program.accumulate else "total"
     result = f"{value} * {value}" if program.square_epilogue else value
     if program.weight is None:
-        return (
-            [f"total += {result}"]
-            if program.accumulate
-            else ["total = total * total"]
-            if program.square_epilogue
-            else []
-        )
+        add = "+= " if program.accumulate else "= "
+        return [f"total {add}{result}"] if program.square_epilogue else []
     program.require(bool(program.accumulate), "a weight needs axes to accumulate over")
     batch = {axis for axis in program.out if axis in program.a.axes and axis in program.b.axes}
     program.require(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sympy import Expr, Symbol
+from sympy import Expr, Pow, Symbol
 
 from ...lowering.programs import Axes, Read, Resident, Stage
+from ...notation import Extent
 from ..triton_axes import Group, Names, decode, offset, plus, product, scaled, used
 from ..triton_expr import Lines, TritonPrinter, hoist
 from .context import (
@@ -38,6 +40,15 @@ class Sections:
     parts: dict[Expr, Expr] = field(default_factory=dict)
     fixed: dict[Expr, str] = field(default_factory=dict)
 
+    def divide_once(self, exprs: Iterable[Expr]) -> None:
+        """Division by an extent as a product with its inverse: an inlined float64 division costs time and registers."""
+        inverses = {
+            part for expr in exprs for part in expr.atoms(Pow) if isinstance(part.base, Extent) and part.exp == -1
+        }
+        for inverse in sorted(inverses, key=str):
+            self.parts[inverse] = Symbol(self._fixed(inverse))
+        self.before += self.printer.lines.statements
+
     def depends(self, expr: Expr, on: set[str]) -> bool:
         return bool({str(symbol) for symbol in expr.free_symbols} & on)
 
@@ -66,7 +77,7 @@ class Sections:
         if moving:
             lines.statements = []
             known = {part: Symbol(name) for part, name in self.fixed.items()}
-            expr = hoist(expr.xreplace(known), frozenset(self.moving | {"total"}), self._fixed)
+            expr = hoist(expr.xreplace(known), frozenset(self.moving | {"total"}), self._fixed, frozenset(self.along))
             self.before += lines.statements
         lines.statements = []
         code = self.printer.statements(expr)
@@ -130,6 +141,7 @@ def resident(definition: str, program: Resident) -> Context:
         along={read.symbol for read in program.reads if set(read.axes) & set(row)},
         moving={read.symbol for read in whole},
     )
+    sections.divide_once([*(stage.expr for stage in program.stages), program.expr])
     for read in program.reads:
         (sections.inside if read in whole else sections.before).append(load(read))
     for stage in program.stages:
