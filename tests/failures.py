@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import FEATURES, SECOND_ORDER
+from conftest import AVERAGED, FEATURES
 from satchel import backpack, extend
 from satchel.extensions import (
     BatchGrad,
@@ -24,7 +24,7 @@ x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
 FIRST_ORDER = [BatchGrad, BatchL2Grad, SumGradSquared, Variance]
 CURVATURE = [feature for feature in FEATURES if feature not in FIRST_ORDER]
 #: Features made of individual pullbacks, which every differentiable use of a parameter has.
-PULLED = [f for f in FEATURES if f.__name__ not in SECOND_ORDER]
+PULLED = [f for f in FEATURES if f.__name__ not in AVERAGED]
 KEPT = torch.zeros(())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
 from cases import Wired
@@ -150,6 +151,45 @@ def weight_norm() -> nn.Module:
     )
 
 
+def scaled_again() -> nn.Module:
+    """A factor with itself below, by way of elementwise functions and of a mixing one."""
+
+    def wire(m: Any, x: Tensor) -> Tensor:
+        h = torch.sin(m.a(x) * m.p.value)
+        return m.b((h.cumsum(2) * m.p.value + m.p.value).mean(1))
+
+    return Wired(wire, a=nn.Linear(4, 5), p=Embedded(5), b=nn.Linear(5, 3))
+
+
+def affine() -> nn.Module:
+    """Weight and bias are parts of one parameter."""
+    return Wired(
+        lambda m, x: m.b(torch.tanh(F.linear(x, m.p.value[:, :4], m.p.value[:, 4])).mean(1)),
+        p=Embedded(5, 5),
+        b=nn.Linear(5, 3),
+    )
+
+
+def positive() -> nn.Module:
+    """A weight that is computed from the parameter and used twice in a row."""
+
+    def wire(m: Any, x: Tensor) -> Tensor:
+        w = F.softplus(m.p.value)
+        return m.b(torch.tanh(F.linear(torch.tanh(F.linear(x, w)), w)).mean(1))
+
+    return Wired(wire, p=Embedded(4, 4), b=nn.Linear(4, 3))
+
+
+def attention_twice() -> nn.Module:
+    def wire(m: Any, x: Tensor) -> Tensor:
+        h = m.a(x)
+        for _ in range(2):
+            h = h + m.attention(h, h, h, need_weights=False)[0]
+        return h.mean(1)
+
+    return Wired(wire, a=nn.Linear(4, 4), attention=nn.MultiheadAttention(4, 2, batch_first=True))
+
+
 def layer_norm() -> nn.Module:
     return Wired(
         lambda m, x: m.b(m.norm(m.a(x)).flatten(1)), a=nn.Linear(4, 5), norm=nn.LayerNorm(5), b=nn.Linear(T * 5, 3)
@@ -204,6 +244,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "product": product,
     "from the left": from_left,
     "nothing else": nothing_else,
+    "scaled again": scaled_again,
+    "affine": affine,
+    "positive": positive,
     "weight norm": weight_norm,
     "layer norm": layer_norm,
     "tied autoencoder": tied_autoencoder,
@@ -213,6 +256,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "GPT": GPT,
     **{f"attention{' batch first' * b}": attention(b) for b in (False, True)},
     "attention without bias": attention(True, bias=False),
+    "attention twice": attention_twice,
     **{f"cross attention{' batch first' * b}": cross(b) for b in (False, True)},
     "cross attention kdim": cross(True, kdim=3, vdim=3),
     **{f"encoder{' batch first' * b}{' norm first' * f}": encoder(b, f) for b in (False, True) for f in (False, True)},
@@ -224,6 +268,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     **{f"LSTM of two layers{', batch first' * b}": recurrent(nn.LSTM, b, num_layers=2) for b in (False, True)},
     "GRU both ways": recurrent(nn.GRU, True, bidirectional=True),
 }
+
+#: Where a layer or a nonlinear operation has other axes in front of the batch, which second derivatives want first.
+MOVED = {"packed", "sequence first", "from the left", "attention", "cross attention", "encoder", "encoder norm first"}
 
 
 def built(name: str) -> Any:
@@ -245,7 +292,9 @@ def targets(name: str, x: Tensor) -> Tensor:
 @cache
 def reference(name: str, samples: int, positions: int, reduction: str) -> Reference:
     x = inputs(samples, positions)
-    return Reference(built(name), [x], [contributions(nn.CrossEntropyLoss(reduction=reduction), targets(name, x))])
+    losses = [contributions(nn.CrossEntropyLoss(reduction=reduction), targets(name, x))]
+    with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
+        return Reference(built(name), [x], losses)
 
 
 def check(

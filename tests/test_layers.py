@@ -14,8 +14,10 @@ from cases import Case, Network, drawn
 from conftest import DEFINITIONS, FEATURES, KERNELS, LAYERS, LOSSES, Agree, Pass, is_sampled, label, module_class
 from reference import jacobian
 from satchel import extend
-from satchel.runtime.averaged import averaged_quantities
+from satchel.runtime.averaged import Pair, averaged_quantities
+from satchel.runtime.calls import ByRules
 from satchel.runtime.evaluate import evaluate
+from satchel.runtime.plan import Place, Step
 from satchel.runtime.record import Record, layer_record
 from satchel.runtime.rules import Need
 from satchel.runtime.uses import BLOCK, Use, quantities
@@ -160,9 +162,10 @@ def test_quantities(definition: Any, example: Any) -> None:
                 same(quantities([d], [quantity], lead=0)[quantity], wanted.sum(over) if over else wanted)
                 checked.add(quantity)
         if BLOCK in offered:
-            size, use, need = call.y[0].numel(), Use(record, name), Need("averaged", BLOCK)
+            size, need = call.y[0].numel(), Need("averaged", BLOCK)
             G = torch.randn(size, size, dtype=torch.float64)
-            pair = (use, use, G.reshape(*record.canonical_output[1:] * 2))
+            place = Place(Step(call.y.grad_fn, record, ()), ByRules(record, {name: parameter}), name)
+            pair = Pair(place, place, (record.output_nr, record.output_nr), G)
             same(averaged_quantities([pair], [need])[need], torch.einsum("nyp,yz,nzq->pq", J, G, J) / N)
     assert not list(call.module.parameters()) or {"per_sample", "sum_of_squares", "squared_norm"} <= checked
 

@@ -15,7 +15,7 @@ from conftest import Agree
 from parameters import N, built, inputs, reference, targets
 from reference import jacobian
 from satchel import backpack, extend
-from satchel.extensions import KFAC, KFLR, DiagGGNMC
+from satchel.extensions import KFAC, KFLR, KFRA, DiagGGNMC
 
 
 class LinearMaps:
@@ -119,8 +119,8 @@ def test_kronecker_factors(name: str, approximation: str, samples: int, agree: A
     agree({key: p.kflr for key, p in model.named_parameters()}, wanted)
 
 
-def test_sampled_factors_are_of_one_sample() -> None:
-    """KFAC and DiagGGNMC of functional uses are those of the same network in modules."""
+def test_functions_are_as_modules() -> None:
+    """What is drawn, and the averaged curvature, of functional uses are those of the same network in modules."""
     x = inputs(N)
     twin = Wired(
         lambda m, x: m.b(torch.tanh(m.p(x)).mean(1)), p=nn.Linear(4, 5, bias=False), b=nn.Linear(5, 3)
@@ -131,9 +131,10 @@ def test_sampled_factors_are_of_one_sample() -> None:
             ours.copy_(theirs)
     for network in (extend(model), extend(twin)):
         generator = torch.Generator().manual_seed(3)
-        with backpack(KFAC(mc_samples=2, generator=generator), DiagGGNMC(mc_samples=2, generator=generator)):
+        with backpack(KFAC(mc_samples=2, generator=generator), DiagGGNMC(mc_samples=2, generator=generator), KFRA()):
             extend(nn.CrossEntropyLoss())(network(x), targets("functional", x)).backward()
     for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(theirs.kfac, ours.kfac)
+        torch.testing.assert_close(theirs.kfra, ours.kfra)
         torch.testing.assert_close(theirs.diag_ggn_mc, ours.diag_ggn_mc)
         torch.testing.assert_close(theirs.grad, ours.grad)

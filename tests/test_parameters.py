@@ -19,11 +19,26 @@ from torch import Tensor, nn
 
 import satchel
 from cases import Wired
-from conftest import FEATURES, SECOND_ORDER, Agree
-from parameters import NETWORKS, PULLED, Embedded, N, T, built, check, inputs, reference, targets
+from conftest import Agree
+from parameters import MOVED, NETWORKS, PULLED, Embedded, N, T, built, check, inputs, reference, targets
 from satchel import backpack, extend
-from satchel.extensions import KFLR, BatchGrad, DiagGGNExact, SumGradSquared
+from satchel.extensions import KFLR, KFRA, BatchDiagHessian, BatchGrad, DiagGGNExact, DiagHessian, SumGradSquared
+from satchel.runtime.cost import forced
 from test_lifetime import tensors_alive
+
+
+class Sine(torch.autograd.Function):
+    """Without a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0].cos()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -50,6 +65,32 @@ def test_as_many_positions_as_samples(name: str, agree: Agree) -> None:
         check(name, PULLED, agree, samples=2, positions=4)
 
 
+HESSIANS = [DiagHessian, BatchDiagHessian]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("samples", [N, 1])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_hessian_diagonals(name: str, samples: int, reduction: str, agree: Agree) -> None:
+    if name in MOVED:
+        if samples > 1:
+            with pytest.raises(ValueError, match="batch"):
+                check(name, HESSIANS, agree, samples, reduction=reduction)
+        return
+    check(name, HESSIANS, agree, samples, reduction=reduction)
+
+
+@pytest.mark.parametrize("program", ["columns", "dense"])
+@pytest.mark.parametrize("limit", [None, 2000])
+@pytest.mark.parametrize(
+    "name",
+    ["functional", "squared", "scaled", "scaled twice", "scaled again", "affine", "cross attention batch first", "GRU"],
+)
+def test_hessian_diagonals_by_any_program(name: str, limit: int | None, program: str, agree: Agree) -> None:
+    with satchel.settings(memory_limit=limit), forced(program):
+        check(name, HESSIANS, agree)
+
+
 @pytest.mark.parametrize("name", ["positions", "scaled", "scaled twice", "squared"])
 def test_exact_block(name: str, agree: Agree) -> None:
     """Where no definition gives a structure, the curvature itself, of the sum over uses."""
@@ -59,6 +100,22 @@ def test_exact_block(name: str, agree: Agree) -> None:
         loss(model(x), targets(name, x)).backward()
     wanted = reference(name, N, T, "mean").SqrtGGNExact("p.value").sum(0)
     agree({"p.value": model.p.value.kflr}, {"p.value": [wanted]})
+
+
+@pytest.mark.parametrize("name", ["scaled", "squared"])
+def test_averaged_curvature_of_any_operation(name: str, agree: Agree) -> None:
+    """Of what is linear from there on, 1/N Σ_n J_nᵀ Ḡ J_n of the outputs' Ḡ = Σ_n ∇²ℓ_n."""
+    x = inputs(N)
+    model, loss = extend(built(name)), extend(nn.CrossEntropyLoss())
+    with backpack(KFRA()):
+        loss(model(x), targets(name, x)).backward()
+    plain = built(name)
+    J = torch.autograd.functional.jacobian(
+        lambda p: torch.func.functional_call(plain, {"p.value": p}, x), plain.p.value
+    )
+    H = torch.autograd.functional.hessian(lambda f: F.cross_entropy(f, targets(name, x)), plain(x).detach())
+    wanted = torch.einsum("nfp,fg,ngq->pq", J, H.diagonal(dim1=0, dim2=2).sum(-1), J) / N
+    agree({"p.value": model.p.value.kfra}, {"p.value": [wanted]})
 
 
 # --- around the uses ---------------------------------------------------------------------------------------------
@@ -207,11 +264,12 @@ def test_two_backwards_and_two_losses(agree: Agree) -> None:
             agree(fields, {key: (1 + again) * wanted.field(feature.__name__, key) for key in fields})
 
 
-@pytest.mark.parametrize("feature", [f for f in FEATURES if f.__name__ in SECOND_ORDER])
-def test_second_derivatives_are_refused(feature: Any) -> None:
-    model, x = extend(built("functional")), inputs(N)
-    with pytest.raises(NotImplementedError, match=f"p.value.*{feature.__name__}"), backpack(feature()):
-        extend(nn.CrossEntropyLoss())(model(x), targets("functional", x)).backward()
+def test_second_derivative_that_autograd_lacks_is_refused() -> None:
+    """Of what computes a weight from a parameter."""
+    model = Wired(lambda m, x: F.linear(x[:, 0], Sine.apply(m.p.value)), p=Embedded(5, 4), b=nn.Linear(4, 3)).double()
+    loss, x = extend(nn.MSELoss()), inputs(N)
+    with pytest.raises(NotImplementedError, match=r"p\.value.*DiagHessian"), backpack(DiagHessian()):
+        loss(extend(model)(x), torch.zeros(N, 5, dtype=torch.float64)).backward()
 
 
 def test_functional_loss(agree: Agree) -> None:

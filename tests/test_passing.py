@@ -160,5 +160,5 @@ def _steps(start: Node, end: Node) -> list[Step]:
         inputs = tuple((k, (below, number)) for k, (below, number) in following if below in reached)
         if inputs:
             reached.add(node)
-            steps.append(Step(node, None, inputs, {}))
+            steps.append(Step(node, None, inputs))
     return steps[::-1]

@@ -133,6 +133,16 @@ class Equal(Function):
         return f"[{printer.doprint(self.args[0])} = {printer.doprint(self.args[1])}]"
 
 
+class After(Function):
+    """1 where one index is greater than another, else 0."""
+
+    nargs = 2
+    is_nonnegative = True
+
+    def _sympystr(self, printer: Any) -> str:
+        return f"[{printer.doprint(self.args[0])} > {printer.doprint(self.args[1])}]"
+
+
 class Access(Function):
     """Where an axis is read: `Access(axis, position, place)`, the position affine in `place` and one more index, the tap.
 
@@ -182,6 +192,16 @@ class LogSumExp(Expr):
 
     def _sympystr(self, printer: Any) -> str:
         return f"logsumexp_{{{','.join(i.name for i in self.over)}}} {printer.parenthesize(self.body, 45)}"
+
+
+class finite(Function):
+    """1 where a number is above −∞, else 0."""
+
+    nargs = 1
+    is_nonnegative = True
+
+    def fdiff(self, argindex: int = 1) -> Expr:
+        return Integer(0)
 
 
 class sigmoid(Function):

@@ -91,6 +91,7 @@ from .losses.poisson_nll_loss_rate import LOSS as POISSON_NLL_LOSS_RATE
 from .losses.smooth_l1_loss import LOSS as SMOOTH_L1_LOSS
 from .losses.smooth_l1_loss_sharp import LOSS as SMOOTH_L1_LOSS_SHARP
 from .losses.soft_margin_loss import LOSS as SOFT_MARGIN_LOSS
+from .operations.scaled_dot_product_attention import OPERATION as SCALED_DOT_PRODUCT_ATTENTION
 from .runtime.rules import Composite, Registry
 
 REGISTRY = Registry(
@@ -229,4 +230,5 @@ REGISTRY = Registry(
         Composite(torch.nn.LSTM, without=("mkldnn", "cudnn")),
         Composite(torch.nn.RNN, without=("mkldnn", "cudnn")),
     ),
+    operations=(SCALED_DOT_PRODUCT_ATTENTION,),
 )

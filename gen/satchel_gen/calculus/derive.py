@@ -141,13 +141,19 @@ def _copied(parts: Sequence[Term]) -> Expr | None:
     return parts[0].factor if len(parts) == 1 and parts[0] == Term(parts[0].factor) else None
 
 
-def jvp(statements: Sequence[Statement | Derived], wrt: Indexed, tangent: Indexed, fresh: Fresh) -> list[Derived]:
-    """Forward accumulation: Σ ∂target/∂wrt · tangent of every target that depends on `wrt`, named `dot_<target>`.
+def jvp(
+    statements: Sequence[Statement | Derived], tangents: Sequence[tuple[Indexed, Indexed]], fresh: Fresh
+) -> list[Derived]:
+    """Forward accumulation: Σ ∂target/∂x · tangent, over tensors x with their tangents, of every target that depends on one,
+    named `dot_<target>`.
 
-    The indices that `tangent` has more than `wrt` (a column index) become leading axes of every derivative.
+    The indices that a tangent has more than its tensor (a column index) become leading axes of every derivative.
     """
+    wrt, tangent = tangents[0]
     extra = tuple(tangent.indices[: len(tangent.indices) - len(wrt.indices)])
-    dots: dict[str, tuple[IndexedBase, tuple[Index, ...]]] = {str(wrt.base): (tangent.base, tuple(wrt.indices))}
+    dots: dict[str, tuple[IndexedBase, tuple[Index, ...]]] = {
+        str(x.base): (along.base, tuple(x.indices)) for x, along in tangents
+    }
     derived: list[Derived] = []
     for statement in statements:
         if isinstance(statement, Constant):

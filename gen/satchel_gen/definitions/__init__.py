@@ -11,6 +11,7 @@ from typing import Any
 from ..calculus.derive import Constant, Statement
 from ..notation import (
     NDIM,
+    After,
     Equal,
     Index,
     Length,
@@ -18,6 +19,7 @@ from ..notation import (
     Option,
     Sum,
     extent,
+    finite,
     indices,
     options,
     sigmoid,
@@ -40,6 +42,7 @@ from .model import (
     activation,
     z,
 )
+from .operation import Operation, OperationNode
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Definitions:
     losses: tuple[Loss, ...]
     features: tuple[Feature, ...]
     composites: tuple[Composite, ...] = ()
+    operations: tuple[Operation, ...] = ()
 
     def only(self, names: set[str]) -> Definitions:
         """The layers and losses of these names (all where empty), with every feature."""
@@ -67,14 +71,15 @@ class Definitions:
             tuple(d for d in self.losses if d.name in names),
             self.features,
             self.composites,
+            self.operations,
         )
 
 
 def load() -> Definitions:
-    """Import every file under layers/, losses/ and features/ and collect what it defines."""
-    kinds = (Layer, Passing, Loss, Feature, Composite)
+    """Import every file under layers/, losses/, features/ and operations/ and collect what it defines."""
+    kinds = (Layer, Passing, Loss, Feature, Composite, Operation)
     found: dict[type, dict[str, Any]] = {kind: {} for kind in kinds}
-    for folder in ("layers", "losses", "features"):
+    for folder in ("layers", "losses", "features", "operations"):
         for module in _modules(folder):
             for value in vars(module).values():
                 if isinstance(value, kinds) and str(value.source.file) == module.__file__:
@@ -93,8 +98,8 @@ def _modules(folder: str) -> list[ModuleType]:
 
 
 __all__ = [
-    "NDIM", "Bernoulli", "Categorical", "Classes", "Composite", "Constant", "DefinitionError", "Definitions", "Equal", "Example",
-    "Feature", "Index", "Laplace", "Layer", "Length", "LogSumExp", "Loss", "NoDistribution", "NodeCall", "Normal", "Option", "Passing",
-    "Poisson", "Quantity", "Refused", "Statement", "Sum", "activation", "extent", "indices", "load", "options", "sigmoid",
-    "softplus", "tensors", "z",
+    "NDIM", "After", "Bernoulli", "Categorical", "Classes", "Composite", "Constant", "DefinitionError", "Definitions", "Equal",
+    "Example", "Feature", "Index", "Laplace", "Layer", "Length", "LogSumExp", "Loss", "NoDistribution", "NodeCall", "Normal",
+    "Operation", "OperationNode", "Option", "Passing", "Poisson", "Quantity", "Refused", "Statement", "Sum", "activation",
+    "extent", "finite", "indices", "load", "options", "sigmoid", "softplus", "tensors", "z",
 ]  # fmt: skip

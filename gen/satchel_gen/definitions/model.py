@@ -128,13 +128,14 @@ def _free(expr: Expr) -> set[Index]:
 class NodeCall:
     """An autograd node that is a call of a layer although no module was called: `F.linear(x, weight)`.
 
-    name: the node's. input: what it has saved as the layer's input, None if no rule of these parameters reads that.
+    name: the node's. input: what it has saved as the layer's input, and that one's position among the node's inputs; None if no
+    rule of these parameters reads it.
     parameters: by name, the position among the node's inputs, and the indices of the tensor there.
     options: what else it has saved, with the values that the formula covers.
     """
 
     name: str
-    input: str | None
+    input: tuple[str, int] | None
     parameters: Mapping[str, tuple[int, tuple[Index, ...]]]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

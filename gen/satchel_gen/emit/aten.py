@@ -13,7 +13,7 @@ from sympy.printing.str import StrPrinter
 
 from ..calculus.terms import CalculusError
 from ..lowering.plan import Add, Axes, Contract, Leaf, Map, Node, Permute, Reduce, Scaled, Window, extent_symbol
-from ..notation import Equal, Extent, Index, Option
+from ..notation import After, Equal, Extent, Index, Option
 
 _FUNCTIONS = {
     "exp": "torch.exp", "log": "torch.log", "tanh": "torch.tanh", "sigmoid": "torch.sigmoid", "erf": "torch.erf",
@@ -75,6 +75,9 @@ class AtenPrinter(StrPrinter):
     def _print_Float(self, expr: sympy.Float) -> str:
         return repr(float(expr))
 
+    def _print_finite(self, expr: Expr) -> str:
+        return f"({self._print(expr.args[0])} > -math.inf).to({self.like}.dtype)"
+
     def _print_Pi(self, expr: Expr) -> str:
         return "math.pi"
 
@@ -82,8 +85,8 @@ class AtenPrinter(StrPrinter):
         base, exponent = expr.args
         text = self._print(base)
         scalar = bool(base.is_number or isinstance(base, Extent) or _of_numbers(base, self.scalars))
-        if scalar and exponent == sympy.Rational(1, 2):
-            return f"math.sqrt({text})"
+        if scalar and abs(exponent) == sympy.Rational(1, 2):
+            return f"math.sqrt({text})" if exponent > 0 else f"1 / math.sqrt({text})"
         if scalar and exponent.is_Integer and exponent > 0:
             return f"{self.parenthesize(base, 70)}**{exponent}"
         if exponent == 2:
@@ -101,7 +104,7 @@ class AtenPrinter(StrPrinter):
         bound, value = expr.args
         if not bound.is_number:
             raise CalculusError(f"the ATen printer knows a maximum with a number only, not {expr}")
-        return f"({self._print(value)}).clamp(min={bound})"
+        return f"({self._print(value)}).clamp(min={self._print(bound)})"
 
     def _print_Piecewise(self, expr: sympy.Piecewise) -> str:
         *cases, (otherwise, always) = expr.args
@@ -391,6 +394,8 @@ class Body:
             like = self(child) if names[read] == like else like
         for equal in sorted(node.expr.atoms(Equal), key=str):
             names[equal] = self._equal(equal, node.axes, like, names)
+        for after in sorted(node.expr.atoms(After), key=str):
+            names[after] = self._after(after, node.axes, like)
         for e in sorted(node.expr.atoms(Extent), key=str):
             names[e] = self.scalar(e)
         for call in _repeated(node.expr):
@@ -418,6 +423,14 @@ class Body:
         places = self._aligned(counter, (index,), axes)
         equality = f"{names[value]} == {places}" if value in names else f"{places} == {self.scalar(value)}"
         return f"({equality}).to({like}.dtype)"
+
+    def _after(self, after: After, axes: Axes, like: str) -> str:
+        """A mask above or below a diagonal."""
+        first, second = (
+            self._aligned(f"torch.arange({self.scalar(Extent(i))}, device={like}.device)", (i,), axes)
+            for i in after.args
+        )
+        return f"({first} > {second})"
 
     def _aligned(self, text: str, own: Axes, axes: Axes) -> str:
         """A tensor broadcast against `axes`: trailing axes match by themselves, missing ones are inserted."""

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ..definitions.model import Feature, Layer, Loss
+from ..definitions.operation import Operation
 from ..formula import wrapped
 from ..lowering.plan import Axes
 
@@ -41,7 +42,7 @@ def snake(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
-def module_name(definition: Layer | Loss | Feature) -> str:
+def module_name(definition: Layer | Loss | Feature | Operation) -> str:
     """Its file's own name where the definition's begins with that; a file may hold several."""
     stem, name = definition.source.file.stem, definition.name
     spelled = len(stem.replace("_", ""))

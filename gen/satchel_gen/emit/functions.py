@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import sympy
-from sympy import Expr
+from sympy import Expr, IndexedBase
 
 from ..calculus.derive import Statement
+from ..calculus.instantiate import Formula
 from ..calculus.terms import CalculusError, Term, terms
 from ..definitions.distributions import Distribution
 from ..definitions.model import Classes, Loss
@@ -129,7 +130,7 @@ def _intermediate(name: str, rule: LoweredRule) -> Function:
     chain, arguments, numbers = _chain(name, rule)
     *before, last = chain
     body = Body(dict(arguments))
-    _emit_chain(body, before)
+    _emit_chain(body, before, last.formula)
     assert last.tree is not None
     value = body(last.tree)
     formula = "\n".join(wrapped(render_formula(stage.formula)) for stage in chain)
@@ -151,15 +152,27 @@ def _chain(name: str, rule: LoweredRule) -> tuple[tuple[Stage, ...], dict[str, A
 def _emit_stages(body: Body, rule: LoweredRule) -> None:
     """The intermediates before a rule's value: by a call of their function where several rules share them."""
     if not rule.on_parameter:
-        _emit_chain(body, rule.stages)
+        _emit_chain(body, rule.stages, rule.formula)
     for name in _own_intermediates(rule):
         _, arguments, numbers = _chain(name, rule)
         body.lines.append(f"{name} = {name}_from({', '.join([*arguments, *numbers])})")
 
 
-def _emit_chain(body: Body, stages: Sequence[Stage]) -> None:
+def _emit_chain(body: Body, stages: Sequence[Stage], last: Formula) -> None:
+    """The intermediates that `last` needs, in order."""
+    sums = {IndexedBase(s.name)[s.formula.axes]: s.logsumexp for s in stages if s.logsumexp is not None}
+    plain = {
+        s.name: s.formula.terms[0].factor for s in stages if len(s.formula.terms) == 1 and not s.formula.terms[0].sums
+    }
+    stable = {name: text for name, factor in plain.items() if (text := _softmax(factor, sums)) is not None}
+    rest = [stage.formula for stage in stages if stage.name not in stable]
+    read = {str(r.base) for formula in (*rest, last) for term in formula.terms for r in reads(term.factor)}
     for stage in stages:
-        if stage.logsumexp is not None:
+        if stage.name in stable:
+            text = stable[stage.name]
+        elif stage.logsumexp is not None and stage.name not in read:
+            continue
+        elif stage.logsumexp is not None:
             text = _logsumexp(stage.logsumexp)
         else:
             assert stage.tree is not None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sympy import Expr
 
 from ..definitions.model import Layer, NodeCall
+from ..definitions.operation import Operation
 from ..lowering.kernels import KernelRule
 from ..lowering.plan import Axes
 from ..lowering.rules import LoweredLayer, LoweredRule
@@ -101,7 +102,7 @@ def layer_context(lowered: LoweredLayer, kernels: Collection[KernelRule]) -> Lay
     )
 
 
-def stored_axes(layer: Layer, axes: Axes) -> AxisNames:
+def stored_axes(layer: Layer | Operation, axes: Axes) -> AxisNames:
     """Axis names as torch stores them: joined indices as one tuple."""
     names: list[str | tuple[str, ...]] = []
     rest = list(axes)

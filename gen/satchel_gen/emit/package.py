@@ -12,15 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..definitions import Definitions, Feature, Layer, Loss
+from ..definitions import Definitions, Feature, Layer, Loss, Operation
 from ..lowering.kernels import layer_kernels, loss_kernels
 from ..lowering.losses import lower_loss
+from ..lowering.operations import lower_operation
 from ..lowering.rules import lower_layer
 from .contexts import module_name, table
 from .dispatch import layer_programs
 from .features import feature_context
 from .layers import layer_context
 from .losses import loss_context
+from .operations import operation_context
 from .reductions import FACTORS, reduction_contexts
 from .triton import environment, render_kernels
 
@@ -43,11 +45,12 @@ def tasks(definitions: Definitions, package: str) -> list[Task]:
     """The work of generating `package`, one task per definition and one for what they share."""
     found = [Task(layer.name, partial(_layer_files, layer)) for layer in definitions.layers]
     found += [Task(loss.name, partial(_loss_files, loss)) for loss in definitions.losses]
+    found += [Task(operation.name, partial(_operation_files, operation)) for operation in definitions.operations]
     found += [Task(feature.name, partial(_feature_files, feature)) for feature in definitions.features]
     return [*found, Task("runtime", partial(_shared_files, definitions, package))]
 
 
-def _source(definition: Layer | Loss | Feature) -> str:
+def _source(definition: Layer | Loss | Feature | Operation) -> str:
     path = Path(str(definition.source.file))
     return f"definitions/{path.parent.name}/{path.name}"
 
@@ -82,6 +85,12 @@ def _loss_files(loss: Loss) -> dict[str, str]:
     return files
 
 
+def _operation_files(operation: Operation) -> dict[str, str]:
+    context = operation_context(lower_operation(operation))
+    text = _render("operation.py.jinja", operation=context)
+    return {f"operations/{module_name(operation)}.py": HEADER.format(source=_source(operation)) + text}
+
+
 def _feature_files(feature: Feature) -> dict[str, str]:
     context = feature_context(feature)
     text = _render("extension.py.jinja", feature=context)
@@ -99,6 +108,7 @@ def _shared_files(definitions: Definitions, package: str) -> dict[str, str]:
         "features": features,
         "package": package,
         "composites": definitions.composites,
+        "operations": [{"file": name, "constant": name.upper()} for name in map(module_name, definitions.operations)],
         "reductions": reduction_contexts(),
         "factors": sorted(quantity.name for quantity in FACTORS),
     }
@@ -109,6 +119,7 @@ def _shared_files(definitions: Definitions, package: str) -> dict[str, str]:
         "extensions/reductions.py": header + _render("reductions.py.jinja", **shared),
         "layers/__init__.py": header + '"""One module per layer: its rules as PyTorch functions."""\n',
         "losses/__init__.py": header + '"""One module per loss: its rules as PyTorch functions."""\n',
+        "operations/__init__.py": header + '"""One module per operation: its rules as PyTorch functions."""\n',
         "kernels/__init__.py": header
         + '"""One module of Triton kernels per definition; imported when a GPU needs it."""\n',
         "py.typed": "",

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import sympy
-from sympy import Expr, IndexedBase
+from sympy import Expr, Indexed, IndexedBase
 
 from ..calculus.derive import Derived, Statement, jvp, needed, vjp
 from ..calculus.instantiate import Formula
@@ -41,12 +41,15 @@ def composed_vjp(layer: Layer) -> tuple[Stage, ...]:
     return _needed(layer, vjp(layer.statements, layer.input, cotangent), "vjp")
 
 
-def composed_hessian(layer: Layer) -> tuple[Stage, ...] | None:
-    """hessian[v, *input] = Σ_{y,x′} delta[y] ∂²y/∂x∂x′ tangent[v, x′], the last stage; None where it vanishes."""
+def composed_hessian(layer: Layer, tangents: Sequence[tuple[Indexed, Indexed]] = ()) -> tuple[Stage, ...] | None:
+    """hessian[v, *input] = Σ_{y,x′} delta[y] ∂²y/∂x∂x′ tangent[v, x′], the last stage; None where it vanishes.
+
+    `tangents` are tensors x′ with their tangents, where that is not the input alone.
+    """
     fresh = Fresh()
     backward = vjp(layer.statements, layer.input, IndexedBase("delta")[tuple(layer.output.indices)], fresh)
-    tangent = IndexedBase("tangent")[(V, *layer.input.indices)]
-    derived = jvp([*layer.statements, *_in_output(layer, backward)], layer.input, tangent, fresh)
+    tangents = tangents or [(layer.input, IndexedBase("tangent")[(V, *layer.input.indices)])]
+    derived = jvp([*layer.statements, *_in_output(layer, backward)], tangents, fresh)
     if not derived or str(derived[-1][0].base) != f"dot_{backward[-1][0].base}":
         return None
     return _needed(layer, [*backward[:-1], *derived], "hessian")
@@ -95,15 +98,18 @@ def _needed(layer: Layer, derived: Sequence[Derived], name: str) -> tuple[Stage,
 
 
 def _in_output(layer: Layer, derived: Sequence[Derived]) -> list[Derived]:
-    """The output by its name, where its own formula stands: torch keeps it anyway."""
-    statement = layer.statements[-1]
-    if set(statement.axes) != set(layer.input.indices) or layer.parameters:
-        return list(derived)
+    """A function of intermediates by its name, and the output by its own where its formula stands: torch keeps it anyway."""
+    named = [(s, read) for s in layer.statements[:-1] if s.value.is_Function for read in reads(s.value)]
+    last = layer.statements[-1]
+    if set(last.axes) == set(layer.input.indices) and not layer.parameters:
+        named.append((last, layer.input))
+    whole = [(s, read) for s, read in named if set(read.indices) == set(s.axes)]
 
     def rewritten(factor: Expr) -> Expr:
-        for read in [r for r in reads(factor) if r.base == layer.input.base]:
-            where = dict(zip(layer.input.indices, read.indices, strict=True))
-            factor = factor.xreplace({statement.value.xreplace(where): layer.output.xreplace(where)})
+        for statement, by in whole:
+            for read in [r for r in reads(factor) if r.base == by.base]:
+                where = dict(zip(by.indices, read.indices, strict=True))
+                factor = factor.xreplace({statement.value.xreplace(where): statement.target.xreplace(where)})
         return factor
 
     return [

@@ -99,9 +99,9 @@ def _passes(layer: Layer) -> dict[str, LoweredRule | None]:
     """What passes a layer. Where intermediates are named or the input is read through windows, Jᵀv and ∂² alone."""
     passes: dict[str, LoweredRule | None] = dict.fromkeys([*(q.name for q in Q.PASSES), "hessian"])
     if len(layer.statements) > 1:
-        passes["vjp"] = _composed(layer, composed_vjp(layer), "vjp")
+        passes["vjp"] = composed_rule(layer, composed_vjp(layer), "vjp")
         hessian = composed_hessian(layer)
-        passes["hessian"] = None if hessian is None else _composed(layer, hessian, "hessian")
+        passes["hessian"] = None if hessian is None else composed_rule(layer, hessian, "hessian")
         return passes
     on_input = Instance(layer, layer.input)
     for quantity in (Q.VJP,) if layer.windowed else Q.PASSES:
@@ -109,7 +109,7 @@ def _passes(layer: Layer) -> dict[str, LoweredRule | None]:
     return passes
 
 
-def _composed(layer: Layer, found: Sequence[Stage], name: str) -> LoweredRule:
+def composed_rule(layer: Layer, found: Sequence[Stage], name: str) -> LoweredRule:
     *stages, last = found
     assert last.tree is not None
     return _rule(layer, name, name, last.formula, (Variant("", last.tree),), tuple(stages))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import add
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,13 +17,21 @@ from torch import Tensor
 from .evaluate import evaluate
 from .joint import Joint, Slot, both_through, elements, rows_through
 from .passing import edge_shape, features
-from .plan import Plan, Step
-from .record import Edge, Record
+from .plan import Place, Plan, Step
+from .record import Edge
 from .rules import Need
-from .uses import BLOCK, PER_SAMPLE, Use
+from .uses import BLOCK, PER_SAMPLE
 
-#: Two uses of a parameter, and Ḡ between their outputs [*output, *output].
-Pair: TypeAlias = tuple[Use, Use, Tensor]
+
+class Pair(NamedTuple):
+    """Two uses of a parameter, each at one output of its node, and Ḡ [E, E′] between these."""
+
+    one: Place
+    other: Place
+    outputs: tuple[int, int]
+    averaged: Tensor
+
+
 Visit: TypeAlias = Callable[[Tensor, Sequence[Pair]], None]
 
 
@@ -31,13 +39,10 @@ def sweep_averaged(plan: Plan, start: Edge, averaged: Tensor, samples: int, visi
     """Pass Ḡ [F, F] from `start`; `visit` gets each wanted parameter, with Ḡ between its uses."""
     joint = Joint()
     joint.add(start, start, averaged)
-    uses = plan.uses
     for step in plan.steps:
-        arrived = [slot for slot in joint.slots if slot[0] is step.node and slot[1] >= 0]
-        if not arrived:
+        if not any(slot[0] is step.node and slot[1] >= 0 for slot in joint.slots):
             continue
-        if step.record is not None:
-            _visit(joint, step, step.record, arrived[0], uses, visit)
+        _visit(joint, step, plan.uses, visit)
         outer = joint.take(step)
         for other in dict.fromkeys(slot for rows in outer.values() for slot in rows if slot not in outer):
             rows = {slot: blocks[other] for slot, blocks in outer.items() if other in blocks}
@@ -47,19 +52,20 @@ def sweep_averaged(plan: Plan, start: Edge, averaged: Tensor, samples: int, visi
             joint.add(a, b, block)
 
 
-def _visit(joint: Joint, step: Step, record: Record, slot: Slot, uses: Mapping[int, list[Step]], visit: Visit) -> None:
-    if any(len(uses[id(parameter)]) > 1 for parameter in step.parameters.values()):
-        _keep(joint, slot)
-    for name, parameter in step.parameters.items():
-        using = uses[id(parameter)]
-        if using == [step]:
-            visit(parameter, _pairs(joint, {slot: Use(record, name)}))
-        elif using[-1] is step:  # a parameter is complete with its last use
-            visit(parameter, _pairs(joint, dict(_kept_use(use, parameter) for use in using)))
+def _visit(joint: Joint, step: Step, uses: Mapping[int, Sequence[Place]], visit: Visit) -> None:
+    """Hold the outputs until all uses of the step's parameters are in. A parameter is complete with its last one."""
+    places = [Place(step, call, name) for call in step.calls for name in call.parameters]
+    parameters = {id(place.parameter): place.parameter for place in places}
+    complete = [key for key in parameters if uses[key][-1].step is step]
+    for key in complete:
+        visit(parameters[key], _pairs(joint, step, uses[key]))
+    waiting = [place for place in places if id(place.parameter) not in complete]
+    for number in dict.fromkeys(number for place in waiting for number in place.call.outputs):
+        if (step.node, number) in joint.slots:
+            _keep(joint, (step.node, number))
 
 
 def _keep(joint: Joint, slot: Slot) -> None:
-    """Hold an output until all uses of the layer's parameters are in."""
     kept = _kept(slot)
     for other in list(joint.slots):
         block = joint.get(slot, other)
@@ -71,25 +77,22 @@ def _keep(joint: Joint, slot: Slot) -> None:
 
 
 def _kept(slot: Slot) -> Slot:
-    return (slot[0], -1 - slot[1])
+    return slot[0], -1 - slot[1]
 
 
-def _kept_use(step: Step, parameter: Tensor) -> tuple[Slot, Use]:
-    assert step.record is not None
-    name = next(name for name, candidate in step.parameters.items() if candidate is parameter)
-    return _kept((step.node, step.record.output_nr)), Use(step.record, name)
-
-
-def _pairs(joint: Joint, uses: Mapping[Slot, Use]) -> list[Pair]:
-    """Ḡ between the outputs of any two uses, canonical; absent where it is zero."""
-    found: list[Pair] = []
-    for a, one in uses.items():
-        for b, other in uses.items():
-            block = joint.get(a, b)
-            if block is not None:
-                shape = (*one.record.canonical_output[1:], *other.record.canonical_output[1:])
-                found.append((one, other, block.reshape(shape)))
-    return found
+def _pairs(joint: Joint, step: Step, places: Sequence[Place]) -> list[Pair]:
+    """Ḡ between the outputs of any two uses, seen from the step of the last one; absent where it is zero."""
+    ends = []
+    for place in places:
+        for number in place.call.outputs:
+            slot = place.step.node, number
+            ends.append((place, number, slot if place.step is step else _kept(slot)))
+    return [
+        Pair(one, other, (number, further), block)
+        for one, number, a in ends
+        for other, further, b in ends
+        if (block := joint.get(a, b)) is not None
+    ]
 
 
 def _rows_through(step: Step, rows: Mapping[Slot, Tensor], samples: int) -> dict[Edge, Tensor]:
@@ -129,14 +132,20 @@ def needed_bytes(plan: Plan, samples: int, itemsize: int) -> tuple[int, str]:
     for step in plan.steps:
         arriving = sum(size for edge, size in kept.items() if edge[0] is step.node and edge[1] >= 0)
         incoming = {edge: features(edge_shape(edge), samples) for _, edge in step.inputs}
-        blocks = any(Use(record, name).offers(BLOCK) for record, parameters in step.used for name in parameters)
-        by_rule = step.record is not None and step.record.definition.sandwich is not None and not blocks
-        work = 0 if by_rule else samples * (arriving + 2 * sum(incoming.values())) * (arriving + sum(incoming.values()))
+        by_rule = step.record is not None and step.record.definition.sandwich is not None
+        passing = 0 if by_rule else (arriving + 2 * sum(incoming.values())) * (arriving + sum(incoming.values()))
+        own = [
+            p.numel()
+            for call in step.calls
+            for name, p in call.parameters.items()
+            if Place(step, call, name).use.offers(BLOCK)
+        ]
+        work = samples * max(passing, *((2 * arriving + size) * (arriving + size) for size in own), 0)
         here = (sum(kept.values()) + sum(incoming.values())) ** 2 + work
         if here > most:
             most, where = here, step.name if step.record is None else step.record.where
         kept.update(incoming)
-        shared = any(len(uses[id(parameter)]) > 1 for parameter in step.parameters.values())
+        shared = any(len(uses[id(p)]) > 1 for call in step.calls for p in call.parameters.values())
         for edge in [edge for edge in kept if edge[0] is step.node and edge[1] >= 0]:
             size = kept.pop(edge)
             if shared:
@@ -148,21 +157,31 @@ def averaged_quantities(pairs: Sequence[Pair], needs: Sequence[Need]) -> dict[Ne
     """The quantities of Ḡ for one parameter: they add over pairs of uses."""
     found: dict[Need, Tensor] = {}
     for need in needs:
-        if all(use.offers(need.quantity) for pair in pairs for use in pair[:2]):
-            parts = (
-                _block(*pair) if need.quantity == BLOCK else pair[0].value(need.quantity, pair[2]) for pair in pairs
-            )
+        if all(pair.one.use.offers(need.quantity) and pair.other.use.offers(need.quantity) for pair in pairs):
+            parts = (_block(pair) if need.quantity == BLOCK else _by_rule(pair, need.quantity) for pair in pairs)
             found[need] = reduce(add, parts)
     return found
 
 
-def _block(one: Use, other: Use, averaged: Tensor) -> Tensor:
+def _by_rule(pair: Pair, quantity: str) -> Tensor:
+    """A quantity by the rule of its definition, from Ḡ between canonical outputs."""
+    one, other = pair.one.call, pair.other.call
+    shape, further = one.record.canonical_output[1:], other.record.canonical_output[1:]
+    averaged = one.widened(pair.averaged.reshape(*shape, *further), len(shape) - 1)
+    return pair.one.use.value(quantity, other.widened(averaged, -1))
+
+
+def _block(pair: Pair) -> Tensor:
     """1/N Σ_n J_nᵀ Ḡ J_n [P, P] between two uses: individual pullbacks of its columns, then of its rows."""
-    samples, shape, further = one.record.samples, one.record.canonical_output[1:], other.record.canonical_output[1:]
-    columns = averaged.reshape(*shape, -1).movedim(-1, 0)[:, None]
-    rows = one.value(PER_SAMPLE, columns.expand(-1, samples, *shape)).flatten(2)
-    rows = rows.permute(2, 1, 0).reshape(-1, samples, *further)
-    return other.value(PER_SAMPLE, rows).flatten(2).mean(1)
+    rows = _pulled(pair.one, pair.outputs[0], pair.averaged.T[:, None])
+    return _pulled(pair.other, pair.outputs[1], rows.permute(2, 1, 0)).mean(1)
+
+
+def _pulled(place: Place, output: int, columns: Tensor) -> Tensor:
+    """[V, N, P] of columns [V, N, E] at an output, or [V, 1, E] of all samples."""
+    shape, samples = edge_shape((place.step.node, output)), place.call.record.samples
+    factor = place.call.factor({output: columns.expand(-1, samples, -1).reshape(len(columns), *shape)})
+    return place.use.value(PER_SAMPLE, factor).flatten(2)
 
 
 def start_of(factor: Tensor, samples: int) -> Tensor:

@@ -6,9 +6,10 @@ a step turns the rows of its output into rows of its inputs, G[x, e] += J_nᵀ G
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
+import torch
 from torch import Tensor
 
 from .errors import BatchAxisLost
@@ -42,6 +43,20 @@ class Joint:
     def rows(self, a: Slot) -> dict[Slot, Tensor]:
         """The blocks of a slot, by the other."""
         return {b: block for b in self.slots if (block := self.get(a, b)) is not None}
+
+    def over(self, slots: Sequence[Slot]) -> Tensor:
+        """The matrix over some slots [*, ΣF, ΣF]."""
+        rows = [self.rows(a) for a in slots]
+        sizes = [next(iter(blocks.values())).shape[1] for blocks in rows]
+        like = next(iter(rows[0].values()))
+        found = [
+            [
+                blocks[b] if b in blocks else like.new_zeros(len(like), here, size)
+                for b, size in zip(slots, sizes, strict=True)
+            ]
+            for here, blocks in zip(sizes, rows, strict=True)
+        ]
+        return torch.cat([torch.cat(row, 2) for row in found], 1)
 
     def drop(self, a: Slot) -> None:
         self._blocks = {pair: block for pair, block in self._blocks.items() if a not in pair}

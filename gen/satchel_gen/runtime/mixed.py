@@ -1,74 +1,72 @@
-"""The mixed term 2 Σ δ ∂²y/∂θ∂x · ∂x/∂θ of a layer whose parameter is used again on the way to its input, as in a recurrent network."""
+"""What a parameter adds to the Hessian's diagonal by itself: where its use is not linear, Σ δ ∂²y/∂θ², and the mixed term
+2 Σ δ ∂²y/∂θ∂x · ∂x/∂θ where it is used again on the way to the input x, as in a recurrent network.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from operator import add
 
 import torch
 from torch import Tensor
 
+from .calls import Call
 from .passing import edge_shape, features
-from .plan import Call, Plan, Step
-from .record import Edge, Record
-from .rules import Rule
-from .sweep import at_output, sweep
+from .plan import Plan, Step
+from .record import Edge
+from .sweep import at_edge, sweep
 from .uses import PER_SAMPLE, Use, summed
 
 
-def mixed_terms(plan: Plan, step: Step, delta: Tensor, limit: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """By parameter of the layer, pullbacks t [V, N, *θ] and signs [V, N] with Σ_v ± t² the term's diagonal per sample.
+def parameter_terms(
+    plan: Plan, step: Step, deltas: Mapping[int, Tensor], limit: int
+) -> Iterator[tuple[Call, Tensor, Tensor, Tensor]]:
+    """By use and parameter, pullbacks t [V, N, *θ] and signs [V, N] with Σ_v ± t² the terms' diagonal per sample.
 
-    delta: δ [*output]. The elements x_v of the input are taken one range after the other, of `limit` bytes.
+    deltas: δ [*output] by output number. What takes columns takes them in ranges of `limit` bytes.
     """
-    record = step.record
-    assert record is not None
-    for name, parameter in step.parameters.items():
-        rule = record.definition.parameters[name][PER_SAMPLE]
-        below = plan.below(step.node)
-        again = [other for other in plan.uses[id(parameter)] if other.node in below]
-        if not again or "input" not in rule.operands:  # without it, ∂y/∂θ does not depend on x
-            continue
-        ((_, edge),) = step.inputs
-        shape = edge_shape(edge)
-        size = features(shape, record.samples)
-        each = 4 * record.samples * parameter.numel() * delta.element_size()
-        for chosen in torch.arange(size, device=delta.device).split(max(1, limit // max(1, each))):
-            units = delta.new_zeros(len(chosen), record.samples, size)
-            units.scatter_(2, chosen[:, None, None].expand(-1, record.samples, 1), 1.0)
-            columns = units.reshape(len(chosen), *shape)
-            here = _pullback_along(record, rule, parameter, delta, columns)
-            there = _summed_pullback(plan, {edge: columns}, again, parameter)
-            yield name, *_paired(here, there)
+    for call in step.calls:
+        for parameter in call.parameters.values():
+            for here, there in call.curved(deltas, limit):
+                yield call, parameter, *_paired(here, there)
+        for name, parameter in call.parameters.items():
+            below = plan.below(step.node)
+            if any(place.step.node in below for place in plan.uses[id(parameter)]):
+                for here, there in _mixed(plan, step, call, name, deltas, limit):
+                    yield call, parameter, *_paired(here, there)
 
 
-def _pullback_along(record: Record, rule: Rule, parameter: Tensor, delta: Tensor, columns: Tensor) -> Tensor:
-    """Σ_y δ_y ∂²y/∂θ∂x v of columns v [V, *edge] → [V, N, *θ]."""
-    operands = [record.operand(name) for name in rule.operands]
-    place = rule.operands.index("input")
-    factor = at_output(record, delta, lead=0)[None]
-    v = columns.reshape(len(columns), *record.canonical_input)
+def _mixed(
+    plan: Plan, step: Step, call: Call, name: str, deltas: Mapping[int, Tensor], limit: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of Σ_y δ_y ∂²y/∂θ∂x_v and ∂x_v/∂θ [V, N, *θ], v over the elements of all inputs."""
+    parameter, samples = call.parameters[name], call.record.samples
+    for edge in dict.fromkeys(edge for _, edge in step.inputs):
+        size = features(edge_shape(edge), samples)
+        like = next(iter(deltas.values()))
+        each = 4 * samples * parameter.numel() * like.element_size()
+        for chosen in torch.arange(size, device=like.device).split(max(1, limit // max(1, each))):
+            units = like.new_zeros(len(chosen), samples, size)
+            units.scatter_(2, chosen[:, None, None].expand(-1, samples, 1), 1.0)
+            columns = at_edge(call.at_input(units, edge), edge, lead=1)
+            here = call.along(name, deltas, edge, columns)
+            there = None if here is None else _pullback(plan, {edge: columns}, parameter)
+            if here is None or there is None:
+                break
+            yield here, there
 
-    def pullback(x: Tensor) -> Tensor:
-        return rule.aten(factor, *operands[:place], x, *operands[place + 1 :])[0]
 
-    x = operands[place].detach()
-    found = torch.vmap(lambda tangent: torch.func.jvp(pullback, (x,), (tangent.to(x.dtype),))[1])(v)
-    return found.reshape(*found.shape[:2], *parameter.shape)
+def _pullback(plan: Plan, start: dict[Edge, Tensor], parameter: Tensor) -> Tensor | None:
+    """∂x_v/∂θ [V, N, *θ] over all uses of θ below the edges of `start`; None if there are none."""
+    found: list[Tensor] = []
 
-
-def _summed_pullback(plan: Plan, start: dict[Edge, Tensor], uses: Sequence[Step], parameter: Tensor) -> Tensor:
-    """∂x_v/∂θ over the given uses [V, N, *θ], of columns at the edges of `start`."""
-    nodes, found = {use.node for use in uses}, []
-
-    def visit(step: Step | Call, factor: Tensor) -> None:
-        if isinstance(step, Step) and step.node in nodes and step.record is not None:
-            name = next(name for name, candidate in step.parameters.items() if candidate is parameter)
-            found.append(summed([Use(step.record, name, factor)], PER_SAMPLE))
+    def visit(call: Call, factor: Tensor) -> None:
+        names = [name for name, candidate in call.parameters.items() if candidate is parameter]
+        found.extend(summed([Use(call.record, name, factor)], PER_SAMPLE) for name in names)
 
     sweep(plan, start, visit)
-    return reduce(add, found)
+    return reduce(add, found) if found else None
 
 
 def _paired(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ def _views(edge: Edge, leaf: Tensor, shared: Mapping[Node, Step]) -> list[Step] 
         following = [*((position, below) for position, below, _ in step.leaves), *step.inputs]
         if step.name not in VIEWS or len(following) != 1:
             return None
-        path.append(Step(node, None, tuple(following), {}))
+        path.append(Step(node, None, tuple(following)))
         node = following[0][1][0]
     return path if leaf_of(node) is leaf else None
 

@@ -1,4 +1,5 @@
-"""The second derivative of a node without a definition, Σ_y δ_y ∂²y/∂x∂x′ over all its inputs together, by its own backward.
+"""The second derivative of a node, Σ_y δ_y ∂²y/∂x∂x′ over all its inputs together: by the rules of an operation's definition, or by
+its own backward.
 
 Called with grad mode on, a node returns its inputs' gradients as functions of what it saved: its inputs, and its outputs,
 which lead back to the node itself. The graph of that is small, and is passed here node by node, ending at the edges that the node
@@ -8,6 +9,7 @@ run hooks on the way.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .errors import NodeFailed
+from .operations import Applied, applied
 from .passing import call, pull
 from .plan import Step
 from .record import Edge
@@ -26,11 +29,37 @@ class Refused(Exception):
     """A node whose backward autograd cannot differentiate."""
 
 
-class SecondDerivative:
+class SecondDerivative(ABC):
     """tangents v [V, *edge] by edge → Σ_y δ_y ∂²y/∂x∂x′ v [V, *edge] by edge."""
 
-    def __init__(self, edges: tuple[Edge, ...], starts: list[tuple[Edge, Edge]], steps: list[Step]) -> None:
-        self.edges, self._starts, self._steps = edges, starts, steps
+    def __init__(self, step: Step) -> None:
+        self.edges = tuple(dict.fromkeys(edge for _, edge in step.inputs))
+
+    @abstractmethod
+    def __call__(self, tangents: Mapping[Edge, Tensor]) -> dict[Edge, Tensor]: ...
+
+
+class OfOperation(SecondDerivative):
+    """By the rules of a definition."""
+
+    def __init__(self, step: Step, operation: Applied, delta: Tensor) -> None:
+        super().__init__(step)
+        self._inputs, self._operation, self._delta = step.inputs, operation, delta
+
+    def __call__(self, tangents: Mapping[Edge, Tensor]) -> dict[Edge, Tensor]:
+        by_position = {position: tangents[edge] for position, edge in self._inputs}
+        found: dict[Edge, Tensor] = {}
+        for position, edge in self._inputs:
+            add(found, {edge: self._operation.hessian(position, self._delta, by_position)})
+        return found
+
+
+class Traced(SecondDerivative):
+    """By the graph of the node's backward."""
+
+    def __init__(self, step: Step, starts: list[tuple[Edge, Edge]], steps: list[Step]) -> None:
+        super().__init__(step)
+        self._starts, self._steps = starts, steps
 
     def __call__(self, tangents: Mapping[Edge, Tensor]) -> dict[Edge, Tensor]:
         live: dict[Edge, Tensor] = {}
@@ -50,6 +79,9 @@ def second_derivative(step: Step, deltas: Mapping[int, Tensor]) -> SecondDerivat
     """
     if step.linear:
         return None
+    operation = applied(step.node, [position for position, _ in step.inputs])
+    if operation is not None:
+        return OfOperation(step, operation, deltas[0])
     # δ requires grad: a backward that refuses to be differentiated says so only then.
     leaves = {number: delta.detach().requires_grad_() for number, delta in deltas.items()}
     with torch.enable_grad():
@@ -76,10 +108,9 @@ def second_derivative(step: Step, deltas: Mapping[int, Tensor]) -> SecondDerivat
             raise Refused
         inputs = tuple((k, edge) for k, edge in following if edge in wanted or edge[0] in steps)
         if inputs:
-            steps[node] = Step(node, None, inputs, {})
+            steps[node] = Step(node, None, inputs)
     starts = [(edge, head) for edge, head in heads if head in wanted or head[0] in steps]
-    edges = tuple(dict.fromkeys(edge for _, edge in step.inputs))
-    return SecondDerivative(edges, starts, [*reversed(steps.values())]) if starts else None
+    return Traced(step, starts, [*reversed(steps.values())]) if starts else None
 
 
 def _postorder(roots: list[Edge], ends: set[Edge]) -> list[Node]:

@@ -10,10 +10,11 @@ from math import prod
 
 from torch import Tensor
 
+from .calls import Call
 from .evaluate import evaluate
 from .memory import FRESH
 from .passing import edge_shape, pull
-from .plan import Call, Plan, Step
+from .plan import Plan, Step
 from .record import Edge, Record
 
 #: Bytes of columns at a step from which on fewer at a time are faster: they stay in cache, and `malloc` reuses their memory.
@@ -21,7 +22,7 @@ AT_ONCE = FRESH // 2
 
 
 def sweep(
-    plan: Plan, start: Mapping[Edge, Tensor], visit: Callable[[Step | Call, Tensor], None], at_once: int | None = None
+    plan: Plan, start: Mapping[Edge, Tensor], visit: Callable[[Call, Tensor], None], at_once: int | None = None
 ) -> None:
     """Pass columns [V, *edge] from the edges of `start`; `visit` gets whatever uses wanted parameters, and its factor.
 
@@ -35,7 +36,7 @@ def _descend(
     plan: Plan,
     first: int,
     live: dict[Edge, Tensor],
-    visit: Callable[[Step | Call, Tensor], None],
+    visit: Callable[[Call, Tensor], None],
     at_once: int | None,
 ) -> None:
     for number in range(first, len(plan.steps)):
@@ -49,8 +50,6 @@ def _descend(
             for parts in zip(*(factor.split(count) for factor in live.values()), strict=True):
                 _descend(plan, number, dict(zip(live, parts, strict=True)), visit, at_once)
             return
-        if step.record is not None and step.parameters:
-            visit(step, at_output(step.record, columns[step.record.output_nr], lead=1))
         for call in step.calls:
             visit(call, call.factor(columns))
         add(live, pass_step(step, columns))

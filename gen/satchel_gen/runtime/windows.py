@@ -124,7 +124,7 @@ def kernel_gradients(
     The gradients of a convolution's kernel, each sample and group by itself: on a CPU as one convolution of N·G groups, which reads
     each element once where windows would be copied.
     """
-    if tensor.is_cuda:
+    if tensor.is_cuda or not factor.numel():
         return _of_windows(tensor, factor, taps, stride, dilation, padding)
     return _of_groups(tensor, factor, taps, stride, dilation, padding)
 

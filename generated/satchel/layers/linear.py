@@ -533,8 +533,8 @@ LAYER = Layer(
     },
     approximation="expand",
     nodes=(
-        NodeCall("AddmmBackward0", "mat1", {"weight": (2, (1, 0)), "bias": (0, (0,))}, {"alpha": 1, "beta": 1}),
-        NodeCall("MmBackward0", "self", {"weight": (1, (1, 0))}),
+        NodeCall("AddmmBackward0", ("mat1", 1), {"weight": (2, (1, 0)), "bias": (0, (0,))}, {"alpha": 1, "beta": 1}),
+        NodeCall("MmBackward0", ("self", 0), {"weight": (1, (1, 0))}),
         NodeCall("AddBackward0", None, {"bias": (0, (0,))}, {"alpha": 1}),
         NodeCall("AddBackward0", None, {"bias": (1, (0,))}, {"alpha": 1}),
     ),

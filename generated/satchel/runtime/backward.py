@@ -22,8 +22,8 @@ from .demand import CURVATURE
 from .errors import BatchAxisLost, FieldMissing, LossIncomplete, LossNotExtended, UnitUnknown
 from .flags import Flag, first_raised
 from .harvest import GRADIENT, Harvest
-from .nodes import operation
 from .plan import Plan, Step, walk
+from .pullback import operation
 from .record import Edge, Entry, LossRecord, Mark, Record
 from .rules import registry
 from .sweep import at_output
@@ -138,9 +138,9 @@ class Pass:
         before = set(self.surveyed)
         plan = self._survey(plan, shapes, samples, [entry for entry in entries if isinstance(entry, Mark)])
         for step in plan.steps:
-            for record, parameters in step.used if step.node not in before else ():
-                for name in parameters:
-                    self._refuse_without_loss(record, name)
+            for call in step.calls if step.node not in before else ():
+                for name in call.parameters:
+                    self._refuse_without_loss(call.record, name)
 
     def _possible_samples(self, plan: Plan, shape: Sequence[int], curved: bool) -> list[int]:
         """Numbers of samples, by preference. A curved loss says it; a loss of flattened positions is a loss of the last layer's batch."""
@@ -160,10 +160,10 @@ class Pass:
         self.surveyed |= plan.nodes
         plan, self.samples, flags = survey.check(plan, self.context, start, samples, marks)
         self.flags += flags
-        for record, parameters in plan.used:
-            self.expected.update({id(parameter): record for parameter in parameters.values()})
+        for call in plan.calls:
+            self.expected.update({id(parameter): call.record for parameter in call.parameters.values()})
         for step in plan.steps:
-            if step.calls and step.node not in self.calls:
+            if step.record is None and step.calls and step.node not in self.calls:
                 self.calls[step.node] = step
                 if step.node is not current_node():
                     self.handles.append(step.node.register_prehook(partial(self._calls, step.node)))

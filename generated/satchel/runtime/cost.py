@@ -116,14 +116,14 @@ class cheapest:
 def block_count(columns: int, samples: int, each: int) -> int:
     """The number of blocks that `blocks` yields."""
     wide, long = _block_shape(columns, samples, each)
-    return -(-columns // wide) * -(-samples // long)
+    return -(-max(columns, 1) // wide) * -(-max(samples, 1) // long)
 
 
 def blocks(columns: int, samples: int, each: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of columns and samples whose products, of `each` elements per column and sample, stay in cache."""
+    """Slices of columns and samples whose products, of `each` elements per column and sample, stay in cache; at least one."""
     wide, long = _block_shape(columns, samples, each)
-    for column in range(0, columns, wide):
-        for sample in range(0, samples, long):
+    for column in range(0, max(columns, 1), wide):
+        for sample in range(0, max(samples, 1), long):
             yield slice(column, column + wide), slice(sample, sample + long)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .averaged import Pair, averaged_quantities, needed_bytes, start_of, sweep_averaged
 from .axes import canonical_shape, extents
+from .calls import Call
 from .demand import CURVATURE, SECOND_ORDER, Demand, Source
 from .errors import (
     BatchAxisLost,
@@ -33,8 +34,8 @@ from .errors import (
 from .evaluate import evaluate
 from .flags import Flag, first_raised
 from .hessian import HessianSweep, residuals_of
-from .mixed import mixed_terms
-from .plan import Call, Plan, Step
+from .mixed import parameter_terms
+from .plan import Place, Plan, Step
 from .record import Edge, LossRecord
 from .rules import Layer, Need, registry
 from .second import is_twice_differentiable
@@ -176,14 +177,14 @@ def check_plan(plan: Plan, demand: Demand, samples: int, flags: Sequence[Flag]) 
             _refuse_second_order(step, samples, demand.features(layers, *SECOND_ORDER))
     if RESIDUAL in sources:
         for step in plan.unknown:
-            if not is_twice_differentiable(step):
+            refused = [call.record.where for call in step.calls if not call.twice_differentiable]
+            if refused or not is_twice_differentiable(step):
                 # Mixed samples are the deeper reason.
-                raise first_raised(flags) or NotTwiceDifferentiable(step.where, demand.features(layers, "residual"))
-    uses = plan.uses
-    shared = {parameter: steps for parameter, steps in uses.items() if len(uses_of(steps, parameter)) > 1}
-    for parameter, steps in shared.items():
-        if RESIDUAL in sources and (use := _mixed_without_rule(plan, steps, parameter)) is not None:
-            raise SequentialReuse(use[0], use[1], demand.features(layers, "residual"))
+                where = refused[0] if refused else step.where
+                raise first_raised(flags) or NotTwiceDifferentiable(where, demand.features(layers, "residual"))
+    for places in plan.uses.values():
+        if RESIDUAL in sources and (use := _mixed_without_rule(plan, places)) is not None:
+            raise SequentialReuse(use.record.where, use.name, demand.features(layers, "residual"))
     for extension in demand.extensions:
         extension.check(samples)
     limit = current().memory_limit
@@ -206,27 +207,20 @@ def _refuse_second_order(step: Step, samples: int, features: list[str]) -> None:
         raise BatchAxisLost(record.where, record.output_shape, samples)
 
 
-def _mixed_without_rule(plan: Plan, steps: list[Step], parameter: int) -> tuple[str, str] | None:
+def _mixed_without_rule(plan: Plan, places: Sequence[Place]) -> Use | None:
     """A use with another below it whose ∂²y/∂θ∂x is not zero and cannot be had from its rules."""
-    for step in steps:
-        record = step.record
-        if record is None or not record.definition.mixed or step.node not in plan.reused:
-            continue
-        name = next(name for name, p in step.parameters.items() if id(p) == parameter)
-        reads_output = "output" in record.definition.parameters[name][PER_SAMPLE].operands
-        if reads_output and not plan.below(step.node).isdisjoint(other.node for other in steps):
-            return record.where, name
+    nodes = {place.step.node for place in places}
+    for place in places:
+        use = place.use
+        reads_output = use.layer.mixed and "output" in use.layer.parameters[use.name][PER_SAMPLE].operands
+        if reads_output and not plan.below(place.step.node).isdisjoint(nodes):
+            return use
     return None
-
-
-def uses_of(steps: list[Step], parameter: int) -> list[Use]:
-    used = [one for step in steps for one in step.used]
-    return [Use(record, name) for record, parameters in used for name, p in parameters.items() if id(p) == parameter]
 
 
 def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> None:
     """All sweeps that start at one loss."""
-    shared = {parameter for parameter, steps in plan.uses.items() if len(uses_of(steps, parameter)) > 1}
+    shared = {parameter for parameter, places in plan.uses.items() if len(places) > 1}
     sources = demand.sources(plan.definitions)
     averaged = AVERAGED in sources
     exact = start.exact() if averaged or Source("exact") in sources else None
@@ -240,7 +234,7 @@ def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> Non
     if averaged and exact is not None:
 
         def visit(parameter: Tensor, pairs: Sequence[Pair]) -> None:
-            needs = demand.needs((one.layer for one, _, _ in pairs), AVERAGED)
+            needs = demand.needs((pair.one.use.layer for pair in pairs), AVERAGED)
             accumulate(parameter, AVERAGED, averaged_quantities(pairs, needs))
 
         sweep_averaged(plan, start.edge, start_of(exact, start.samples), start.samples, visit)
@@ -262,26 +256,25 @@ def _columns(
 def _residual(start: Start, plan: Plan, demand: Demand, shared: set[int], accumulate: Accumulate) -> None:
     """Sweep what the steps themselves add to the curvature."""
 
-    def visit_diagonal(step: Step, diagonal: Tensor) -> None:
-        assert step.record is not None
-        for name, parameter in step.parameters.items():
-            use = Use(step.record, name, diagonal)
+    def visit_diagonal(call: Call, diagonal: Tensor) -> None:
+        for name, parameter in call.parameters.items():
+            use = Use(call.record, name, diagonal)
             needs = [need for need in demand.needs([use.layer], DIAGONAL) if use.offers(need.quantity)]
             accumulate(parameter, DIAGONAL, {need: summed([use], need.quantity) for need in needs})
 
     delta = start.gradient()
-    residuals, at_reused = residuals_of(plan, {start.edge: delta}, start.samples)
+    residuals, at_uses = residuals_of(plan, {start.edge: delta}, start.samples)
     gather = partial(_Gathered, RESIDUAL, demand, shared, accumulate)
     limit, itemsize = current().matrix_bytes, delta.element_size()
     HessianSweep(plan, residuals, start.samples, gather, visit_diagonal, limit, itemsize).run()
     reductions = registry().reductions
     for step in plan.steps:
-        if step.record is None or step.node not in at_reused:
+        if step.node not in at_uses:
             continue
-        needs = demand.needs([step.record.definition], RESIDUAL)
-        for parameter, pullback, signs in mixed_terms(plan, step, at_reused[step.node], limit):
+        for call, parameter, pullback, signs in parameter_terms(plan, step, at_uses[step.node], limit):
+            needs = demand.needs([call.record.definition], RESIDUAL)
             found = {need: reductions[need.quantity].function(pullback, signs) for need in needs}
-            accumulate(step.parameters[parameter], RESIDUAL, found)
+            accumulate(parameter, RESIDUAL, found)
 
 
 class _Gathered:
@@ -291,10 +284,9 @@ class _Gathered:
         self.source, self.demand, self.shared, self.accumulate = source, demand, shared, accumulate
         self.waiting: dict[int, tuple[Tensor, list[Use], tuple[Tensor, ...]]] = {}
 
-    def visit(self, step: Step | Call, factor: Tensor, *signs: Tensor) -> None:
-        assert step.record is not None
-        for name, parameter in step.parameters.items():
-            use = Use(step.record, name, factor)
+    def visit(self, call: Call, factor: Tensor, *signs: Tensor) -> None:
+        for name, parameter in call.parameters.items():
+            use = Use(call.record, name, factor)
             if id(parameter) in self.shared:
                 self.waiting.setdefault(id(parameter), (parameter, [], signs))[1].append(use)
             else:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .axes import starred
+from .calls import Call
 from .cost import forced_program
 from .evaluate import evaluate
 from .flags import first_raised
@@ -27,42 +27,46 @@ from .joint import Joint, both_through, columns_of, rows_through
 from .passing import edge_shape, features, pull
 from .plan import Plan, Step
 from .probe import Probe
-from .record import Edge, Record
+from .record import Edge
 from .residual import Blocks, Diagonal, residual_of, signed_pairs, upper_rows
 from .sweep import add, at_edge, at_output, pass_step, take
 from .torch_private import node_outputs
 
 
 class Gathered(Protocol):
-    """Collects one range of columns: `visit` gets each layer with wanted parameters, columns [V, *output] and signs [V, N]."""
+    """Collects one range of columns: `visit` gets each use of wanted parameters, its factor of V columns and signs [V, N]."""
 
-    def visit(self, step: Step, factor: Tensor, signs: Tensor) -> None: ...
+    def visit(self, call: Call, factor: Tensor, signs: Tensor) -> None: ...
 
     def finish(self) -> None: ...
 
 
 Gather: TypeAlias = Callable[[], Gathered]
-#: Gets a layer with wanted parameters and the diagonal [*output] of the curvature at its output.
-VisitDiagonal: TypeAlias = Callable[[Step, Tensor], None]
+#: Gets a use of wanted parameters and the diagonal of the curvature at its output.
+VisitDiagonal: TypeAlias = Callable[[Call, Tensor], None]
 Residuals: TypeAlias = Mapping[Node, Diagonal | Blocks]
 
 
-def residuals_of(plan: Plan, start: Mapping[Edge, Tensor], samples: int) -> tuple[Residuals, Mapping[Node, Tensor]]:
-    """What each step adds, where δ [*edge] starts at the edges of `start`; and δ at layers with a parameter that is used again below."""
+def residuals_of(
+    plan: Plan, start: Mapping[Edge, Tensor], samples: int
+) -> tuple[Residuals, Mapping[Node, Mapping[int, Tensor]]]:
+    """What each step adds, where δ [*edge] starts at the edges of `start`; and δ where a parameter itself adds something: by its use
+    if that is not linear, and if it is used again below."""
     found: dict[Node, Diagonal | Blocks] = {}
-    at_reused: dict[Node, Tensor] = {}
+    at_uses: dict[Node, Mapping[int, Tensor]] = {}
     live = {edge: delta[None] for edge, delta in start.items()}
     for step in plan.steps:
         deltas = take(live, step)
         if not deltas:
             continue
-        residual = residual_of(step, {number: delta[0] for number, delta in deltas.items()}, samples)
+        here = {number: delta[0] for number, delta in deltas.items()}
+        residual = residual_of(step, here, samples)
         if residual is not None:
             found[step.node] = residual
-        if step.record is not None and step.node in plan.reused:
-            at_reused[step.node] = deltas[step.record.output_nr][0]
+        if step.node in plan.reused or not all(call.linear for call in step.calls):
+            at_uses[step.node] = here
         add(live, pass_step(step, deltas))
-    return found, at_reused
+    return found, at_uses
 
 
 class HessianSweep:
@@ -92,8 +96,8 @@ class HessianSweep:
             if step.node in self.enough:
                 self._take_diagonal(step)
             diagonal = take(self.diagonal, step)
-            if step.record is not None and step.parameters:
-                self._visit(step, step.record, diagonal)
+            if step.calls:
+                self._visit(step, diagonal)
             if diagonal and (step.inputs or step.node in self.plan.reused):
                 self._pass_diagonal(number, step, diagonal, dense=number >= dense_from)
             self._pass_joint(step)
@@ -109,13 +113,29 @@ class HessianSweep:
                 for columns, signs in residual.signed_columns(self.at_most):
                     self._descend(columns, signs, number + 1)
 
-    def _visit(self, step: Step, record: Record, diagonal: Mapping[int, Tensor]) -> None:
+    def _visit(self, step: Step, diagonal: Mapping[int, Tensor]) -> None:
+        """Serve the uses of parameters from the diagonal and from the matrix at the step's output."""
         if diagonal and step.node not in self.plan.reused:
-            self.visit_diagonal(step, at_output(record, diagonal[record.output_nr], lead=0))
-        slot = step.node, record.output_nr
-        matrix = self.joint.get(slot, slot)
-        if matrix is not None:
-            self._visit_matrix(step, record, matrix, slot)
+            rest = [call for call in step.calls if not (step.apart and self._served(call, diagonal))]
+            for output_nr, d in diagonal.items() if rest else ():
+                flat = d.reshape(self.samples, features(d.shape, self.samples))
+                for columns, signs in self._diagonal_columns(flat, (step.node, output_nr)):
+                    self._gather(rest, {output_nr: columns}, signs)
+        slots = [slot for slot in self.joint.slots if slot[0] is step.node]
+        if slots:
+            self._visit_matrix(step, slots)
+
+    def _served(self, call: Call, diagonal: Mapping[int, Tensor]) -> bool:
+        d = call.diagonal(diagonal)
+        if d is not None:
+            self.visit_diagonal(call, d)
+        return d is not None
+
+    def _gather(self, calls: Sequence[Call], columns: Mapping[int, Tensor], signs: Tensor) -> None:
+        gathered = self.gather()
+        for call in calls:
+            gathered.visit(call, call.factor(columns), signs)
+        gathered.finish()
 
     # ------------------------------------------------------------------------------------------------- a diagonal
 
@@ -182,8 +202,8 @@ class HessianSweep:
                     d = torch.einsum("vnx,vn->nx", squares, signs.to(squares.dtype))
                     add(self.diagonal, {(step.node, number): d.reshape(factor.shape[1:])})
                 continue
-            if step.record is not None and step.parameters:
-                gathered.visit(step, at_output(step.record, columns[step.record.output_nr], lead=1), signs)
+            for call in step.calls:
+                gathered.visit(call, call.factor(columns), signs)
             add(live, pass_step(step, columns))
         gathered.finish()
 
@@ -223,19 +243,18 @@ class HessianSweep:
             d = rows[slot].diagonal(dim1=1, dim2=2)
             add(self.diagonal, {slot: d.reshape(edge_shape(slot))})
 
-    def _visit_matrix(self, step: Step, record: Record, matrix: Tensor, slot: Edge) -> None:
-        if reads_diagonal(step, record):
-            d = matrix.diagonal(dim1=1, dim2=2)
-            self.visit_diagonal(step, at_output(record, d.reshape(edge_shape(slot)), lead=0))
-            return
-        F = matrix.shape[1]
-        for chosen in torch.arange(F, device=matrix.device).split(max(1, self.at_most // 2)):
-            rows = upper_rows(matrix[:, chosen].transpose(0, 1), int(chosen[0]))
-            columns, signs = signed_pairs(chosen, rows)
+    def _visit_matrix(self, step: Step, slots: Sequence[Edge]) -> None:
+        M = self.joint.over(slots)
+        sizes = [features(edge_shape(slot), self.samples) for slot in slots]
+        parts = zip(slots, M.diagonal(dim1=1, dim2=2).split(sizes, 1), strict=True)
+        diagonal = {slot[1]: d.reshape(edge_shape(slot)) for slot, d in parts}
+        rest = [call for call in step.calls if not (call.reads_diagonal and self._served(call, diagonal))]
+        for chosen in torch.arange(sum(sizes), device=M.device).split(max(1, self.at_most // 2)) if rest else ():
+            columns, signs = signed_pairs(chosen, upper_rows(M[:, chosen].transpose(0, 1), int(chosen[0])))
             if len(columns):
-                gathered = self.gather()
-                gathered.visit(step, at_output(record, columns.reshape(len(columns), *edge_shape(slot)), lead=1), signs)
-                gathered.finish()
+                split = zip(slots, columns.split(sizes, 2), strict=True)
+                shaped = {slot[1]: part.reshape(len(columns), *edge_shape(slot)) for slot, part in split}
+                self._gather(rest, shaped, signs)
 
     # --------------------------------------------------------------------------------------- what the plan tells
 
@@ -248,8 +267,8 @@ class HessianSweep:
                 edge[0] not in found or self.consumers[edge] > 1 for _, edge in step.inputs
             ):
                 continue
-            at_bottom = step.record is not None and not step.inputs and reads_diagonal(step, step.record)
-            if at_bottom or (step.inputs and not step.parameters and self._is_elementwise(step)):
+            at_bottom = not step.inputs and all(call.reads_diagonal for call in step.calls)
+            if at_bottom or (step.inputs and not step.calls and self._is_elementwise(step)):
                 found.add(step.node)
         return frozenset(found)
 
@@ -332,21 +351,13 @@ class HessianSweep:
         """Of passing one column of one sample, in multiplications or elements moved."""
         if step.node in self.enough:
             return 0.0
-        parameters = {} if step.record is None else step.record.parameters
-        weights = sum(p.numel() for reference in parameters.values() if (p := reference()) is not None)
+        records = [step.record] if step.record is not None else [call.record for call in step.calls]
+        references = [reference for record in records for reference in record.parameters.values()]
+        weights = sum(p.numel() for reference in references if (p := reference()) is not None)
         return self._size((step.node, 0)) + sum(self._size(edge) for _, edge in step.inputs) + weights
 
     def _size(self, edge: Edge) -> int:
         return features(edge_shape(edge), self.samples)
-
-
-def reads_diagonal(step: Step, record: Record) -> bool:
-    """Whether the parameters have the Kronecker structure δ(o, o′) a at one position: their diagonal reads that of the output."""
-    layer = record.definition
-    star = starred(layer.output_axes)
-    shape = record.canonical_output
-    one_position = star is not None and len(shape) == 3 and shape[star] == 1
-    return one_position and all("output_factor_expand" in layer.parameters[name] for name in step.parameters)
 
 
 def is_elementwise(step: Step) -> bool:

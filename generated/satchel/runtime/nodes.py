@@ -3,7 +3,7 @@
 """Uses of parameters by nodes that belong to no recorded layer: tied weights, embeddings of positions, attention, recurrent cells.
 
 A node whose name a definition lists is a call of that layer: its rules apply, with operands that autograd has saved. For any other
-node the individual pullbacks are computed by the node's own backward, one sample at a time, and reduced: exact, at N times its cost.
+node there is `pullback`.
 """
 
 from __future__ import annotations
@@ -11,29 +11,22 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from math import prod
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.functional import pad
 
 from .axes import Batch
+from .calls import ByRules, Call
 from .errors import BatchAxisLost, NodeFailed
 from .parts import Part, part_of
-from .passing import edge_shape, pull
-from .plan import Call, Plan, Step
+from .passing import edge_shape
+from .plan import Plan, Step
 from .probe import Found
+from .pullback import PARAMETER, Pullback, operation
 from .record import Edge, Mark, Record
-from .rules import Layer, Rule, registry
-from .settings import current
-from .sweep import add, take
+from .rules import Layer, registry
 from .torch_private import leaf_of, saved
-from .uses import PER_SAMPLE
-
-#: The columns that pass a node at once, where no limit is set, hold at most this much.
-_CHUNK_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -105,11 +98,11 @@ def _calls(
     for key, (leaf, edges) in rest.items():
         if not batches:  # the backward did not start where samples can be told apart
             raise BatchAxisLost(step.where, edge_shape((step.node, 0)), None)
-        path = tuple(Step(s.node, None, tuple(_towards(s, leaf, shared)), {}) for s in shared.values())
+        path = tuple(Step(s.node, None, tuple(_towards(s, leaf, shared))) for s in shared.values())
         yield Pullback(
-            record=_record(step, owned[key], operation(), _PARAMETER, leaf, next(iter(batches.values()))),
-            parameters={_PARAMETER: leaf},
-            node=Step(step.node, None, tuple(edges), {}),
+            record=_record(step, owned[key], operation(), PARAMETER, leaf, next(iter(batches.values()))),
+            parameters={PARAMETER: leaf},
+            node=Step(step.node, None, tuple(edges)),
             path=tuple(s for s in path if s.inputs),
             batches=batches,
         )
@@ -144,9 +137,8 @@ def _record(step: Step, owner: Owned, layer: Layer, name: str, parameter: Tensor
 
 @dataclass(eq=False, kw_only=True)
 class NodeRecord(Record):
-    """The use of a parameter by a node. Factors pass it by its own backward, which gives no second derivatives."""
+    """The use of a parameter by a node."""
 
-    differentiates_twice = False
     node_name: str = ""
     parameter_name: str = ""
 
@@ -163,98 +155,19 @@ class NodeRecord(Record):
         return self.parameter_name
 
 
-# --------------------------------------------------------------------------------------------------- any other node
-
-_PARAMETER = "parameter"
-
-
-@cache
-def operation() -> Layer:
-    """A layer of which only individual pullbacks are known, T [V, N, *p]: they are the factor."""
-
-    def per_sample(factor: Tensor) -> Tensor:
-        return factor
-
-    reductions = registry().reductions.items()
-    rules = {name: Rule(reduction.function) for name, reduction in reductions if reduction.of == PER_SAMPLE}
-    return Layer(
-        name="operation",
-        module=nn.Module,
-        formula="T[v, n, p] = Σ_y J[n, y, p] factor[v, n, y], by the node's own backward",
-        kernels="",
-        input_axes=("n", "x*"),
-        output_axes=("n", "y*"),
-        vjp=None,
-        diagonal=None,
-        mean_vjp=None,
-        sandwich=None,
-        residual=None,
-        hessian=None,
-        elementwise=False,
-        mixed=True,
-        positional=False,
-        parameters={_PARAMETER: {PER_SAMPLE: Rule(per_sample), **rules}},
-    )
-
-
-@dataclass(frozen=True)
-class Pullback(Call):
-    """T[v, n, p] = Σ_y J[n, y, p] s[v, n, y], by the backward of the node and of what computes its input from the parameter."""
-
-    node: Step
-    path: tuple[Step, ...]
-    batches: Mapping[int, Batch]
-
-    @property
-    def factor_size(self) -> int:
-        return self.record.samples * sum(parameter.numel() for parameter in self.parameters.values())
-
-    def factor(self, columns: Mapping[int, Tensor]) -> Tensor:
-        (parameter,) = self.parameters.values()
-        count, samples = len(next(iter(columns.values()))), self.record.samples
-        if not samples:
-            return parameter.new_zeros(count, 0, *parameter.shape)
-        sizes = [prod(edge_shape((self.node.node, number))) for number in columns]
-        sizes += [prod(edge_shape(edge)) for step in (self.node, *self.path) for _, edge in step.inputs]
-        limit = current().memory_limit or _CHUNK_BYTES
-        size = max(1, limit // max(1, sum(sizes) * next(iter(columns.values())).element_size()))
-        pairs = torch.arange(count * samples, device=parameter.device)
-        found = torch.cat([self._pulled(columns, some // samples, some % samples) for some in pairs.split(size)])
-        return found.reshape(count, samples, *parameter.shape)
-
-    def _pulled(self, columns: Mapping[int, Tensor], v: Tensor, n: Tensor) -> Tensor:
-        """[pairs, *p] for pairs of a column and a sample."""
-        if columns.keys() - self.batches.keys():
-            raise BatchAxisLost(self.record.where, self.record.output_shape, self.record.samples)
-        masked = {number: self._only(columns[number][v], n, self.batches[number]) for number in columns}
-        live = pull(self.node, masked)
-        for step in self.path:
-            arrived = take(live, step)
-            if arrived:
-                add(live, pull(step, arrived))
-        (found,) = live.values()  # the parameter's edge
-        return found
-
-    @staticmethod
-    def _only(columns: Tensor, n: Tensor, batch: Batch) -> Tensor:
-        split = columns.reshape(len(columns), batch.outer, batch.samples, -1)
-        own = torch.arange(batch.samples, device=n.device) == n[:, None]
-        return (split * own[:, None, :, None].to(split.dtype)).reshape(columns.shape)
-
-
 # ------------------------------------------------------------------------------------------------ calls of definitions
 
 
 @dataclass(frozen=True)
-class Defined(Call):
-    """A call of a definition. A part of a parameter is used as the whole, with a factor that is zero elsewhere."""
+class OfPart(ByRules):
+    """A call of a definition with a part of a parameter: as with the whole, where the rest of the output is zero."""
 
     part: Part
 
-    def factor(self, columns: Mapping[int, Tensor]) -> Tensor:
-        part, factor = self.part, self.record.at_output(columns[self.record.output_nr], lead=1)
+    def widened(self, tensor: Tensor, axis: int) -> Tensor:
+        part, behind = self.part, tensor.ndim - 1 - axis % tensor.ndim
         after = part.total - part.start - part.extent
-        return pad(factor, (part.start, after)) if part.start or after else factor
+        return pad(tensor, (*(0, 0) * behind, part.start, after)) if part.start or after else tensor
 
 
 def _defined(
@@ -279,9 +192,13 @@ def _defined(
             if not fits or record.output_shape[-1] != part.extent:  # a broadcast parameter is another formula
                 continue
             if call.input is not None and "input" in layer.reads_of(name):
+                tensor, at = call.input
+                record.edge = next((edge for position, edge in step.inputs if position == at), None)
                 try:
-                    record.keep(input=saved(step.node, call.input))
+                    x = saved(step.node, tensor)
+                    record.input_shape = tuple(x.shape)
+                    record.keep(input=x)
                 except RuntimeError as error:  # freed, or changed in place
                     raise NodeFailed(step.where) from error
-            return Defined(record, {name: leaf}, part)
+            return OfPart(record, {name: leaf}, part)
     return None

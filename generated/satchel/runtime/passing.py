@@ -17,13 +17,14 @@ from torch import Tensor
 from .errors import NodeFailed
 from .plan import Step
 from .record import Edge
+from .rules import registry
 from .torch_private import COLUMNWISE, is_python_function, node_outputs
 
 
 def pull(step: Step, columns: Mapping[int, Tensor]) -> dict[Edge, Tensor]:
     """Columns [V, *output] by output number → columns [V, *input] by edge."""
     count = next(iter(columns.values())).shape[0]
-    columnwise = count <= 1 or step.name in COLUMNWISE
+    columnwise = count <= 1 or step.name in COLUMNWISE or step.name in registry().by_node  # fused kernels take one
     try:
         passed = _one_by_one(step, columns, count) if columnwise else _all_at_once(step, columns, count)
     except torch.OutOfMemoryError:

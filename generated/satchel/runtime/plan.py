@@ -4,35 +4,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from .calls import ByRules, Call
 from .record import Edge, Mark, Record, entries, layer_record
 from .rules import Layer
 from .torch_private import is_accumulator, leaf_of, node_outputs
-
-
-@dataclass(frozen=True)
-class Call(ABC):
-    """How a node without a record of its own uses wanted parameters: by the rules of a definition, as if it were a layer's call."""
-
-    record: Record
-    parameters: Mapping[str, Tensor]
-
-    @abstractmethod
-    def factor(self, columns: Mapping[int, Tensor]) -> Tensor:
-        """What the rules take, from columns [V, *output] by output number. May call the node: it must not be freed."""
-
-    @property
-    def factor_size(self) -> int:
-        """Elements that the factor of one column has beyond the column."""
-        return 0
+from .uses import Use
 
 
 @dataclass(frozen=True)
@@ -43,12 +28,10 @@ class Step:
     record: Record | None
     #: Position among the gradients that the node returns, and the edge, of each input that leads to a wanted parameter.
     inputs: tuple[tuple[int, Edge], ...]
-    #: The wanted parameters of the layer.
-    parameters: Mapping[str, Tensor]
-    #: Likewise, the inputs of a node without record that are wanted parameters.
-    leaves: tuple[tuple[int, Edge, Tensor], ...] = ()
-    #: How a node without record uses parameters, once these are resolved.
+    #: How it uses wanted parameters; of a node without record, once its leaves are resolved.
     calls: tuple[Call, ...] = ()
+    #: Position and edge of the inputs of a node without record that are wanted parameters.
+    leaves: tuple[tuple[int, Edge, Tensor], ...] = ()
 
     @property
     def name(self) -> str:
@@ -66,10 +49,26 @@ class Step:
         return f"{self.name} ({', '.join(marks)})" if marks else self.name
 
     @property
-    def used(self) -> list[tuple[Record, Mapping[str, Tensor]]]:
-        """What uses wanted parameters here."""
-        own = [] if self.record is None else [(self.record, self.parameters)]
-        return [*own, *((call.record, call.parameters) for call in self.calls)]
+    def apart(self) -> bool:
+        """Whether no two calls use one parameter."""
+        used = [id(parameter) for call in self.calls for parameter in call.parameters.values()]
+        return len(set(used)) == len(used)
+
+
+class Place(NamedTuple):
+    """A use of a parameter."""
+
+    step: Step
+    call: Call
+    name: str
+
+    @property
+    def parameter(self) -> Tensor:
+        return self.call.parameters[self.name]
+
+    @property
+    def use(self) -> Use:
+        return Use(self.call.record, self.name)
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,14 @@ class Plan:
         return tuple(step.record for step in self.steps if step.record is not None)
 
     @cached_property
-    def used(self) -> tuple[tuple[Record, Mapping[str, Tensor]], ...]:
-        """Whatever uses wanted parameters by rules, and the calls of layers without any."""
-        return tuple(used for step in self.steps for used in step.used)
+    def calls(self) -> tuple[Call, ...]:
+        """Whatever uses wanted parameters by rules."""
+        return tuple(call for step in self.steps for call in step.calls)
 
     @cached_property
     def definitions(self) -> tuple[Layer, ...]:
-        return tuple(record.definition for record, _ in self.used)
+        records = dict.fromkeys([*self.records, *(call.record for call in self.calls)])
+        return tuple(record.definition for record in records)
 
     @property
     def loose(self) -> tuple[tuple[Step, Tensor], ...]:
@@ -106,24 +106,24 @@ class Plan:
         return tuple(step for step in self.steps if step.record is None)
 
     @cached_property
-    def uses(self) -> Mapping[int, list[Step]]:
-        """The steps that use each wanted parameter, by its id."""
-        found: dict[int, list[Step]] = {}
+    def uses(self) -> Mapping[int, list[Place]]:
+        """The uses of each wanted parameter, by its id."""
+        found: dict[int, list[Place]] = {}
         for step in self.steps:
-            here = {id(parameter) for _, parameters in step.used for parameter in parameters.values()}
-            for parameter in here:
-                found.setdefault(parameter, []).append(step)
+            for call in step.calls:
+                for name, parameter in call.parameters.items():
+                    found.setdefault(id(parameter), []).append(Place(step, call, name))
         return found
 
     @cached_property
     def shared(self) -> frozenset[Node]:
         """Layers with a parameter that has other uses: squares are taken of the sum over the uses that a column reaches."""
-        return frozenset(step.node for steps in self.uses.values() if len(steps) > 1 for step in steps)
+        return frozenset(place.step.node for places in self.uses.values() if len(places) > 1 for place in places)
 
     @cached_property
     def reused(self) -> frozenset[Node]:
         """Those with another use below, which what comes from above reaches, too."""
-        uses = [{step.node for step in steps} for steps in self.uses.values() if len(steps) > 1]
+        uses = [{place.step.node for place in places} for places in self.uses.values() if len(places) > 1]
         return frozenset(node for nodes in uses for node in nodes if not self.below(node).isdisjoint(nodes))
 
     def below(self, node: Node) -> set[Node]:
@@ -143,7 +143,7 @@ class Plan:
         for step in reversed(self.steps):
             inputs = tuple((position, edge) for position, edge in step.inputs if edge[0] in alive)
             leaves = tuple(leaf for leaf in step.leaves if id(leaf[2]) in keep)
-            if inputs or leaves or step.parameters or step.calls:
+            if inputs or leaves or step.calls:
                 alive[step.node] = replace(step, inputs=inputs, leaves=leaves)
         return replace(self, steps=tuple(reversed(alive.values())))
 
@@ -173,16 +173,17 @@ def walk(start: Iterable[Edge], wanted: Callable[[Tensor], bool]) -> Plan:
     for node in order:
         record = layer_record(node)
         marks += [entry for entry in entries(node) if type(entry) is Mark]
-        parameters: dict[str, Tensor] = {}
+        calls: tuple[Call, ...] = ()
         leaves: tuple[tuple[int, Edge, Tensor], ...] = ()
         if record is not None:
             parameters = {name: parameter for name, parameter in record.trainable().items() if wanted(parameter)}
+            calls = (ByRules(record, parameters),) if parameters else ()
         else:
             below = [(position, edge, leaf_of(edge[0])) for position, edge in _inputs(node, None)]
             leaves = tuple((position, edge, p) for position, edge, p in below if p is not None and wanted(p))
         inputs = tuple((position, edge) for position, edge in _inputs(node, record) if edge[0] in steps)
-        if inputs or parameters or leaves:
-            steps[node] = Step(node, record, inputs, parameters, leaves)
+        if inputs or calls or leaves:
+            steps[node] = Step(node, record, inputs, calls, leaves)
     return Plan(start, tuple(reversed(steps.values())), frozenset(order), tuple(marks))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +82,6 @@ class Record(_Kept):
     Which axis is the batch is known once a walk has come from the loss: until then it is taken to be the first.
     """
 
-    #: Whether the curvature of whatever lies above reaches this use.
-    differentiates_twice: ClassVar[bool] = True
     definition: Layer
     parameters: dict[str, weakref.ref[Tensor]] = field(default_factory=dict)
     input_shape: tuple[int, ...] = ()

@@ -41,13 +41,14 @@ class Rule:
 class NodeCall:
     """An autograd node that is a call of a layer although no module was called.
 
-    name: the node's. input: what it has saved as the layer's input, None if no rule of these parameters reads that.
+    name: the node's. input: what it has saved as the layer's input, and that one's position among the node's inputs; None if no
+    rule of these parameters reads it.
     parameters: by name, the position among the node's inputs, and for each axis of the tensor there, which of the parameter it is.
     options: what else it has saved, with the values that the formula covers.
     """
 
     name: str
-    input: str | None
+    input: tuple[str, int] | None
     parameters: Mapping[str, tuple[int, tuple[int, ...]]]
     options: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
 
@@ -64,6 +65,7 @@ class Layer:
     hessian:   δ [*output], v [V, *input] → Σ_y δ_y ∂²y/∂x∂x′ v [V, *input], of layers where it is not; both None: zero
 
     `diagonal`, `mean_vjp` and `sandwich` may be None: then the engine composes them from `vjp`.
+    pulled: a factor is the individual pullbacks themselves, of an operation that no definition covers
     """
 
     name: str
@@ -95,6 +97,7 @@ class Layer:
     reasons: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
     approximation: str = "expand"
     nodes: tuple[NodeCall, ...] = ()
+    pulled: bool = False
 
     @property
     def passes(self) -> tuple[Rule, ...]:
@@ -110,6 +113,37 @@ class Layer:
     def reads_of(self, parameter: str) -> frozenset[str]:
         """Operands of the quantities of a parameter."""
         return frozenset(operand for rule in self.parameters[parameter].values() for operand in rule.operands)
+
+
+@dataclass(frozen=True)
+class OperationNode:
+    """An autograd node by name; under which name it has saved a tensor or number, where that is not the formula's; what else it
+    has saved, with the values that the formula covers."""
+
+    name: str
+    saved: Mapping[str, str]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What an autograd node computes, y = f(inputs; operands), and its second derivative by input, the inputs in the node's order.
+
+    hessian: δ [*output] → Σ_y δ_y ∂²y/∂x∂x′ v [V, *input], over all inputs x′; the operand `tangent_<x′>` is v [V, *x′]
+
+    A value is that of canonical tensors, whose axes are named. `operands` are further tensors, of zeros where they are absent;
+    `absent` gives a number that is, of the extents. `widest` are the axes of the largest intermediate that a column takes.
+    """
+
+    name: str
+    formula: str
+    inputs: Mapping[str, Axes]
+    operands: Mapping[str, Axes]
+    output: Axes
+    widest: tuple[str, ...]
+    hessian: Mapping[str, Rule]
+    absent: Mapping[str, Callable[[Mapping[str, int]], float]]
+    nodes: tuple[OperationNode, ...]
 
 
 @dataclass(frozen=True)
@@ -224,6 +258,7 @@ class Registry:
     reductions: Mapping[str, Reduction]
     factors: frozenset[str]
     composites: tuple[Composite, ...] = ()
+    operations: tuple[Operation, ...] = ()
 
     @cached_property
     def _by_forward(self) -> Mapping[Callable[..., Any], tuple[Layer | Loss, ...]]:
@@ -256,6 +291,11 @@ class Registry:
         variants = [loss for loss in self._by_forward[type(module).forward] if isinstance(loss, Loss)]
         fits = [loss for loss in variants if all(getattr(module, name) == v for name, v in loss.when.items())]
         return next((loss for loss in fits if loss.classes is not target.is_floating_point()), fits[0])
+
+    @cached_property
+    def by_node(self) -> Mapping[str, tuple[Operation, OperationNode]]:
+        """The operation that an autograd node of a name is."""
+        return {node.name: (operation, node) for operation in self.operations for node in operation.nodes}
 
     def composite(self, module: nn.Module) -> Composite | None:
         forward = type(module).forward

@@ -12,6 +12,8 @@ from typing import Any
 BACKENDS = ("auto", "aten", "triton")
 #: Bytes that columns or matrices may take where the user has set no limit: beyond it there is nothing to gain.
 UNLIMITED = 1 << 30
+#: Likewise, bytes that one step may take besides what it returns.
+_STEP = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Settings:
     def matrix_bytes(self) -> int:
         """Bytes that columns or matrices may take."""
         return self.memory_limit or UNLIMITED
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes that the columns which pass a step at once may take for intermediates."""
+        return self.memory_limit or _STEP
 
 
 _current = Settings()

@@ -5,19 +5,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 
 import torch
 from torch.autograd.graph import Node
 
 from .context import backpack
-from .curvature import AVERAGED, RESIDUAL, refuse_option, uses_of
+from .curvature import AVERAGED, RESIDUAL, refuse_option
 from .demand import CURVATURE, SECOND_ORDER, Demand
 from .errors import CheckpointedRegion, MemoryLimit, SatchelError, SharedByKinds, SparseGradient, UnsupportedModule
 from .flags import Flag, first_raised
-from .nodes import NodeRecord, Owned, Pullback, resolve
+from .nodes import NodeRecord, Owned, resolve
 from .plan import Plan
 from .probe import Found, Probe
+from .pullback import Pullback
 from .record import Edge, Mark
 from .rules import registry
 from .second import is_linear
@@ -52,24 +53,32 @@ def check(
     if plan.loose:
         plan = plan.pruned(owned)
     _touch(plan, context.demand)
-    sources = context.demand.sources(plan.definitions)
-    also: Container[Node] = ()  # nodes that must have the samples outermost
-    if AVERAGED in sources:
-        also = plan.nodes
-    elif RESIDUAL in sources:
-        also = {step.node for step in plan.unknown if not is_linear(step)}
     with torch.no_grad():
-        count, found = _probe(plan, start, samples, also)
-    if owned:
-        mixed = first_raised(found.flags)
-        if mixed is not None:
-            raise mixed
-        plan = resolve(plan, found, owned)
-        _refuse_undefined(plan, context)
-        _warn_of_cost(plan)
+        count, found = _probe(plan, start, samples, () if owned else _ordered(plan, context.demand))
+        if owned:
+            mixed = first_raised(found.flags)
+            if mixed is not None:
+                raise mixed
+            plan = resolve(plan, found, owned)
+            _refuse_undefined(plan, context)
+            _warn_of_cost(plan)
+            ordered = _ordered(plan, context.demand)
+            if ordered:
+                found = Probe(plan, start, count, ordered).run()
     _refuse_blocks(plan, context.demand)
     _refuse_kinds(plan, context.demand)
     return plan, count, found.flags
+
+
+def _ordered(plan: Plan, demand: Demand) -> Collection[Node]:
+    """The nodes that must have the samples outermost."""
+    sources = demand.sources(plan.definitions)
+    if AVERAGED in sources:
+        return plan.nodes
+    if RESIDUAL in sources:
+        again = {step.node for step in plan.unknown if not all(call.linear for call in step.calls)} & plan.reused
+        return again | {step.node for step in plan.unknown if not is_linear(step)}
+    return ()
 
 
 def _probe(
@@ -96,7 +105,8 @@ def _touch(plan: Plan, demand: Demand) -> None:
         needed = demand.of(layer)
         kinds = {source.kind for source in needed}
         names = {need.quantity for needs in needed.values() for need in needs}
-        rules = [rule for p in step.parameters for name, rule in layer.parameters[p].items() if name in names]
+        own = [parameter for call in step.calls for parameter in call.parameters]
+        rules = [rule for p in own for name, rule in layer.parameters[p].items() if name in names]
         if step.inputs and kinds & set(CURVATURE):
             vjp = [layer.vjp] if layer.vjp is not None else []
             rules += layer.passes if kinds & set(SECOND_ORDER) else vjp
@@ -123,12 +133,13 @@ def _refuse_undefined(plan: Plan, context: backpack) -> None:
     """Refuse, or warn of, features that the uses of a parameter by nodes have no value for."""
     supported = [layer.name for layer in registry().layers]
     for step in plan.steps:
-        if step.calls and has_sparse_gradient(step.node):
+        if step.record is None and step.calls and has_sparse_gradient(step.node):
             raise SparseGradient(step.calls[0].record.where, context.demand.names)
-    for record, parameters in plan.used:
+    for call in plan.calls:
+        record = call.record
         if not isinstance(record, NodeRecord):
             continue
-        for name in parameters:
+        for name in call.parameters:
             use = Use(record, name)
             lacking = [e.name for e in context.demand.extensions if not use.serves(e)]
             if lacking:
@@ -141,7 +152,7 @@ def _refuse_undefined(plan: Plan, context: backpack) -> None:
 def _refuse_blocks(plan: Plan, demand: Demand) -> None:
     """Refuse the exact curvature of a parameter that is too large for it."""
     limit = current().matrix_bytes
-    for use in (Use(record, name) for record, parameters in plan.used for name in parameters):
+    for use in (place.use for places in plan.uses.values() for place in places):
         asking = [e for e in demand.extensions if any(need.quantity == BLOCK for need in e.needs(use.layer))]
         features = [extension.name for extension in asking if use.offers(BLOCK) and use.serves(extension)]
         if features and use.block_bytes() > limit:
@@ -151,8 +162,8 @@ def _refuse_blocks(plan: Plan, demand: Demand) -> None:
 
 def _refuse_kinds(plan: Plan, demand: Demand) -> None:
     """Of uses that have no Kronecker structure in common, only what individual pullbacks give is defined."""
-    for parameter, steps in plan.uses.items():
-        uses = uses_of(steps, parameter)
+    for places in plan.uses.values():
+        uses = [place.use for place in places]
         if len(uses) < 2 or alike(uses):
             continue
         for extension in demand.extensions:

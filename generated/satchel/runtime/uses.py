@@ -23,7 +23,6 @@ from .axes import Axes, starred
 from .axes import names as axis_names
 from .blocks import Blockwise, in_blocks
 from .cost import Program, cheapest
-from .demand import SECOND_ORDER
 from .errors import SharedByKinds
 from .evaluate import evaluate, uses_kernel
 from .extension import Extension
@@ -52,19 +51,20 @@ class Use:
         return quantity in self.layer.parameters[self.name]
 
     def serves(self, extension: Extension) -> bool:
-        """Whether a feature has a value for the parameter: what it needs of inputs alone, a bias goes without."""
-        needs = [need for need in extension.needs(self.layer) if need.source != "input"]
-        twice = any(need.source in SECOND_ORDER for need in needs)
-        offered = [self.offers(need.quantity) for need in needs]
+        """Whether a feature has a value for the parameter: what it needs of inputs alone, a bias goes without, and a diagonal can
+        be had as columns. Ḡ is one matrix for all samples, whose columns are no factor of one."""
+        needs = [need for need in extension.needs(self.layer) if need.source not in ("input", "diagonal")]
+        offered = [
+            self.offers(need.quantity) and not (self.layer.pulled and need.source == "averaged") for need in needs
+        ]
         # A parameter has Kronecker factors or, without that structure, the exact block.
-        enough = any(offered) if any(need.quantity == BLOCK for need in needs) else all(offered)
-        return (self.record.differentiates_twice or not twice) and enough
+        return any(offered) if any(need.quantity == BLOCK for need in needs) else all(offered)
 
     def value(self, name: str, *arguments: Tensor, differentiable: bool = False) -> Tensor:
         """A quantity of the use, from what its rule takes."""
         rule = self.layer.parameters[self.name][name]
         found = evaluate(rule, self.layer, self.record.operand, *arguments, differentiable=differentiable)
-        return _shaped(rule, self, found)
+        return shaped(rule, self, found)
 
     @property
     def positions(self) -> int:
@@ -116,7 +116,7 @@ def summed(uses: Sequence[Use], name: str, differentiable: bool = False) -> Tens
     return reduce(add, (use.value(name, *factor, differentiable=differentiable) for use, factor in given))
 
 
-def _shaped(rule: Rule, use: Use, value: Tensor) -> Tensor:
+def shaped(rule: Rule, use: Use, value: Tensor) -> Tensor:
     """A quantity of the parameter in its own shape; Kronecker factors belong to the matrix that the definition says."""
     if rule.lead is None:
         return value
@@ -151,7 +151,7 @@ def _of_joined(
     for name in names:
         if name not in found:
             found[name] = evaluate(rules[name], first.layer, operand, *given(name), differentiable=differentiable)
-    return {name: _shaped(rules[name], first, found[name]) for name in names}
+    return {name: shaped(rules[name], first, found[name]) for name in names}
 
 
 def _in_blocks(

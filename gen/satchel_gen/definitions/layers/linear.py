@@ -17,8 +17,8 @@ LINEAR = Layer(
         Example((2, 4, 3), {"in_features": 3, "out_features": 5}),
     ),
     nodes=(
-        NodeCall("AddmmBackward0", "mat1", {"weight": (2, (i, o)), "bias": (0, (o,))}, {"alpha": 1, "beta": 1}),
-        NodeCall("MmBackward0", "self", {"weight": (1, (i, o))}),
+        NodeCall("AddmmBackward0", ("mat1", 1), {"weight": (2, (i, o)), "bias": (0, (o,))}, {"alpha": 1, "beta": 1}),
+        NodeCall("MmBackward0", ("self", 0), {"weight": (1, (i, o))}),
         NodeCall("AddBackward0", None, {"bias": (0, (o,))}, {"alpha": 1}),
         NodeCall("AddBackward0", None, {"bias": (1, (o,))}, {"alpha": 1}),
     ),
