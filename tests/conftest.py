@@ -42,8 +42,6 @@ LAYERS = [
 ]
 #: Features that want the batch first: they carry second derivatives, or a matrix over all of a sample.
 SECOND_ORDER = {d.name for d in DEFINITIONS.features if {"residual", "diagonal", "averaged"} & set(d.needs)}
-#: Features of a matrix that no individual pullbacks give.
-AVERAGED = {d.name for d in DEFINITIONS.features if "averaged" in d.needs}
 #: What is zero but for rounding, next to the largest entry of all parameters.
 NEGLIGIBLE = {torch.float64: 1e-9, torch.float32: 1e-6}
 #: Relative to the largest entry of the reference.

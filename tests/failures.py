@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import AVERAGED, FEATURES
+from conftest import FEATURES
 from satchel import backpack, extend
 from satchel.extensions import (
     BatchGrad,
@@ -23,8 +23,6 @@ torch.manual_seed(0)
 x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
 FIRST_ORDER = [BatchGrad, BatchL2Grad, SumGradSquared, Variance]
 CURVATURE = [feature for feature in FEATURES if feature not in FIRST_ORDER]
-#: Features made of individual pullbacks, which every differentiable use of a parameter has.
-PULLED = [f for f in FEATURES if f.__name__ not in AVERAGED]
 KEPT = torch.zeros(())
 
 

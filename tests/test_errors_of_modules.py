@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import satchel
 from cases import Case, Wired
 from conftest import DEFINITIONS, FEATURES, comparable, is_sampled
-from failures import PULLED, refused, sequence, x, y
+from failures import refused, sequence, x, y
 from networks import NETWORKS
 from reference import Reference, contributions
 from satchel import backpack, extend
@@ -31,7 +31,8 @@ from satchel.extensions import (
 )
 from satchel.registry import REGISTRY
 from satchel.runtime import rules
-from satchel.runtime.rules import Rule
+from satchel.runtime.extension import Extension
+from satchel.runtime.rules import Layer, Need, Rule, Sizes
 
 
 class Scale(nn.Module):
@@ -66,7 +67,7 @@ def test_factors_of_two_structures(feature: Any) -> None:
 @pytest.mark.parametrize(
     "module,name,feature",
     [(lambda: nn.LayerNorm(20), "weight", f) for f in (KFAC, KFLR, KFRA)]
-    + [(lambda: Scale(20), "gain", f) for f in (KFAC, KFLR)],
+    + [(lambda: Scale(20), "gain", f) for f in (KFAC, KFLR, KFRA)],
 )
 def test_exact_block_of_many_elements(module: Callable[[], nn.Module], name: str, feature: Any) -> None:
     """A parameter without Kronecker structure, of a layer or of a node: its block is refused by its size."""
@@ -88,16 +89,34 @@ class Bilinear(nn.Module):
         return self.pair(x, x)
 
 
-@pytest.mark.parametrize("feature", [feature for feature in FEATURES if feature not in PULLED])
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_unsupported_module(feature: Any, name: str) -> None:
-    """Names the module's path and class, the parameter, the feature, what is supported and how to add it.
+class Outer(Extension):
+    """A feature of a Kronecker structure alone. (Those of the package have the exact block where there is none.)"""
 
-    Only what individual pullbacks do not give is unsupported.
-    """
+    field = "outer_factor"
+
+    def needs(self, layer: Layer) -> tuple[Need, ...]:
+        return (Need("exact", "output_factor_expand"),)
+
+    def value(self, q: Mapping[str, Tensor], sizes: Sizes) -> Tensor:
+        return q["output_factor_expand"]
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_module_without_definition(feature: Any, name: str) -> None:
+    model, loss = extend(sequence(UNSUPPORTED[name]())), extend(nn.CrossEntropyLoss())
+    with warnings.catch_warnings(), backpack(feature()):
+        warnings.simplefilter("ignore")
+        loss(model(x), y).backward()
+    assert all(hasattr(p, feature.field) for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_module(name: str) -> None:
+    """Names the module's path and class, the parameter, the feature, what is supported and how to add it."""
     model, loss = extend(sequence(UNSUPPORTED[name]())), extend(nn.CrossEntropyLoss())
     message = refused(
-        lambda: loss(model(x), y), model, feature(), NotImplementedError, feature.__name__, "definition", "strict=False"
+        lambda: loss(model(x), y), model, Outer(), NotImplementedError, "Outer", "definition", "strict=False"
     )
     for layer in DEFINITIONS.layers:
         assert layer.name in message
@@ -108,11 +127,11 @@ def test_unsupported_module(feature: Any, name: str) -> None:
 def test_not_strict() -> None:
     """strict=False: a warning, and all other fields."""
     model, loss = extend(sequence(Scale())), extend(nn.CrossEntropyLoss())
-    with pytest.warns(UserWarning, match="gain"), backpack(KFRA(), DiagHessian(), strict=False):
+    with pytest.warns(UserWarning, match="gain"), backpack(Outer(), DiagHessian(), strict=False):
         loss(model(x), y).backward()
-    assert all(hasattr(p, "kfra") for m in (model[0], model[2]) for p in m.parameters())
+    assert all(hasattr(p, "outer_factor") for m in (model[0], model[2]) for p in m.parameters())
     assert all(hasattr(p, "diag_h") for p in model.parameters())
-    assert not hasattr(model[1].gain, "kfra")
+    assert not hasattr(model[1].gain, "outer_factor")
 
 
 def test_frozen_unsupported_module_is_an_op() -> None:

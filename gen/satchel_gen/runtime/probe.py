@@ -85,8 +85,9 @@ class Probe:
 
     def _known(self, step: Step) -> bool:
         """Pass on where the batch is, through a node of which it is known what it makes of it."""
-        arrived = {edge: self._batch(edge) for edge in {*self.said, *self.live} if edge[0] is step.node}
-        if not self.probing or step.node in self.found.shared or not arrived:
+        edges = [edge for edge in {*self.said, *self.live} if edge[0] is step.node]
+        arrived = {edge: batch for edge in edges if (batch := self._batch(edge)) is not None}
+        if not self.probing or step.node in self.found.shared or not arrived or len(arrived) < len(edges):
             return False
         before: dict[Edge, Batch] = {}
         for _, below in step.inputs:
@@ -97,16 +98,16 @@ class Probe:
             before[below] = only
         for edge, batch in arrived.items():
             self.said.pop(edge)
-            if self.locating and batch is not None:
+            if self.locating:
                 self.found.batches[edge] = batch
         for below, batch in before.items():
             self._say(below, batch)
         return True
 
-    def _before(self, step: Step, below: Edge, edge: Edge, batch: Batch | None) -> Batch | None:
+    def _before(self, step: Step, below: Edge, edge: Edge, batch: Batch) -> Batch | None:
         """Where the batch of an output is in an input."""
         before, after = edge_shape(below), edge_shape(edge)
-        if batch is None or prod(before) % self.samples or (step.node in self.also and batch.outer > 1):
+        if prod(before) % self.samples or (step.node in self.also and batch.outer > 1):
             return None
         if step.name in RESHAPING:
             return batch

@@ -63,7 +63,6 @@ class Layer:
     hessian:   δ [*output], v [V, *input] → Σ_y δ_y ∂²y/∂x∂x′ v [V, *input], of layers where it is not; both None: zero
 
     `diagonal`, `mean_vjp` and `sandwich` may be None: then the engine composes them from `vjp`.
-    pulled: a factor is the individual pullbacks themselves, of an operation that no definition covers
     """
 
     name: str
@@ -95,7 +94,6 @@ class Layer:
     reasons: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
     approximation: str = "expand"
     nodes: tuple[NodeCall, ...] = ()
-    pulled: bool = False
 
     @property
     def passes(self) -> tuple[Rule, ...]:

@@ -56,7 +56,6 @@ def operation() -> Layer:
         mixed=True,
         positional=False,
         parameters={PARAMETER: {PER_SAMPLE: Rule(per_sample), **rules}},
-        pulled=True,
     )
 
 

@@ -52,11 +52,9 @@ class Use:
 
     def serves(self, extension: Extension) -> bool:
         """Whether a feature has a value for the parameter: what it needs of inputs alone, a bias goes without, and a diagonal can
-        be had as columns. Ḡ is one matrix for all samples, whose columns are no factor of one."""
+        be had as columns."""
         needs = [need for need in extension.needs(self.layer) if need.source not in ("input", "diagonal")]
-        offered = [
-            self.offers(need.quantity) and not (self.layer.pulled and need.source == "averaged") for need in needs
-        ]
+        offered = [self.offers(need.quantity) for need in needs]
         # A parameter has Kronecker factors or, without that structure, the exact block.
         return any(offered) if any(need.quantity == BLOCK for need in needs) else all(offered)
 
