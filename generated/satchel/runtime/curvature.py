@@ -285,8 +285,9 @@ class _Gathered:
         self.waiting: dict[int, tuple[Tensor, list[Use], tuple[Tensor, ...]]] = {}
 
     def visit(self, call: Call, factor: Tensor, *signs: Tensor) -> None:
+        memo: dict[Callable[..., Tensor], Tensor] = {}
         for name, parameter in call.parameters.items():
-            use = Use(call.record, name, factor)
+            use = Use(call.record, name, factor, memo)
             if id(parameter) in self.shared:
                 self.waiting.setdefault(id(parameter), (parameter, [], signs))[1].append(use)
             else:

@@ -9,7 +9,7 @@ tensors are joined along it. Otherwise what adds over the uses (individual pullb
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from math import prod
 from operator import add
@@ -27,6 +27,7 @@ from .errors import SharedByKinds
 from .evaluate import evaluate, uses_kernel
 from .extension import Extension
 from .memory import FRESH
+from .precision import widened
 from .record import Record
 from .rules import Layer, Rule, registry
 
@@ -37,11 +38,15 @@ BLOCK = "block"
 
 @dataclass(frozen=True)
 class Use:
-    """A parameter of a layer's call, and the canonical tensor at its output: columns [V, *output], or one [*output], or none."""
+    """A parameter of a layer's call, and the canonical tensor at its output: columns [V, *output], or one [*output], or none.
+
+    memo: what the parameters of one call have in common: values of rules that read the factor alone.
+    """
 
     record: Record
     name: str
     factor: Tensor | None = None
+    memo: dict[Callable[..., Tensor], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def layer(self) -> Layer:
@@ -145,11 +150,44 @@ def _of_joined(
     def given(name: str) -> list[Any]:
         return [*arguments, *(extra if name != PER_SAMPLE else ())]
 
-    found = {} if differentiable or lead != 1 else _in_blocks(rules, names, given, operand, each)
+    found = {} if differentiable or lead != 1 or not factors else _cheapest(rules, names, given, operand, each)
+    memo = first.memo if len(uses) == 1 else {}
     for name in names:
         if name not in found:
-            found[name] = evaluate(rules[name], first.layer, operand, *given(name), differentiable=differentiable)
+            rule = rules[name]
+            found[name] = (
+                memo[rule.aten]
+                if rule.aten in memo
+                else evaluate(rule, first.layer, operand, *given(name), differentiable=differentiable)
+            )
+            if not rule.operands:
+                memo[rule.aten] = found[name]
     return {name: shaped(rules[name], first, found[name]) for name in names}
+
+
+def _cheapest(
+    rules: Mapping[str, Rule],
+    names: Sequence[str],
+    given: Callable[[str], list[Any]],
+    operand: Callable[[str], Any],
+    each: int,
+) -> dict[str, Tensor]:
+    """What has several programs, by its cheapest; and individual pullbacks, where blocks of them serve that, too."""
+    best: dict[str, Program] = {}
+    values: dict[str, list[Any]] = {}
+    blocked: dict[str, Program] = {}
+    for name in names:
+        rule = rules[name]
+        if not isinstance(rule.aten, cheapest):
+            continue
+        own = [*given(name), *map(operand, rule.operands)]
+        if not uses_kernel(rule, own):
+            programs = rule.aten.valid(*own)
+            best[name], values[name] = min(programs, key=lambda program: program.seconds(cost.machine)), own
+            blocked.update((name, program) for program in programs if isinstance(program.function, Blockwise))
+    found = _in_blocks(rules, names, given, operand, each, best, blocked)
+    rest = {name: program.function for name, program in best.items() if name not in found}
+    return found | {name: widened(function)(*values[name]) for name, function in rest.items()}
 
 
 def _in_blocks(
@@ -158,32 +196,29 @@ def _in_blocks(
     given: Callable[[str], list[Any]],
     operand: Callable[[str], Any],
     each: int,
+    best: Mapping[str, Program],
+    blocked: Mapping[str, Program],
 ) -> dict[str, Tensor]:
     """What is cheapest by blocks of the same individual pullbacks, and these where they are asked for."""
-    best: dict[str, float] = {}
-    blocked: dict[str, Program] = {}
-    for name in names:
-        rule, values = rules[name], [*given(name), *map(operand, rules[name].operands)]
-        if isinstance(rule.aten, cheapest) and not uses_kernel(rule, values):
-            programs = rule.aten.valid(*values)
-            best[name] = min(program.seconds(cost.machine) for program in programs)
-            blocked.update((name, program) for program in programs if isinstance(program.function, Blockwise))
-    keep = PER_SAMPLE in names and not uses_kernel(rules[PER_SAMPLE], given(PER_SAMPLE))
-    if not keep and not any(program.seconds(cost.machine) <= best[name] for name, program in blocked.items()):
+    rule, (factor, *_) = rules[PER_SAMPLE], given(PER_SAMPLE)
+    keep = PER_SAMPLE in names and not uses_kernel(rule, [factor])
+    if not keep and not any(best[name] is program for name, program in blocked.items()):
         return {}
-    together = [name for name, program in blocked.items() if program.among_others(cost.machine) <= best[name]]
-    factor = given(PER_SAMPLE)[0]
+    together = [
+        name
+        for name, program in blocked.items()
+        if best[name] is program or program.among_others(cost.machine) <= best[name].seconds(cost.machine)
+    ]
     stored = each * prod(factor.shape[:2]) * factor.element_size()
     if len(together) + keep < 2 and not (keep and stored >= FRESH):
         return {}
-    rule, signs = rules[PER_SAMPLE], given(together[0])[1:] if together else []
     found, kept = in_blocks(
         rule.aten,
         {name: registry().reductions[name] for name in together},
         factor,
         [operand(name) for name in rule.operands],
         each,
-        signs,
+        given(together[0])[1:] if together else [],
         by_sample=sum(name in ("input", "output") for name in rule.operands),
         keep=keep,
     )
