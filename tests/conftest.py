@@ -163,17 +163,21 @@ def as_list(value: Any) -> list[Tensor]:
 # --- the errors seen, over all workers ----------------------------------------------------------------------------
 
 worst: dict[str, tuple[float, str]] = {}
+compared: dict[str, int] = {}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     for name, value in report.user_properties if report.when == "call" else []:
         if name == "error":
             dtype, error = cast("tuple[str, float]", value)
+            compared[dtype] = compared.get(dtype, 0) + 1
             worst[dtype] = max(worst.get(dtype, (-1.0, "")), (error, report.nodeid))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for dtype, (error, test) in sorted(worst.items()):
-        terminalreporter.write_line(f"largest relative error, {dtype}: {error:.1e} ({test})")
+        terminalreporter.write_line(
+            f"largest relative error of {compared[dtype]} fields, {dtype}: {error:.1e} ({test})"
+        )
     if not GPU:
         terminalreporter.write_line("no GPU: nothing ran on one; Triton kernels ran in the interpreter")

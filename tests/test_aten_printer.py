@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sympy import Abs, Piecewise, Rational, erf, exp, log, pi, sign, sqrt, tanh
 
 from satchel_gen.calculus.terms import CalculusError
-from satchel_gen.emit.aten import AtenPrinter
+from satchel_gen.emit.aten_expr import AtenPrinter
 from satchel_gen.notation import sigmoid, softplus
 
 z = sympy.Symbol("z", real=True)

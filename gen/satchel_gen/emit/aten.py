@@ -9,152 +9,11 @@ from string import ascii_lowercase
 
 import sympy
 from sympy import Expr
-from sympy.printing.str import StrPrinter
 
 from ..calculus.terms import CalculusError
 from ..lowering.plan import Add, Axes, Contract, Leaf, Map, Node, Permute, Reduce, Scaled, Window, extent_symbol
 from ..notation import After, Equal, Extent, Index, Option
-
-_FUNCTIONS = {
-    "exp": "torch.exp", "log": "torch.log", "tanh": "torch.tanh", "sigmoid": "torch.sigmoid", "erf": "torch.erf",
-    "softplus": "F.softplus", "Abs": "torch.abs", "sign": "torch.sign", "sin": "torch.sin", "cos": "torch.cos",
-}  # fmt: skip
-
-
-class AtenPrinter(StrPrinter):
-    """Elementwise SymPy expressions as torch source; a function it does not know is refused by name."""
-
-    def __init__(self, names: Mapping[Expr, str], like: str = "", scalars: frozenset[Expr] = frozenset()) -> None:
-        super().__init__({"order": "none"})
-        self.names, self.like, self.scalars = names, like, scalars
-
-    def emptyPrinter(self, expr: Expr) -> str:
-        raise CalculusError(f"the ATen printer does not know {type(expr).__name__}: {expr}")
-
-    def _print(self, expr: Expr, **kwargs: object) -> str:
-        return self.names[expr] if expr in self.names else super()._print(expr, **kwargs)
-
-    def _print_Function(self, expr: Expr) -> str:
-        name = expr.func.__name__
-        if name not in _FUNCTIONS:
-            raise CalculusError(f"the ATen printer does not know the function {name!r} in {expr}")
-        return f"{_FUNCTIONS[name]}({self._print(expr.args[0])})"
-
-    def _print_softplus(self, expr: Expr) -> str:
-        # torch takes the identity above 20 by default, which float64 can tell apart.
-        return f"F.softplus({self._print(expr.args[0])}, threshold=40)"
-
-    _print_exp = _print_log = _print_tanh = _print_sigmoid = _print_Abs = _print_sign = _print_erf = _print_Function
-    _print_sin = _print_cos = _print_Function
-
-    def _print_Add(self, expr: sympy.Add) -> str:
-        """Positive parts first: `input - lse`."""
-        negative = [part for part in expr.args if part.could_extract_minus_sign()]
-        text = " + ".join(self.parenthesize(part, 40) for part in expr.args if part not in negative)
-        for part in negative:
-            text += (" - " if text else "-") + self.parenthesize(-part, 45)
-        return text
-
-    def _print_Mul(self, expr: sympy.Mul) -> str:
-        """What passes a threshold, by one operation."""
-        for part in expr.args:
-            above, rest = _threshold(part), sympy.Mul(*(other for other in expr.args if other is not part))
-            if above is not None and above.lhs in self.names and rest.atoms(sympy.Indexed):
-                return f"torch.ops.aten.threshold_backward({self._print(rest)}, {self._print(above.lhs)}, {above.rhs})"
-        return super()._print_Mul(expr)
-
-    def _print_Mod(self, expr: Expr) -> str:
-        return " % ".join(self.parenthesize(part, 50) for part in expr.args)
-
-    def _print_Extent(self, expr: Extent) -> str:
-        return str(extent_symbol(expr.args[0]))
-
-    def _print_Rational(self, expr: sympy.Rational) -> str:
-        return f"{expr.p} / {expr.q}"
-
-    def _print_Float(self, expr: sympy.Float) -> str:
-        return repr(float(expr))
-
-    def _print_finite(self, expr: Expr) -> str:
-        return f"({self._print(expr.args[0])} > -math.inf).to({self.like}.dtype)"
-
-    def _print_Pi(self, expr: Expr) -> str:
-        return "math.pi"
-
-    def _print_Pow(self, expr: Expr) -> str:
-        base, exponent = expr.args
-        text = self._print(base)
-        scalar = bool(base.is_number or isinstance(base, Extent) or _of_numbers(base, self.scalars))
-        if scalar and abs(exponent) == sympy.Rational(1, 2):
-            return f"math.sqrt({text})" if exponent > 0 else f"1 / math.sqrt({text})"
-        if scalar and exponent.is_Integer and exponent > 0:
-            return f"{self.parenthesize(base, 70)}**{exponent}"
-        if exponent == 2:
-            return f"{text}.square()" if _is_postfix(text) else f"torch.square({text})"
-        if exponent == sympy.Rational(1, 2):
-            return f"torch.sqrt({text})"
-        if exponent == -1:
-            return f"1 / {self.parenthesize(base, 60)}"
-        if exponent.is_Integer and exponent > 0:
-            return f"{self.parenthesize(base, 70)} ** {exponent}"
-        return f"torch.pow({text}, {self._print(exponent)})"
-
-    def _print_Max(self, expr: sympy.Max) -> str:
-        """A lower bound, as a number."""
-        bound, value = expr.args
-        if not bound.is_number:
-            raise CalculusError(f"the ATen printer knows a maximum with a number only, not {expr}")
-        return f"({self._print(value)}).clamp(min={self._print(bound)})"
-
-    def _print_Piecewise(self, expr: sympy.Piecewise) -> str:
-        *cases, (otherwise, always) = expr.args
-        if always != sympy.true:
-            raise CalculusError(f"a Piecewise must end with a default: {expr}")
-        if len(cases) == 1 and cases[0][0] == 1 and otherwise == 0:
-            return f"({self._print(cases[0][1])}).to({self.like}.dtype)"
-        text = self._branch(otherwise)
-        for value, condition in reversed(cases):
-            text = f"torch.where({self._print(condition)}, {self._branch(value)}, {text})"
-        return text
-
-    def _branch(self, value: Expr) -> str:
-        """A number takes the tensors' dtype: torch.where of two Python numbers would be float32."""
-        return f"{self.like}.new_tensor({float(value)!r})" if value.is_number else self._print(value)
-
-    def _print_relational(self, expr: Expr) -> str:
-        sign = {
-            "StrictGreaterThan": ">",
-            "GreaterThan": ">=",
-            "StrictLessThan": "<",
-            "LessThan": "<=",
-            "Equality": "==",
-        }
-        return f"{self._print(expr.args[0])} {sign[type(expr).__name__]} {self._print(expr.args[1])}"
-
-    _print_StrictGreaterThan = _print_GreaterThan = _print_StrictLessThan = _print_LessThan = _print_relational
-
-    def _print_And(self, expr: Expr) -> str:
-        return " & ".join(f"({self._print(a)})" for a in expr.args)
-
-    def _print_Or(self, expr: Expr) -> str:
-        return " | ".join(f"({self._print(a)})" for a in expr.args)
-
-
-def _repeated(expr: Expr) -> list[Expr]:
-    """Calls of transcendental functions that occur more than once, inner ones first."""
-    counts: dict[Expr, int] = {}
-    for part in sympy.preorder_traversal(expr):
-        if type(part).__name__ in _FUNCTIONS and part.atoms(sympy.Indexed):
-            counts[part] = counts.get(part, 0) + 1
-    return sorted((call for call, count in counts.items() if count > 1), key=lambda call: (call.count_ops(), str(call)))
-
-
-def _threshold(expr: Expr) -> Expr | None:
-    """x > c, of what is 1 there and 0 elsewhere."""
-    if not isinstance(expr, sympy.Piecewise) or [value for value, _ in expr.args] != [1, 0]:
-        return None
-    above = expr.args[0][1]
-    return above if isinstance(above, sympy.StrictGreaterThan) and above.rhs.is_number else None
+from .aten_expr import AtenPrinter, is_postfix, repeated, threshold
 
 
 def _with_thresholds(node: Map) -> Map:
@@ -166,30 +25,12 @@ def _with_thresholds(node: Map) -> Map:
             and trailing
             and node.expr.is_Mul
             and read in node.expr.args
-            and _threshold(child.expr) is not None
+            and threshold(child.expr) is not None
         ):
             others = [(r, c) for r, c in zip(node.reads, node.children, strict=True) if r is not read]
             reads, children = zip(*others, *zip(child.reads, child.children, strict=True), strict=True)
             return Map(node.expr.xreplace({read: child.expr}), reads, children, node.axes)
     return node
-
-
-def _of_numbers(expr: Expr, scalars: frozenset[Expr]) -> bool:
-    """Whether an expression holds no tensor, only numbers of the module."""
-    return bool(expr.free_symbols) and all(isinstance(s, Option) or s in scalars for s in expr.free_symbols)
-
-
-def _is_postfix(text: str) -> bool:
-    """Whether `.method()` binds to the whole text: a name, or one bracketed group with a prefix name."""
-    depth = 0
-    for character in text:
-        if character in "([":
-            depth += 1
-        elif character in ")]":
-            depth -= 1
-        elif depth == 0 and not (character.isalnum() or character in "_."):
-            return False
-    return True
 
 
 @dataclass
@@ -222,7 +63,7 @@ class Body:
             case Reduce(child=child, over=over):
                 dims = [child.axes.index(i) for i in over]
                 text = self(child)
-                text = text if _is_postfix(text) else f"({text})"
+                text = text if is_postfix(text) else f"({text})"
                 return f"{text}.sum({_tuple(dims)})"
             case Permute(child=child, axes=axes):
                 return f"{self._operand(child)}.permute({', '.join(str(child.axes.index(i)) for i in axes)})"
@@ -254,13 +95,13 @@ class Body:
         numerator, denominator = coefficient.as_numer_denom()
         text = self(child)
         if numerator == -1:
-            text = f"-{text}" if _is_postfix(text) else f"-({text})"
+            text = f"-{text}" if is_postfix(text) else f"-({text})"
         elif numerator != 1:
             text = f"{self.scalar(numerator)} * {text}"
         if denominator == 1:
             return text
         divisor = self.scalar(denominator)
-        if text.startswith("gram(") and _is_postfix(text):
+        if text.startswith("gram(") and is_postfix(text):
             return f"{text[:-1]}, {divisor})"
         return f"{text} / {divisor if divisor.isidentifier() else f'({divisor})'}"
 
@@ -374,7 +215,7 @@ class Body:
     def _operand(self, node: Node) -> str:
         """A node that a method is called on, or that is used more than once: parenthesised or named."""
         text = self(node)
-        if isinstance(node, Leaf) or _is_postfix(text):
+        if isinstance(node, Leaf) or is_postfix(text):
             return text
         return f"({text})"
 
@@ -398,7 +239,7 @@ class Body:
             names[after] = self._after(after, node.axes, like)
         for e in sorted(node.expr.atoms(Extent), key=str):
             names[e] = self.scalar(e)
-        for call in _repeated(node.expr):
+        for call in repeated(node.expr):
             if call not in names:
                 names[call] = self.local(call.func.__name__, AtenPrinter(names, like).doprint(call))
         return AtenPrinter(names, like).doprint(node.expr)

@@ -11,7 +11,7 @@ from sympy import Expr
 from ..definitions.model import Feature
 from ..definitions.quantities import PER_SAMPLE, SAMPLES, UNIT
 from ..formula import render
-from .aten import AtenPrinter
+from .aten_expr import AtenPrinter
 from .contexts import module_name
 
 _OPTION_TYPES = {

@@ -20,7 +20,8 @@ from ..lowering.plan import Axes, Map, Node, extent_symbol, leaf, plan
 from ..lowering.rules import EXPLICIT, LoweredRule
 from ..lowering.squares import Variant
 from ..notation import Extent, LogSumExp, Option, index_atoms, reads
-from .aten import AtenPrinter, Body, unpack_extents
+from .aten import Body, unpack_extents
+from .aten_expr import AtenPrinter
 
 
 def signature(tensors: Iterable[str], numbers: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ from ..lowering.kernels import KernelRule
 from ..lowering.plan import Axes
 from ..lowering.rules import LoweredLayer, LoweredRule
 from ..notation import NDIM, Length, Option
-from .aten import AtenPrinter
+from .aten_expr import AtenPrinter
 from .contexts import AxisNames, RuleContext, Stated, axis_names, module_name
 from .functions import Function, intermediate_functions, rule_functions
 

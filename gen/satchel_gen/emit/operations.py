@@ -9,7 +9,7 @@ from sympy import Expr, Indexed
 
 from ..lowering.operations import LoweredOperation
 from ..notation import Extent
-from .aten import AtenPrinter
+from .aten_expr import AtenPrinter
 from .contexts import AxisNames, RuleContext, Stated, axis_names
 from .functions import Function, rule_functions
 from .layers import stored_axes
