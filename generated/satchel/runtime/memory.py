@@ -7,11 +7,13 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
 #: Bytes from which on `malloc` gives fresh pages each time, and does not keep them.
 FRESH = 1 << 25
+_PAGE = 1 << 12
 _HUGE_PAGE = 1 << 21
 #: `MADV_HUGEPAGE` of Linux.
 _ADVICE = 14
@@ -19,11 +21,22 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An uninitialised tensor of the dtype and device of `like`, on huge pages where the system gives them on request."""
+    """An uninitialised tensor of the dtype and device of `like`, on huge pages where there are enough of them."""
     tensor = like.new_empty(shape)
     size = tensor.numel() * tensor.element_size()
-    if _libc is not None and tensor.device.type == "cpu" and size >= FRESH:
+    if _libc is not None and tensor.device.type == "cpu" and size >= FRESH and 2 * size <= _free_in_huge_pages():
         start = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
         end = (tensor.data_ptr() + size) // _HUGE_PAGE * _HUGE_PAGE
         _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _ADVICE)  # a refusal changes nothing
     return tensor
+
+
+def _free_in_huge_pages() -> int:
+    """Bytes that the system has free in pieces of a huge page or more. Where it has to make some, filling them takes ten times as long."""
+    try:
+        zones = Path("/proc/buddyinfo").read_text().splitlines()
+    except OSError:
+        return 0
+    # Each line: "Node 0, zone Normal", and the number of free pieces of 1, 2, 4 … pages.
+    pieces = [(_PAGE << order, int(count)) for zone in zones for order, count in enumerate(zone.split()[4:])]
+    return sum(size * count for size, count in pieces if size >= _HUGE_PAGE)
