@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from satchel.runtime.quantities import quantities
 from torch import Tensor, nn
 
 import satchel
@@ -14,7 +15,7 @@ from conftest import DEFINITIONS, module_class
 from satchel import extend
 from satchel.runtime.evaluate import evaluate
 from satchel.runtime.record import layer_record
-from satchel.runtime.uses import Use, quantities
+from satchel.runtime.uses import Use
 
 N = 3
 EXAMPLES = [

@@ -18,7 +18,7 @@ from networks import NETWORKS
 from satchel import backpack, extend, extensions
 from satchel.layers import linear
 from satchel.registry import REGISTRY
-from satchel.runtime import averaged, curvature, residual, sweep, uses
+from satchel.runtime import averaged, curvature, quantities, residual, sweep, uses
 from satchel.runtime.cost import forced
 
 EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
@@ -164,13 +164,13 @@ def test_subsampling(network: Network, subsampling: list[int], dtype: torch.dtyp
 def test_subsampling_takes_the_samples_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is computed for the samples that are not asked for."""
     seen = []
-    original = uses.evaluate
+    original = quantities.evaluate
 
     def spy(rule: Any, layer: Any, operand: Any, *arguments: Any, **options: Any) -> Any:
         seen.append([argument.shape[1] for argument in arguments])
         return original(rule, layer, operand, *arguments, **options)
 
-    monkeypatch.setattr(uses, "evaluate", spy)
+    monkeypatch.setattr(quantities, "evaluate", spy)
     Pass(MEAN_SQUARE, torch.float64, "aten", *(feature(subsampling=[3, 1]) for feature in SUBSAMPLED))
     assert len(seen) == 4 * len(SUBSAMPLED) and all(samples == [2] for samples in seen)
 
@@ -195,7 +195,7 @@ def test_columns_of_a_square_root(loss: Any, reduction: str) -> None:
 def test_nothing_is_computed_twice(monkeypatch: pytest.MonkeyPatch, loss: Any) -> None:
     """All features in one pass: no rule of a layer or loss sees the same tensors twice."""
     calls: list[tuple[Any, ...]] = []
-    for module in (uses, sweep, curvature, residual, averaged):
+    for module in (uses, quantities, sweep, curvature, residual, averaged):
         original = module.evaluate
 
         def spy(rule: Any, layer: Any, operand: Any, *arguments: Any, original: Any = original, **options: Any) -> Any:

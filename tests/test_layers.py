@@ -18,9 +18,10 @@ from satchel.runtime.averaged import Pair, averaged_quantities
 from satchel.runtime.calls import ByRules
 from satchel.runtime.evaluate import evaluate
 from satchel.runtime.plan import Place, Step
+from satchel.runtime.quantities import quantities
 from satchel.runtime.record import Record, layer_record
 from satchel.runtime.rules import Need
-from satchel.runtime.uses import BLOCK, Use, quantities
+from satchel.runtime.uses import BLOCK, Use
 
 N, V = 3, 2
 EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
@@ -159,7 +160,7 @@ def test_quantities(definition: Any, example: Any) -> None:
             if quantity in offered:
                 d = Use(record, name, columns[0].reshape(record.canonical_output))
                 wanted = torch.einsum("nyp,ny->np", J**2, columns[0].flatten(1))
-                same(quantities([d], [quantity], lead=0)[quantity], wanted.sum(over) if over else wanted)
+                same(d.value(quantity, d.factor), wanted.sum(over) if over else wanted)
                 checked.add(quantity)
         if BLOCK in offered:
             size, need = call.y[0].numel(), Need("averaged", BLOCK)

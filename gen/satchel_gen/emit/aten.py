@@ -19,14 +19,9 @@ from .aten_expr import AtenPrinter, is_postfix, repeated, threshold
 def _with_thresholds(node: Map) -> Map:
     """A product with a threshold that it reads as an operand, as one expression."""
     for read, child in zip(node.reads, node.children, strict=True):
-        trailing = isinstance(child, Map) and child.axes == node.axes[len(node.axes) - len(child.axes) :]
-        if (
-            isinstance(child, Map)
-            and trailing
-            and node.expr.is_Mul
-            and read in node.expr.args
-            and threshold(child.expr) is not None
-        ):
+        if not isinstance(child, Map) or child.axes != node.axes[len(node.axes) - len(child.axes) :]:
+            continue
+        if node.expr.is_Mul and read in node.expr.args and threshold(child.expr) is not None:
             others = [(r, c) for r, c in zip(node.reads, node.children, strict=True) if r is not read]
             reads, children = zip(*others, *zip(child.reads, child.children, strict=True), strict=True)
             return Map(node.expr.xreplace({read: child.expr}), reads, children, node.axes)
@@ -40,7 +35,6 @@ class Body:
     arguments: dict[str, Axes]
     lines: list[str] = field(default_factory=list)
     extents: set[sympy.Symbol] = field(default_factory=set)
-    slices: Mapping[str, str] = field(default_factory=dict)  # index name → slice variable
     renamed: dict[str, str] = field(default_factory=dict)  # tensor → the expression that stands for it here
 
     def local(self, name: str, text: str) -> str:
@@ -93,6 +87,9 @@ class Body:
 
     def _scaled(self, child: Node, coefficient: Expr) -> str:
         numerator, denominator = coefficient.as_numer_denom()
+        rows = self._gram_rows(child) if isinstance(child, Contract) else None
+        if rows is not None and numerator == 1 and denominator != 1:
+            return f"gram({rows}, {self.scalar(denominator)})"
         text = self(child)
         if numerator == -1:
             text = f"-{text}" if is_postfix(text) else f"-({text})"
@@ -101,19 +98,16 @@ class Body:
         if denominator == 1:
             return text
         divisor = self.scalar(denominator)
-        if text.startswith("gram(") and is_postfix(text):
-            return f"{text[:-1]}, {divisor})"
         return f"{text} / {divisor if divisor.isidentifier() else f'({divisor})'}"
 
+    def _stored(self, node: Leaf) -> str:
+        """The whole tensor."""
+        return self.renamed.get(node.name, node.name)
+
     def _leaf(self, node: Leaf) -> str:
-        text = self.renamed.get(node.name, node.name)
+        text = self._stored(node)
         if node.windows:
             return self._windows(node, text)
-        if any(i.name in self.slices for i in node.stored):
-            places = [self.slices.get(i.name, ":") for i in node.stored]
-            while places[-1] == ":":
-                places.pop()
-            text = f"{text}[{', '.join(places)}]"
         for i in reversed([i for i in node.stored if i not in node.axes]):
             text = f"{text}.squeeze({node.stored.index(i)})"
         axes = [i for i in node.stored if i in node.axes]
@@ -123,16 +117,11 @@ class Body:
             axes = [*(j for j in axes if j != i), i]
         return text
 
-    def _sliced(self, node: Leaf) -> str:
-        """The whole tensor, in this block of columns and samples."""
-        plain = Leaf(node.name, node.stored, node.stored)
-        return self._leaf(plain)
-
     def _windows(self, node: Leaf, text: str) -> str:
         places, taps = (self._sizes([getattr(w, kind) for w in node.windows]) for kind in ("place", "tap"))
         transposed, geometry = self._geometry(node.windows)
         function = "transposed_windows" if transposed else "windows"
-        return self.local("patches", f"{function}({self._sliced(node)}, {places}, {taps}, {', '.join(geometry)})")
+        return self.local("patches", f"{function}({self._stored(node)}, {places}, {taps}, {', '.join(geometry)})")
 
     def _sizes(self, axes: Sequence[Index]) -> str:
         return _sequence([self.scalar(Extent(i)) for i in axes])
@@ -171,7 +160,7 @@ class Body:
             weights = self._operand(kernel)
             if kernel.axes != order:
                 weights = f"{weights}.permute({', '.join(str(kernel.axes.index(i)) for i in order)})"
-            arguments = [self._sliced(image), weights, self._sizes(places), *geometry]
+            arguments = [self._stored(image), weights, self._sizes(places), *geometry]
             return f"correlate{'_transposed' if transposed else ''}({', '.join(arguments)})"
         return None
 
@@ -191,7 +180,7 @@ class Body:
             kernel = (*inner, out) if transposed else (out, *inner)
             if factor.axes != (columns, *lead, out, *places) or node.axes != (columns, *lead, *kernel, *taps):
                 continue
-            arguments = [self._sliced(image), self._leaf(factor), self._sizes(taps), *geometry]
+            arguments = [self._stored(image), self._leaf(factor), self._sizes(taps), *geometry]
             return f"{'transposed_' if transposed else ''}kernel_gradients({', '.join(arguments)})"
         return None
 
@@ -209,7 +198,7 @@ class Body:
         transposed, geometry = self._geometry(one.windows)
         if transposed or node.axes != (group, inner, *taps, second, *others):
             return None
-        arguments = [self._sliced(one), self._sizes(places), self._sizes(taps), *geometry]
+        arguments = [self._stored(one), self._sizes(places), self._sizes(taps), *geometry]
         return f"window_gram({', '.join(arguments)})"
 
     def _operand(self, node: Node) -> str:
@@ -308,10 +297,9 @@ class Body:
             return f"({product}).sum({_tuple([a.index(i) for i in over])})"
         if not batch and len(over) == 1 and len(columns) == 1 and out == (*rows, *columns) and a == (*rows, *over):
             return f"{self._operand(left)} @ {self._operand(right)}{'' if b == (*over, *columns) else '.T'}"
-        grouped = a == (*over, *rows) and b == (*over, *columns)
-        if grouped and len(rows) == len(columns) == 1 and out == (*rows, *columns):
-            parts = [self._flattened(part, len(over)) for part in (left, right)]
-            return f"gram({parts[0]})" if parts[0] == parts[1] else f"{parts[0]}.T @ {parts[1]}"
+        if _is_grouped(left, right, over, out):
+            first, second = (self._flattened(part, len(over)) for part in (left, right))
+            return f"gram({first})" if first == second else f"{first}.T @ {second}"
         if len(over) == 1 and len(columns) == 1 and rows and b[:-2] == batch and out[-2:] == (rows[-1], columns[0]):
             lead = a[:-2]
             if lead == out[:-2] and lead[len(lead) - len(batch) :] == batch:
@@ -320,12 +308,26 @@ class Body:
                 return f"{first} @ {second}"
         return None
 
+    def _gram_rows(self, node: Contract) -> str | None:
+        """The rows r of a symmetric product r.T @ r."""
+        if self._window_gram(node) is not None or not _is_grouped(node.left, node.right, node.over, node.axes):
+            return None
+        first, second = (self._flattened(part, len(node.over)) for part in (node.left, node.right))
+        return first if first == second else None
+
     def _flattened(self, node: Node, leading: int) -> str:
         """Leading axes as one; an operation (not an argument) is computed once and named."""
         text = self(node)
         if not isinstance(node, Leaf):
             text = self.local({Reduce: "total", Map: "values"}.get(type(node), "product"), text)
         return text if leading == 1 else f"{text}.flatten(0, {leading - 1})"
+
+
+def _is_grouped(left: Node, right: Node, over: Axes, out: Axes) -> bool:
+    """Whether a product of two matrices is over all axes but the last of both."""
+    rows, columns = left.axes[len(over) :], right.axes[len(over) :]
+    leading = left.axes[: len(over)] == right.axes[: len(over)] == over
+    return leading and len(rows) == len(columns) == 1 and out == (*rows, *columns)
 
 
 def _tuple(dims: Sequence[int]) -> str:

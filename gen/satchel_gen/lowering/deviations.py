@@ -13,7 +13,7 @@ from ..calculus.instantiate import Formula
 from ..calculus.terms import Term
 from ..notation import Access, Extent, Index, index_atoms, reads
 from .plan import Axes, Leaf, Map, Node, Reduce, Scaled, leaf, plan
-from .squares import Variant, inner_axes, no_larger_than_an_operand
+from .squares import Variant, inner_axes, no_larger_than_an_operand, square_of
 
 
 def deviation_variants(formula: Formula) -> tuple[Variant, ...]:
@@ -23,16 +23,12 @@ def deviation_variants(formula: Formula) -> tuple[Variant, ...]:
     assert inner is not None and inner.centred is not None and term.factor == 1
     n, product = inner.centred, Term(inner.factor, inner.sums)
     stored = plan(product, inner_axes(term, formula.axes))
-    mean = _mean_over(n, plan(product.summed([n]), tuple(i for i in stored.axes if i != n)))
-    tree = _sum_of_squares(stored, Leaf("mean", mean.axes, mean.axes), formula.axes)
-    named = (("mean", mean),)
     if no_larger_than_an_operand(stored, inner):
-        return (Variant("", tree, named=named),)
-    squares = Map(
-        IndexedBase("product")[stored.axes] ** 2, (IndexedBase("product")[stored.axes],), (stored,), stored.axes
-    )
-    over = tuple(i for i in stored.axes if i not in formula.axes)
-    blockwise = Variant("blockwise", Reduce(squares, over, formula.axes), inner=stored)  # what blocks of it cost
+        mean = _mean_over(n, plan(product.summed([n]), tuple(i for i in stored.axes if i != n)))
+        tree = _sum_of_squares(stored, Leaf("mean", mean.axes, mean.axes), formula.axes)
+        return (Variant("", tree, named=(("mean", mean),)),)
+    # What blocks of it cost: the deviations themselves are merged at run time.
+    blockwise = Variant("blockwise", square_of(term, stored, formula.axes), inner=stored)
     centred = _centred(product, n, formula.axes)
     return (centred, blockwise) if centred is not None else (blockwise,)
 

@@ -79,7 +79,7 @@ def variants(formula: Formula) -> tuple[Variant, ...]:
         return (Variant("", plan(term, formula.axes)),)
     inner = term.square
     stored = plan(inner, inner_axes(term, formula.axes))
-    per_sample = _square_of(term, stored, formula.axes)
+    per_sample = square_of(term, stored, formula.axes)
     if no_larger_than_an_operand(stored, inner):
         return (Variant("", per_sample),)
     dropped = frozenset(i.name for i in inner.sums)
@@ -109,7 +109,7 @@ def inner_axes(term: Term, axes: Axes) -> Axes:
     return (*leading, *dict.fromkeys(rest))
 
 
-def _square_of(term: Term, stored: Node, axes: Axes) -> Node:
+def square_of(term: Term, stored: Node, axes: Axes) -> Node:
     """Σ_outer w · stored²."""
     slot = sympy.IndexedBase("product")[stored.axes]
     squared: Node = Map(slot**2, (slot,), (stored,), stored.axes)

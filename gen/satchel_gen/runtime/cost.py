@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import update_wrapper
@@ -44,7 +44,9 @@ class Program:
         """What it can be forced by: "separated", "gram" …"""
         return getattr(self.function, "__name__", type(self.function).__name__).lower().rpartition("_")[2]
 
-    def seconds(self, machine: Machine) -> float:
+    @property
+    def seconds(self) -> float:
+        """The predicted time."""
         cached = 0 < self.peak <= machine.cache_elements
         return (
             self.flops / machine.flops_per_second
@@ -53,9 +55,10 @@ class Program:
             + self.calls * machine.seconds_per_call
         )
 
-    def among_others(self, machine: Machine) -> float:
+    @property
+    def seconds_among_others(self) -> float:
         """Where the products themselves are there already."""
-        return replace(self, flops=0, elements=0).seconds(machine)
+        return replace(self, flops=0, elements=0).seconds
 
 
 machine = Machine()
@@ -105,10 +108,15 @@ class cheapest:
         return [program for program in valid if program.name == name] or valid
 
     def choose(self, *operands: Any) -> Program:
-        return min(self.valid(*operands), key=lambda program: program.seconds(machine))
+        return least(self.valid(*operands))
 
     def __call__(self, *operands: Any) -> Tensor:
         return widened(self.choose(*operands).function)(*operands)
+
+
+def least(programs: Sequence[Program]) -> Program:
+    """The one of least predicted time."""
+    return min(programs, key=lambda program: program.seconds)
 
 
 def block_count(columns: int, samples: int, each: int) -> int:

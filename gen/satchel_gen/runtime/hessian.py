@@ -27,7 +27,7 @@ from .plan import Plan, Step
 from .probe import Probe
 from .record import Edge
 from .residual import Blocks, Diagonal, residual_of, signed_pairs, upper_rows
-from .sweep import add, at_edge, at_output, pass_step, take
+from .sweep import add, at_edge, pass_step, take
 from .torch_private import node_outputs
 
 
@@ -173,7 +173,7 @@ class HessianSweep:
             return slope.square() * d.reshape(slope.shape)
         layer = record.definition
         assert layer.diagonal is not None
-        d = at_output(record, diagonal[record.output_nr], lead=0)
+        d = record.at_output(diagonal[record.output_nr], lead=0)
         return at_edge(evaluate(layer.diagonal, layer, record.operand, d), edge, lead=0)
 
     def _diagonal_columns(self, flat: Tensor, slot: Edge) -> Iterator[tuple[Tensor, Tensor]]:

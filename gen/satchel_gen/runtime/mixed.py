@@ -14,9 +14,10 @@ from torch import Tensor
 from .calls import Call
 from .passing import edge_shape, features
 from .plan import Plan, Step
+from .quantities import summed
 from .record import Edge
 from .sweep import at_edge, sweep
-from .uses import PER_SAMPLE, Use, summed
+from .uses import PER_SAMPLE, Use
 
 
 def parameter_terms(
@@ -30,8 +31,8 @@ def parameter_terms(
         for parameter in call.parameters.values():
             for here, there in call.curved(deltas, limit):
                 yield call, parameter, *_paired(here, there)
+        below = plan.below(step.node)
         for name, parameter in call.parameters.items():
-            below = plan.below(step.node)
             if any(place.step.node in below for place in plan.uses[id(parameter)]):
                 for here, there in _mixed(plan, step, call, name, deltas, limit):
                     yield call, parameter, *_paired(here, there)

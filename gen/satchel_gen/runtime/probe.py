@@ -70,8 +70,7 @@ class Probe:
                 if columns:
                     self._node(step, columns)
                 elif self.samples < 2:  # one sample is everywhere
-                    edges = [(step.node, number) for number in range(len(node_outputs(step.node)))]
-                    self.found.batches.update({edge: Batch(self.samples) for edge in edges if self.locating})
+                    self.found.batches.update({edge: Batch(self.samples) for edge in step.outputs if self.locating})
         return self.found
 
     def _say(self, edge: Edge, batch: Batch) -> None:
@@ -85,7 +84,7 @@ class Probe:
 
     def _known(self, step: Step) -> bool:
         """Pass on where the batch is, through a node of which it is known what it makes of it."""
-        edges = [edge for edge in {*self.said, *self.live} if edge[0] is step.node]
+        edges = [edge for edge in step.outputs if edge in self.said or edge in self.live]
         arrived = {edge: batch for edge in edges if (batch := self._batch(edge)) is not None}
         if not self.probing or step.node in self.found.shared or not arrived or len(arrived) < len(edges):
             return False
@@ -119,8 +118,8 @@ class Probe:
 
     def _columns(self, step: Step) -> dict[int, Tensor]:
         """The columns that have arrived at a node, or that start there."""
-        for edge in [edge for edge in self.said if edge[0] is step.node]:
-            for batch in self.said[edge]:
+        for edge in step.outputs:
+            for batch in self.said.get(edge, ()):
                 add(self.live, self._start(edge, batch))
         return take(self.live, step)
 

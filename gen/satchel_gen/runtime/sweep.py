@@ -15,7 +15,7 @@ from .evaluate import evaluate
 from .memory import FRESH
 from .passing import edge_shape, pull
 from .plan import Plan, Step
-from .record import Edge, Record
+from .record import Edge
 
 #: Bytes of columns at a step from which on fewer at a time are faster: they stay in cache, and `malloc` reuses their memory.
 AT_ONCE = FRESH // 2
@@ -75,7 +75,7 @@ def pass_step(step: Step, columns: Mapping[int, Tensor]) -> dict[Edge, Tensor]:
     layer = record.definition
     if layer.vjp is None:  # the input is not differentiable
         return {}
-    factor = at_output(record, columns[record.output_nr], lead=1)
+    factor = record.at_output(columns[record.output_nr], lead=1)
     passed = record.at_input(evaluate(layer.vjp, layer, record.operand, factor), lead=1)
     return {edge: at_edge(passed, edge, lead=1) for _, edge in step.inputs}
 
@@ -87,17 +87,12 @@ def chunks(factor: Tensor, size: int) -> Iterator[Tensor]:
 
 def take(live: dict[Edge, Tensor], step: Step) -> dict[int, Tensor]:
     """Remove what has arrived at a node, by output number."""
-    return {edge[1]: live.pop(edge) for edge in [edge for edge in live if edge[0] is step.node]}
+    return {edge[1]: live.pop(edge) for edge in step.outputs if edge in live}
 
 
 def add(live: dict[Edge, Tensor], passed: Mapping[Edge, Tensor]) -> None:
     for edge, columns in passed.items():
         live[edge] = live[edge] + columns if edge in live else columns
-
-
-def at_output(record: Record, tensor: Tensor, lead: int) -> Tensor:
-    """A factor [*lead, *node] as the layer's canonical output."""
-    return record.at_output(tensor, lead)
 
 
 def at_edge(tensor: Tensor, edge: Edge, lead: int) -> Tensor:

@@ -26,7 +26,6 @@ from .plan import Plan, Step, walk
 from .pullback import operation
 from .record import Edge, Entry, LossRecord, Mark, Record
 from .rules import registry
-from .sweep import at_output
 from .torch_private import (
     accumulator,
     at_end_of_backward,
@@ -186,7 +185,7 @@ class Pass:
         if delta is None:
             any_parameter = next(iter(wanted.values()))
             delta = any_parameter.new_zeros(record.output_shape)
-        self._use(record, wanted, at_output(record, delta[None], lead=1))
+        self._use(record, wanted, record.at_output(delta[None], lead=1))
 
     def _use(self, record: Record, parameters: Mapping[str, Tensor], factor: Tensor | None) -> None:
         for name, parameter in parameters.items():

@@ -36,13 +36,14 @@ from .flags import Flag, first_raised
 from .hessian import HessianSweep, residuals_of
 from .mixed import parameter_terms
 from .plan import Place, Plan, Step
+from .quantities import summed
 from .record import Edge, LossRecord
 from .rules import Layer, Need, registry
 from .second import is_twice_differentiable
 from .settings import current
 from .subsampling import quantities_of
 from .sweep import AT_ONCE, at_edge, chunks, sweep
-from .uses import PER_SAMPLE, Use, summed
+from .uses import PER_SAMPLE, Use
 
 #: Takes a quantity of a parameter, and the source that it comes from, and adds it to what is there.
 Accumulate: TypeAlias = Callable[[Tensor, Source, dict[Need, Tensor]], None]

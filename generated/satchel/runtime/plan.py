@@ -37,6 +37,10 @@ class Step:
     def name(self) -> str:
         return self.node.name()
 
+    @cached_property
+    def outputs(self) -> tuple[Edge, ...]:
+        return tuple((self.node, number) for number in range(len(node_outputs(self.node))))
+
     @property
     def linear(self) -> bool:
         """Whether a module that is known to be piecewise linear made the node."""
@@ -126,13 +130,16 @@ class Plan:
         uses = [{place.step.node for place in places} for places in self.uses.values() if len(places) > 1]
         return frozenset(node for nodes in uses for node in nodes if not self.below(node).isdisjoint(nodes))
 
+    @cached_property
+    def _by_node(self) -> Mapping[Node, Step]:
+        return {step.node: step for step in self.steps}
+
     def below(self, node: Node) -> set[Node]:
         """The nodes that the output of `node` is computed from."""
-        by_node = {step.node: step for step in self.steps}
         found: set[Node] = set()
         stack = [node]
         while stack:
-            following = {edge[0] for _, edge in by_node[stack.pop()].inputs} - found
+            following = {edge[0] for _, edge in self._by_node[stack.pop()].inputs} - found
             found |= following
             stack += following
         return found
@@ -154,8 +161,8 @@ class Plan:
         for step in self.steps:
             live.update({edge: _numel(edge) for _, edge in step.inputs})
             most = max(most, sum(live.values()) + sum(call.factor_size for call in step.calls))
-            for edge in [edge for edge in live if edge[0] is step.node]:
-                del live[edge]
+            for edge in step.outputs:
+                live.pop(edge, None)
         return most * itemsize
 
 

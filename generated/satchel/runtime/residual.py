@@ -23,7 +23,7 @@ from .passing import edge_shape, features
 from .plan import Step
 from .record import Edge
 from .second import second_derivative
-from .sweep import at_edge, at_output
+from .sweep import at_edge
 from .torch_private import node_outputs
 
 #: Tangents [V, *edge] by edge → the second derivative applied to them.
@@ -110,7 +110,7 @@ def residual_of(step: Step, deltas: Mapping[int, Tensor], samples: int) -> Diago
     ((_, edge),) = step.inputs
     if layer.residual is None and layer.hessian is None:
         return None
-    delta = at_output(record, deltas[record.output_nr], lead=0)
+    delta = record.at_output(deltas[record.output_nr], lead=0)
     if layer.residual is not None:
         return Diagonal({edge: at_edge(evaluate(layer.residual, layer, record.operand, delta), edge, lead=0)})
     rule = layer.hessian

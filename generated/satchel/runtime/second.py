@@ -155,7 +155,7 @@ def is_twice_differentiable(step: Step) -> bool:
 
 
 def _ones(step: Step) -> dict[int, Tensor]:
-    return {number: _one((step.node, number)) for number in range(len(node_outputs(step.node)))}
+    return {edge[1]: _one(edge) for edge in step.outputs}
 
 
 def _one(edge: Edge) -> Tensor:

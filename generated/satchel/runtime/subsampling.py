@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from .quantities import quantities
 from .rules import Need
-from .uses import Use, quantities
+from .uses import Use
 
 
 def quantities_of(
