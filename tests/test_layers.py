@@ -20,8 +20,8 @@ from satchel.runtime.evaluate import evaluate
 from satchel.runtime.plan import Place, Step
 from satchel.runtime.quantities import quantities
 from satchel.runtime.record import Record, layer_record
-from satchel.runtime.rules import Need
-from satchel.runtime.uses import BLOCK, Use
+from satchel.runtime.rules import BLOCK, Need
+from satchel.runtime.uses import Use
 
 N, V = 3, 2
 EXACT = [feature for feature in FEATURES if not is_sampled(feature)]

@@ -49,7 +49,7 @@ def test_all_programs_agree_with_the_stored_pullback(layer, rule, extents, monke
     pullbacks = emitted(layer, f"{rule.name.removesuffix(rule.quantity)}per_sample")(factor, *others[len(weights) :])
     reference = REDUCTIONS[rule.quantity].function(pullbacks, *weights)
     with cost.recorded() as choices:
-        programs = emitted(layer, rule.name).valid(factor, *others)
+        programs = emitted(layer, rule.name).ranked(factor, *others)
     assert choices == [tuple(programs)]
     assert {program.name for program in programs} == {
         variant.name for variant in rule.variants if all(extents[i.name.upper()] == 1 for i in variant.unit)
@@ -77,7 +77,7 @@ def test_each_program_is_chosen_where_it_is_cheapest(layer, rule, program):
     if program not in {variant.name for variant in rule.variants}:
         pytest.skip(f"{rule.name} has no {program} program: not all of its axes are summed")
     shapes = [[EXPECTED[program][i.name.upper()] for i in axes] for axes in rule.arguments.values()]
-    chosen = emitted(layer, rule.name).choose(*(torch.empty(shape, device="meta") for shape in shapes))
+    chosen, *_ = emitted(layer, rule.name).ranked(*(torch.empty(shape, device="meta") for shape in shapes))
     assert chosen.name in EQUIVALENT.get(program, {program})
 
 

@@ -19,8 +19,8 @@ from .joint import Joint, Slot, both_through, elements, rows_through
 from .passing import edge_shape, features
 from .plan import Place, Plan, Step
 from .record import Edge
-from .rules import Need
-from .uses import BLOCK, PER_SAMPLE
+from .rules import BLOCK, Need
+from .uses import PER_SAMPLE
 
 
 class Pair(NamedTuple):

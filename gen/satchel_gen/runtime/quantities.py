@@ -15,11 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from .blocks import Blockwise, in_blocks
-from .cost import Program, cheapest, least
+from .cost import Program, cheapest
 from .errors import SharedByKinds
 from .evaluate import evaluate, uses_kernel
 from .memory import FRESH
-from .precision import widened
 from .rules import registry
 from .uses import PER_SAMPLE, Use, alike, join, joinable, shaped
 
@@ -100,38 +99,28 @@ class _Joined:
     def _cheapest(self, names: Sequence[str]) -> dict[str, Tensor]:
         """What has several programs, by its cheapest; and individual pullbacks, where blocks of them serve that, too."""
         values: dict[str, list[Any]] = {}
-        choices: dict[str, list[Program]] = {}
+        choices: dict[str, tuple[Program, ...]] = {}
         for name in names:
             rule = self.rules[name]
             own = [*self._given(name), *map(self._operand, rule.operands)]
             if isinstance(rule.aten, cheapest) and not uses_kernel(rule, own):
-                values[name], choices[name] = own, rule.aten.valid(*own)
-        best = {name: least(programs) for name, programs in choices.items()}
-        found = self._in_blocks(names, choices, best)
-        rest = {name: program.function for name, program in best.items() if name not in found}
-        return found | {name: widened(function)(*values[name]) for name, function in rest.items()}
+                values[name], choices[name] = own, rule.aten.ranked(*own)
+        found = self._in_blocks(names, choices)
+        rest = {name: best for name, (best, *_) in choices.items() if name not in found}
+        return found | {name: best.run(*values[name]) for name, best in rest.items()}
 
-    def _in_blocks(
-        self, names: Sequence[str], choices: Mapping[str, Sequence[Program]], best: Mapping[str, Program]
-    ) -> dict[str, Tensor]:
+    def _in_blocks(self, names: Sequence[str], choices: Mapping[str, Sequence[Program]]) -> dict[str, Tensor]:
         """What is cheapest by blocks of the same individual pullbacks, and these where they are asked for."""
         assert self.factor is not None
-        rule, blocked = (
-            self.rules[PER_SAMPLE],
-            {
-                name: program
-                for name, programs in choices.items()
-                for program in programs
-                if isinstance(program.function, Blockwise)
-            },
-        )
+        rule = self.rules[PER_SAMPLE]
         keep = PER_SAMPLE in names and not uses_kernel(rule, [self.factor])
-        if not keep and not any(best[name] is program for name, program in blocked.items()):
+        if not keep and not any(isinstance(best.function, Blockwise) for best, *_ in choices.values()):
             return {}
         together = [
             name
-            for name, program in blocked.items()
-            if best[name] is program or program.seconds_among_others <= best[name].seconds
+            for name, (best, *others) in choices.items()
+            if isinstance(best.function, Blockwise)
+            or any(isinstance(p.function, Blockwise) and p.seconds_among_others <= best.seconds for p in others)
         ]
         each = self.first.record.parameter(self.first.name).numel()
         stored = each * prod(self.factor.shape[:2]) * self.factor.element_size()

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from .axes import Axes, Batch, Layout, canonical, extents, possible_batches
+from .axes import Axes, Batch, Layout, canonical, extents
 from .axes import names as axis_names
 from .errors import BatchAxisLost, GraphFreed, Overwritten
 from .rules import Layer, Loss
@@ -99,11 +98,8 @@ class Record(_Kept):
     def place(self, batch: Batch) -> None:
         """Say where the batch is; refuse where the layer's input or output cannot have it there."""
         self.batch = batch
-        for found in ("canonical_input", "canonical_output"):
-            self.__dict__.pop(found, None)
         for layout, shape in ((self.input_layout, self.input_shape), (self.output_layout, self.output_shape)):
-            fits = batch.canonical_shape(layout, shape) is not None
-            if not fits or not possible_batches(layout.rows(shape), batch.samples):
+            if batch.placed(layout, shape) is None:
                 raise BatchAxisLost(self.where, shape, batch.samples)
 
     @cached_property
@@ -114,7 +110,7 @@ class Record(_Kept):
     def output_layout(self) -> Layout:
         return self._layout(self.definition.output_axes, self.output_shape)
 
-    @cached_property
+    @property
     def canonical_input(self) -> tuple[int, ...]:
         """Canonical shape of the input."""
         shape = self.batch.canonical_shape(self.input_layout, self.input_shape)
@@ -122,7 +118,7 @@ class Record(_Kept):
             raise BatchAxisLost(self.where, self.input_shape, self.samples)
         return shape
 
-    @cached_property
+    @property
     def canonical_output(self) -> tuple[int, ...]:
         """Canonical shape of the output."""
         shape = self.batch.canonical_shape(self.output_layout, self.output_shape)
@@ -141,9 +137,9 @@ class Record(_Kept):
         return self.batch.to_place(tensor, self.input_shape, lead)
 
     def _layout(self, axes: Axes, shape: tuple[int, ...]) -> Layout:
-        layer = self.definition
-        known = {a: self.options[size] if isinstance(size, str) else size for a, size in layer.extents.items()}
-        return Layout(axes, known, {axis: rank(self.options, len(shape)) for axis, rank in layer.ranks.items()})
+        layer, options = self.definition, self.options
+        known = tuple((axis, options[size] if isinstance(size, str) else size) for axis, size in layer.extents.items())
+        return Layout.of(axes, known, tuple((axis, rank(options, len(shape))) for axis, rank in layer.ranks.items()))
 
     def parameter(self, name: str) -> Tensor:
         parameter = self.parameters[name]()
@@ -251,5 +247,4 @@ def layer_record(node: Node) -> Record | None:
 
 def alias(tensor: Tensor) -> Tensor:
     """The same memory without the graph; shares the version counter."""
-    with torch.no_grad():
-        return tensor.detach()
+    return tensor.detach()

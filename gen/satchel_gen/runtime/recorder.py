@@ -38,10 +38,9 @@ def is_recording() -> bool:
 
 
 @cache
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    """Of a method, without `self`."""
-    _, *parameters = inspect.signature(forward).parameters.values()
-    return inspect.Signature(parameters)
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a method's arguments, without `self`."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 class Recorder:
@@ -59,7 +58,9 @@ class Recorder:
             if isinstance(definition, Layer) and _plain_parameters(module, definition):
                 return self._layer(definition, reference, _argument(args, kwargs, 0, "input"), output)
             if isinstance(definition, Loss):
-                return self._loss(module, _signature(type(module).forward).bind(*args, **kwargs).arguments, output)
+                names = _arguments(type(module).forward)
+                given = dict(zip(names, args, strict=False)) | kwargs
+                return self._loss(module, {name: given[name] for name in names if name in given}, output)
         if registry().is_piecewise_linear(module) and isinstance(output, Tensor):
             own = list(_between(output, _argument(args, kwargs, 0, "input")))
             for node in own:
@@ -89,7 +90,7 @@ class Recorder:
             return
         if layer.operation and own:
             node, output_nr, edge = _node(output), output.output_nr, _first_edge(_node(output))
-            x = saved(node, "input") if edge is None or "input" in layer.reads(layer.parameters) else x
+            x = saved(node, "input") if edge is None or "input" in layer.reads(tuple(layer.parameters)) else x
         else:
             node, output_nr, edge = _place(x, output, inplace)
         present = {name: module._parameters[name] for name in layer.parameters}  # type: ignore[union-attr]
@@ -109,7 +110,7 @@ class Recorder:
         )
         record.versions.update({name: version(parameter) for name, parameter in parameters.items()})
         trainable = record.trainable()
-        reads = layer.reads(trainable)
+        reads = layer.reads(tuple(trainable))
         if "input" in reads and not inplace:
             # Attached where a field can be differentiated; autograd has saved the same tensor then.
             record.keep(input=x if trainable else alias(x))

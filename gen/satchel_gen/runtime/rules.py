@@ -5,9 +5,9 @@ Every tensor that a rule sees is canonical: a starred axis stands for any number
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,7 +51,7 @@ class NodeCall:
     options: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     """A module y = f(x, θ), as the rules by which curvature passes it and the quantities that it leaves on parameters.
 
@@ -101,7 +101,8 @@ class Layer:
         rules = (self.vjp, self.diagonal, self.mean_vjp, self.sandwich, self.residual, self.hessian)
         return tuple(rule for rule in rules if rule is not None)
 
-    def reads(self, parameters: Iterable[str]) -> frozenset[str]:
+    @cache  # noqa: B019 (a definition is there for good)
+    def reads(self, parameters: tuple[str, ...]) -> frozenset[str]:
         """Operands of the rules by which factors pass, and of the quantities of `parameters`: what a record must keep."""
         own = frozenset[str]().union(*(self.reads_of(parameter) for parameter in parameters))
         return own | {operand for rule in self.passes for operand in rule.operands}
@@ -150,7 +151,7 @@ class Composite:
     without: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Loss:
     """A loss Σ ℓ(f, y), times c: 1 over what its reduction divides by.
 
@@ -189,6 +190,10 @@ class Loss:
     numbers: tuple[str, ...] = ()
     when: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: _EMPTY)
+
+
+#: The quantity that stands for Kronecker factors where there are none.
+BLOCK = "block"
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from .plan import Plan
 from .probe import Found, Probe
 from .pullback import Pullback
 from .record import Edge, Mark
-from .rules import registry
+from .rules import BLOCK, registry
 from .second import is_linear
 from .settings import current
 from .torch_private import has_sparse_gradient, is_python_function, is_reentrant_checkpoint
-from .uses import BLOCK, Use, alike
+from .uses import Use, alike
 
 
 def check(
@@ -139,7 +139,8 @@ def _refuse_undefined(plan: Plan, context: backpack) -> None:
             continue
         for name in call.parameters:
             use = Use(record, name)
-            lacking = [e.name for e in context.demand.extensions if not use.serves(e)]
+            demand = context.demand
+            lacking = [e.name for e in demand.extensions if not demand.serves(e, use.layer, name)]
             if lacking:
                 error = UnsupportedModule(record.owner, record.parameter_name, record.node_name, lacking, supported)
                 if context.strict:
@@ -150,9 +151,8 @@ def _refuse_undefined(plan: Plan, context: backpack) -> None:
 def _refuse_blocks(plan: Plan, demand: Demand) -> None:
     """Refuse the exact curvature of a parameter that is too large for it."""
     limit = current().matrix_bytes
-    for use in (place.use for places in plan.uses.values() for place in places):
-        asking = [e for e in demand.extensions if any(need.quantity == BLOCK for need in e.needs(use.layer))]
-        features = [extension.name for extension in asking if use.offers(BLOCK) and use.serves(extension)]
+    for use in (place.use for places in plan.uses.values() for place in places if place.use.offers(BLOCK)):
+        features = [e.name for e in demand.extensions if demand.asks(e, use.layer, BLOCK)]
         if features and use.block_bytes() > limit:
             where = f"{use.record.where}, the exact block of {use.record.called(use.name)!r}"
             raise MemoryLimit(features, where, use.block_bytes(), limit)
@@ -165,9 +165,10 @@ def _refuse_kinds(plan: Plan, demand: Demand) -> None:
         if len(uses) < 2 or alike(uses):
             continue
         for extension in demand.extensions:
-            asked = {need.quantity for use in uses for need in extension.needs(use.layer) if use.offers(need.quantity)}
+            needs = [(use, need) for use in uses for _, need in demand.asked(extension, use.layer)]
+            asked = {need.quantity for use, need in needs if use.offers(need.quantity)}
             factors = sorted(asked & registry().factors)
-            if factors and all(use.serves(extension) for use in uses):
+            if factors and all(demand.serves(extension, use.layer, use.name) for use in uses):
                 raise SharedByKinds([use.record.where for use in uses], uses[0].name, factors[0], [extension.name])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from types import MappingProxyType
 from typing import TypeAlias
@@ -78,13 +78,19 @@ def extents(axes: Axes, shape: Sequence[int]) -> Mapping[str, int]:
     return {axis.rstrip("*"): extent for axis, extent in zip(names(axes), shape, strict=True)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """The axes of a tensor, with what is known of them: `extents` of the first of joined ones, `ranks` of starred ones."""
 
     axes: Axes
     extents: Mapping[str, int]
     ranks: Mapping[str, int]
+
+    @staticmethod
+    @cache
+    def of(axes: Axes, extents: tuple[tuple[str, int], ...] = (), ranks: tuple[tuple[str, int], ...] = ()) -> Layout:
+        """The one layout that says this."""
+        return Layout(axes, dict(extents), dict(ranks))
 
     def canonical_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
         """Canonical shape of a tensor whose first axis is the batch; None if it does not fit."""
@@ -122,7 +128,8 @@ class Batch:
     def fits(self, shape: Sequence[int]) -> bool:
         return self.samples == 1 or self in possible_batches(tuple(shape), self.samples)
 
-    def canonical_shape(self, layout: Layout, shape: Sequence[int]) -> tuple[int, ...] | None:
+    @lru_cache(maxsize=1 << 12)  # noqa: B019 (a batch is a value)
+    def canonical_shape(self, layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """`shape` with the batch in front and starred axes flattened; None if it cannot fit `layout`."""
         if self.is_first(shape):
             return layout.canonical_shape(shape)
@@ -134,7 +141,7 @@ class Batch:
 
     def to_front(self, tensor: Tensor, layout: Layout, lead: int = 0) -> Tensor:
         """`tensor` [*lead, *shape] as [*lead, *canonical]."""
-        before, shape = tensor.shape[:lead], self.canonical_shape(layout, tensor.shape[lead:])
+        before, shape = tensor.shape[:lead], self.canonical_shape(layout, tuple(tensor.shape[lead:]))
         assert shape is not None, f"a tensor of shape {tuple(tensor.shape)} has no batch {self}"
         if self.is_first(tensor.shape[lead:]):
             return tensor.reshape(*before, *shape)
@@ -148,6 +155,12 @@ class Batch:
             return tensor.reshape(*before, *shape)
         split = tensor.reshape(*before, self.samples, self.outer, -1, *tensor.shape[lead + 2 :])
         return split.movedim(lead, lead + 1).reshape(*before, *shape)
+
+    @lru_cache(maxsize=1 << 12)  # noqa: B019
+    def placed(self, layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Canonical shape of a layer's tensor; None where the batch cannot be where this says."""
+        found = self.canonical_shape(layout, shape)
+        return found if found is not None and possible_batches(layout.rows(shape), self.samples) else None
 
     def is_first(self, shape: Sequence[int]) -> bool:
         """Whether the batch is the first axis, by itself."""

@@ -22,6 +22,7 @@ from .demand import CURVATURE
 from .errors import BatchAxisLost, FieldMissing, LossIncomplete, LossNotExtended, UnitUnknown
 from .flags import Flag, first_raised
 from .harvest import GRADIENT, Harvest
+from .modes import grad_mode, without_autocast
 from .plan import Plan, Step, walk
 from .pullback import operation
 from .record import Edge, Entry, LossRecord, Mark, Record
@@ -29,12 +30,12 @@ from .rules import registry
 from .torch_private import (
     accumulator,
     at_end_of_backward,
-    computes_gradient_of,
     current_node,
     graph_task,
     is_accumulator,
     keeps_graph,
     node_outputs,
+    will_run,
 )
 from .uses import Use
 
@@ -52,7 +53,7 @@ def arrive(entries: Sequence[Entry], gradients: tuple[Tensor | None, ...]) -> No
     if task not in context.passes:
         context.passes[task] = Pass(context, task)
     device = next((gradient.device.type for gradient in gradients if gradient is not None), "cpu")
-    with torch.autocast(device, enabled=False):
+    with without_autocast(device):
         context.passes[task].arrive(entries, gradients)
 
 
@@ -77,7 +78,7 @@ class Pass:
         self.inner: set[Node] = set()
         self.expected: dict[int, Record] = {}
         self.finished: set[int] = set()
-        self.wanted: dict[int, bool] = {}
+        self.accumulators: dict[int, Node | None] = {}
         self.calls: dict[Node, Step] = {}
         self.hooked: set[int] = set()
         self.handles: list[Any] = []
@@ -93,8 +94,8 @@ class Pass:
             self._below_no_loss(entries)
             self._calls(current_node(), gradients)
         for entry in reversed(entries):
-            if isinstance(entry, Record) and self._wanted_of(entry):
-                self._layer(entry, gradients[entry.output_nr])
+            if isinstance(entry, Record) and (wanted := self._wanted_of(entry)):
+                self._layer(entry, wanted, gradients[entry.output_nr])
             else:
                 self._hook(entry)
                 if not self.keep:
@@ -110,7 +111,7 @@ class Pass:
         plan = walk([loss.edge], self._is_wanted)
         layers = [record.definition for record in plan.records] or [operation()]
         curved = self.demand.features(layers, *CURVATURE)
-        with torch.no_grad():
+        with grad_mode(False):
             if curved:
                 curvature.check_loss(loss, self.demand, layers)
             samples = self._possible_samples(plan, loss.input_shape, bool(curved))
@@ -120,7 +121,7 @@ class Pass:
                 curvature.check_plan(plan, self.demand, start.samples, self.flags)
                 self.flags += start.flags(self.demand, layers)
                 self._promise(loss, plan, start.gradient(), curved)
-                self.context.log(f"{loss.where}: {', '.join(curved)} over {len(plan.steps)} nodes")
+                self.context.log(lambda: f"{loss.where}: {', '.join(curved)} over {len(plan.steps)} nodes")
                 curvature.run(start, plan, self.demand, self.harvest.accumulate)
 
     def _below_no_loss(self, entries: Sequence[Entry]) -> None:
@@ -174,14 +175,13 @@ class Pass:
         columns = {number: delta[None] for number, delta in enumerate(gradients) if delta is not None}
         if step is None or not columns:
             return
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(e.differentiable for e in self.context.extensions)):
+        with grad_mode(torch.is_grad_enabled() and any(e.differentiable for e in self.context.extensions)):
             for call in step.calls:
                 asked = self.demand.needs([call.record.definition], GRADIENT)
                 self._use(call.record, call.parameters, call.factor(columns) if asked else None)
 
-    def _layer(self, record: Record, delta: Tensor | None) -> None:
+    def _layer(self, record: Record, wanted: Mapping[str, Tensor], delta: Tensor | None) -> None:
         """Keep δ until the parameters of the layer have been reached by all their uses."""
-        wanted = self._wanted_of(record)
         if delta is None:
             any_parameter = next(iter(wanted.values()))
             delta = any_parameter.new_zeros(record.output_shape)
@@ -191,7 +191,9 @@ class Pass:
         for name, parameter in parameters.items():
             if self.harvest.use(parameter, record, name, factor):
                 complete = partial(self._complete, id(parameter), parameter.device.type)
-                self.handles.append(accumulator(parameter).register_prehook(complete))
+                node = self.accumulators[id(parameter)]
+                assert node is not None, "only wanted parameters are used"
+                self.handles.append(node.register_prehook(complete))
 
     def _promise(self, loss: LossRecord, plan: Plan, gradient: Tensor, features: list[str]) -> None:
         """Note the gradient that an extended loss sends to its input: more than that would have curvature, too."""
@@ -208,7 +210,7 @@ class Pass:
         delta = gradients[edge[1]]
         if delta is None or edge[0] in self.inner:  # below another loss: what that sends here is swept
             return
-        with torch.no_grad():
+        with grad_mode(False):
             promised = self.promised.pop(edge)
             precision = max(torch.finfo(tensor.dtype).eps for tensor in (delta, promised)) ** 0.5
             off, size = (delta - promised).norm(), delta.norm() + promised.norm()
@@ -222,7 +224,7 @@ class Pass:
         curved = [
             extension.name
             for extension in self.harvest.extensions([Use(record, name)])
-            if any(need.curvature for need in extension.needs(layer))
+            if any(need.curvature for _, need in self.demand.asked(extension, layer))
         ]
         if curved:
             raise LossNotExtended(
@@ -245,13 +247,13 @@ class Pass:
 
     def _complete(self, key: int, device: str, gradients: tuple[Tensor | None, ...]) -> None:
         """Autograd accumulates a parameter's gradient: set its fields, then run the hooks of modules complete with it."""
-        if key not in self.harvest.pending():
+        if key not in self.harvest.pending:
             return
         self._refuse_flagged()
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             uses = self.harvest.reap(key, self._unit())
         self.finished.add(key)
-        self.context.log(f"{uses[0].record.where}, parameter {uses[0].name!r}: fields set")
+        self.context.log(lambda: f"{uses[0].record.where}, parameter {uses[0].name!r}: fields set")
         for record in (use.record for use in uses):
             if all(id(parameter) in self.finished for parameter in self._wanted_of(record).values()):
                 self._hook(record)
@@ -266,9 +268,10 @@ class Pass:
 
     def _is_wanted(self, parameter: Tensor) -> bool:
         key = id(parameter)
-        if key not in self.wanted:
-            self.wanted[key] = parameter.requires_grad and computes_gradient_of(parameter)
-        return self.wanted[key]
+        if key not in self.accumulators:
+            node = accumulator(parameter) if parameter.requires_grad else None
+            self.accumulators[key] = node if node is not None and will_run(node) else None
+        return self.accumulators[key] is not None
 
     def _wanted_of(self, record: Record) -> dict[str, Tensor]:
         return {name: parameter for name, parameter in record.trainable().items() if self._is_wanted(parameter)}
@@ -289,7 +292,7 @@ class Pass:
     def end(self) -> None:
         """Autograd is done. Under `autograd.grad` it accumulates nothing, so parameters are finished here."""
         try:
-            for key in self.harvest.pending():
+            for key in list(self.harvest.pending):
                 self._complete(key, "cpu", ())
             self._refuse_flagged()
             for key, record in self.expected.items():
@@ -308,6 +311,7 @@ class Pass:
         self.harvest.clear()
         self.surveyed.clear()
         self.calls.clear()
+        self.accumulators.clear()
         self.inner.clear()
         self.promised.clear()
 

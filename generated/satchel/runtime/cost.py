@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import update_wrapper
-from typing import Any
+from functools import cached_property, lru_cache, update_wrapper
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -46,7 +46,12 @@ class Program:
         """What it can be forced by: "separated", "gram" …"""
         return getattr(self.function, "__name__", type(self.function).__name__).lower().rpartition("_")[2]
 
-    @property
+    @cached_property
+    def run(self) -> Callable[..., Tensor]:
+        """The function, of operands of any precision."""
+        return widened(self.function)
+
+    @cached_property
     def seconds(self) -> float:
         """The predicted time."""
         cached = 0 < self.peak <= machine.cache_elements
@@ -99,26 +104,35 @@ class cheapest:
 
     def __init__(self, programs: Callable[..., tuple[Program, ...]]) -> None:
         self.programs = programs
+        self._ranked = lru_cache(maxsize=1 << 10)(self._rank)
         update_wrapper(self, programs)
 
-    def valid(self, *operands: Any) -> list[Program]:
-        """The programs that there are for these operands, or the one that is forced."""
-        valid = [program for program in self.programs(*operands) if program.valid]
+    def ranked(self, *operands: Any) -> tuple[Program, ...]:
+        """The programs that there are for these operands, or the one that is forced; that of least predicted time first."""
+        ranked = self._ranked(
+            machine, *(_Shaped(operand.shape) if isinstance(operand, Tensor) else operand for operand in operands)
+        )
         for choices in _recordings:
-            choices.append(tuple(valid))
+            choices.append(ranked)
         name = forced_program()
-        return [program for program in valid if program.name == name] or valid
+        return ranked if name is None else tuple(program for program in ranked if program.name == name) or ranked
 
-    def choose(self, *operands: Any) -> Program:
-        return least(self.valid(*operands))
+    def _rank(self, _: Machine, *operands: Any) -> tuple[Program, ...]:
+        return tuple(sorted((program for program in self.programs(*operands) if program.valid), key=_seconds))
 
     def __call__(self, *operands: Any) -> Tensor:
-        return widened(self.choose(*operands).function)(*operands)
+        best, *_ = self.ranked(*operands)
+        return best.run(*operands)
 
 
-def least(programs: Sequence[Program]) -> Program:
-    """The one of least predicted time."""
-    return min(programs, key=lambda program: program.seconds)
+class _Shaped(NamedTuple):
+    """What costs depend on."""
+
+    shape: tuple[int, ...]
+
+
+def _seconds(program: Program) -> float:
+    return program.seconds
 
 
 def block_count(columns: int, samples: int, each: int) -> int:

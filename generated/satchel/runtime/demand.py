@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import torch
 
 from .extension import Extension
-from .rules import Layer, Need
+from .rules import BLOCK, Layer, Need
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,40 @@ class Demand:
 
     def __init__(self, extensions: Sequence[Extension]) -> None:
         self.extensions = tuple(extensions)
-        self._by_layer: dict[str, Mapping[Source, tuple[Need, ...]]] = {}
+        self._asked: dict[tuple[int, Layer], tuple[tuple[Source, Need], ...]] = {}
+        self._by_layer: dict[Layer, Mapping[Source, tuple[Need, ...]]] = {}
+
+    def asked(self, extension: Extension, layer: Layer) -> tuple[tuple[Source, Need], ...]:
+        """What one feature asks for, in its order."""
+        key = id(extension), layer
+        if key not in self._asked:
+            self._asked[key] = tuple((source(extension, need), need) for need in extension.needs(layer))
+        return self._asked[key]
 
     def of(self, layer: Layer) -> Mapping[Source, tuple[Need, ...]]:
         """Needs by source, each once."""
-        if layer.name not in self._by_layer:
+        if layer not in self._by_layer:
             found: dict[Source, dict[Need, None]] = {}
             for extension in self.extensions:
-                for need in extension.needs(layer):
-                    found.setdefault(source(extension, need), {})[need] = None
-            self._by_layer[layer.name] = {key: tuple(needs) for key, needs in found.items()}
-        return self._by_layer[layer.name]
+                for key, need in self.asked(extension, layer):
+                    found.setdefault(key, {})[need] = None
+            self._by_layer[layer] = {key: tuple(needs) for key, needs in found.items()}
+        return self._by_layer[layer]
 
-    def needs(self, layers: Iterable[Layer], source: Source) -> list[Need]:
-        return list(dict.fromkeys(need for layer in layers for need in self.of(layer).get(source, ())))
+    def needs(self, layers: Iterable[Layer], source: Source) -> tuple[Need, ...]:
+        found = [self.of(layer).get(source, ()) for layer in layers]
+        return found[0] if len(found) == 1 else tuple(dict.fromkeys(chain.from_iterable(found)))
+
+    def serves(self, extension: Extension, layer: Layer, parameter: str) -> bool:
+        """Whether a feature has a value for a parameter: what it needs of inputs alone, a bias goes without, and a diagonal can
+        be had as columns."""
+        needs = [need for key, need in self.asked(extension, layer) if key.kind not in ("input", "diagonal")]
+        offered = [need.quantity in layer.parameters[parameter] for need in needs]
+        # A parameter has Kronecker factors or, without that structure, the exact block.
+        return any(offered) if self.asks(extension, layer, BLOCK) else all(offered)
+
+    def asks(self, extension: Extension, layer: Layer, quantity: str) -> bool:
+        return any(need.quantity == quantity for _, need in self.asked(extension, layer))
 
     def sources(self, layers: Iterable[Layer]) -> list[Source]:
         return list(dict.fromkeys(source for layer in layers for source in self.of(layer)))
@@ -56,7 +77,7 @@ class Demand:
         return [
             extension.name
             for extension in self.extensions
-            if not kinds or any(need.source in kinds for layer in layers for need in extension.needs(layer))
+            if not kinds or any(key.kind in kinds for layer in layers for key, _ in self.asked(extension, layer))
         ]
 
     @cached_property

@@ -4,15 +4,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from .demand import RESIDUALS, Demand, Source, source
+from .demand import RESIDUALS, Demand, Source
 from .errors import FieldMissing
 from .extension import Extension
 from .fields import Owner
+from .modes import grad_mode
 from .record import Record
 from .rules import Need, Sizes
 from .subsampling import quantities_of
@@ -31,9 +32,10 @@ class Harvest:
         self._curvature: dict[int, dict[tuple[Source, Need], list[Tensor]]] = {}
         self._owner = Owner()
 
-    def pending(self) -> list[int]:
+    @property
+    def pending(self) -> Collection[int]:
         """Ids of the parameters that have been reached and have no fields yet."""
-        return list(self._uses)
+        return self._uses.keys()
 
     def use(self, parameter: Tensor, record: Record, name: str, factor: Tensor | None) -> bool:
         """Note a use with δ [1, *output], where that is asked for; whether it is the parameter's first."""
@@ -59,45 +61,44 @@ class Harvest:
             extension.check(uses[0].record.samples)
         results = {key: parts[0] if len(parts) == 1 else torch.cat(parts) for key, parts in swept.items()}
         graph = torch.is_grad_enabled()  # create_graph=True
-        with torch.set_grad_enabled(graph and any(e.differentiable for e in self.demand.extensions)):
-            results |= self._of_gradient(uses)
-        with torch.no_grad():
-            results |= self._of_input(uses)
+        with grad_mode(graph and any(e.differentiable for e in self.demand.extensions)):
+            results |= self._found(uses, GRADIENT)
+        with grad_mode(False):
+            results |= self._found([Use(use.record, use.name) for use in uses], INPUT)
         sizes = Sizes(uses[0].record.samples, unit)
         self._owner.lend([parameter, *(use.factor for use in uses if use.factor is not None)])
         self._owner.lend([tensor for use in uses for tensor in use.record.tensors.values()])
         for extension in self.extensions(uses):
-            with torch.set_grad_enabled(graph and extension.differentiable):
+            with grad_mode(graph and extension.differentiable):
                 q = self._asked(extension, uses, results)
                 self._owner.set(parameter, extension.field, extension.value(q, sizes))
         return uses
 
     def extensions(self, uses: Sequence[Use]) -> list[Extension]:
         """The features that have a value for a parameter."""
-        return [extension for extension in self.demand.extensions if all(use.serves(extension) for use in uses)]
+        return [extension for extension in self.demand.extensions if self._serves(extension, uses)]
 
     def clear(self) -> None:
         self._parameters.clear()
         self._uses.clear()
         self._curvature.clear()
 
-    def _of_gradient(self, uses: list[Use]) -> dict[tuple[Source, Need], Tensor]:
-        needs = self.demand.needs((use.layer for use in uses), GRADIENT)
-        found = quantities_of(uses, needs, differentiable=torch.is_grad_enabled())
-        return {(GRADIENT, need): tensor for need, tensor in found.items()}
+    def _serves(self, extension: Extension, uses: Sequence[Use]) -> bool:
+        return all(self.demand.serves(extension, use.layer, use.name) for use in uses)
 
-    def _of_input(self, uses: list[Use]) -> dict[tuple[Source, Need], Tensor]:
-        needs = self.demand.needs((use.layer for use in uses), INPUT)
-        found = quantities_of([Use(use.record, use.name) for use in uses], needs)
-        return {(INPUT, need): tensor for need, tensor in found.items()}
+    def _found(self, uses: Sequence[Use], source: Source) -> dict[tuple[Source, Need], Tensor]:
+        """What needs no sweep."""
+        needs = self.demand.needs((use.layer for use in uses), source)
+        found = quantities_of(uses, needs, differentiable=torch.is_grad_enabled())
+        return {(source, need): tensor for need, tensor in found.items()}
 
     def _asked(
         self, extension: Extension, uses: Sequence[Use], results: dict[tuple[Source, Need], Tensor]
     ) -> dict[str, Tensor]:
         """What a feature asked for, by name; residuals that never arose are absent. Only its graph is kept."""
         q: dict[str, Tensor] = {}
-        for need in extension.needs(uses[0].layer):
-            key = source(extension, need), need
+        for key in self.demand.asked(extension, uses[0].layer):
+            _, need = key
             if key in results:
                 q[need.quantity] = results[key]
             elif need.source not in RESIDUALS and all(use.offers(need.quantity) for use in uses):

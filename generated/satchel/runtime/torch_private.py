@@ -79,10 +79,10 @@ def accumulator(parameter: Tensor) -> Node:
     return get_gradient_edge(parameter).node
 
 
-def computes_gradient_of(parameter: Tensor) -> bool:
+def will_run(accumulator: Node) -> bool:
     """Whether the running backward computes a leaf's gradient: `backward(inputs=…)` and `autograd.grad` leave others out."""
     try:
-        return torch._C._will_engine_execute_node(accumulator(parameter))
+        return torch._C._will_engine_execute_node(accumulator)
     except RuntimeError:  # torch refuses to tell for a leaf that autograd.grad asks for
         return True
 

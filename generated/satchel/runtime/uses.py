@@ -15,13 +15,10 @@ from torch import Tensor
 from .axes import Axes, starred
 from .axes import names as axis_names
 from .evaluate import evaluate
-from .extension import Extension
 from .record import Record
 from .rules import Layer, Rule
 
 PER_SAMPLE = "per_sample"
-#: What stands for Kronecker factors where there are none.
-BLOCK = "block"
 
 
 @dataclass(frozen=True)
@@ -42,14 +39,6 @@ class Use:
 
     def offers(self, quantity: str) -> bool:
         return quantity in self.layer.parameters[self.name]
-
-    def serves(self, extension: Extension) -> bool:
-        """Whether a feature has a value for the parameter: what it needs of inputs alone, a bias goes without, and a diagonal can
-        be had as columns."""
-        needs = [need for need in extension.needs(self.layer) if need.source not in ("input", "diagonal")]
-        offered = [self.offers(need.quantity) for need in needs]
-        # A parameter has Kronecker factors or, without that structure, the exact block.
-        return any(offered) if any(need.quantity == BLOCK for need in needs) else all(offered)
 
     def value(self, name: str, *arguments: Tensor, differentiable: bool = False) -> Tensor:
         """A quantity of the use, from what its rule takes."""
