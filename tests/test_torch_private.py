@@ -27,13 +27,13 @@ def test_end_of_backward():
     assert seen == [True]
 
 
-def test_computes_gradient_of():
+def test_will_run():
     a, b = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
 
     def asked(run):
         y = a * b
         seen = []
-        y.register_hook(lambda g: seen.append((t.computes_gradient_of(a), t.computes_gradient_of(b))))
+        y.register_hook(lambda g: seen.append(tuple(t.will_run(t.accumulator(leaf)) for leaf in (a, b))))
         run(y.sum())
         return seen[0]
 

@@ -98,7 +98,7 @@ class Body:
         if denominator == 1:
             return text
         divisor = self.scalar(denominator)
-        return f"{text} / {divisor if divisor.isidentifier() else f'({divisor})'}"
+        return f"{text} / {divisor if is_postfix(divisor) else f'({divisor})'}"
 
     def _stored(self, node: Leaf) -> str:
         """The whole tensor."""

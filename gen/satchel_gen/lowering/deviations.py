@@ -2,12 +2,13 @@
 
 - *blockwise*: the product T in blocks of samples that stay in cache, whose deviations are merged.
 - *centred*: where T = a b is a product without a sum. With the means ā, b̄ over n, d = a − ā and e = b − b̄,
-  T − ā b̄ = a e + b̄ d, so that Σ_n (T − mean T)² = Σ a² e² + 2 b̄ Σ (a d) e + b̄² Σ d² − (Σ a e)² / N: three products, of small terms.
+  T − ā b̄ = a e + b̄ d, so that Σ_n (T − mean T)² = Σ a² e² + Σ (a d) (2 b̄ e) + b̄² Σ d² − (Σ a e / √N)²: three products, of small
+  terms. What scales them is in their operands, which are smaller than the result.
 """
 
 from __future__ import annotations
 
-from sympy import IndexedBase, Max
+from sympy import IndexedBase, Max, sqrt
 
 from ..calculus.instantiate import Formula
 from ..calculus.terms import Term
@@ -56,6 +57,7 @@ def _centred(product: Term, n: Index, axes: Axes) -> Variant | None:
     left, right = IndexedBase("a")[(n, *first)], IndexedBase("b")[(n, *second)]
     centre = IndexedBase("centre")[tuple(second)]
     d, e = IndexedBase("d")[(n, *first)], IndexedBase("e")[(n, *second)]
+    share, shift = IndexedBase("share")[(n, *first)], IndexedBase("shift")[(n, *second)]
     over = frozenset({n})
     named = {
         "a": plan(Term(a), (n, *first), dropped),
@@ -63,16 +65,18 @@ def _centred(product: Term, n: Index, axes: Axes) -> Variant | None:
         "centre": _mean_over(n, Reduce(leaf(right), (n,), tuple(second))),
         "d": _minus(leaf(left), _mean_over(n, Reduce(leaf(left), (n,), tuple(first)))),
         "e": _minus(leaf(right), leaf(centre)),
+        "share": plan(Term(left / sqrt(Extent(n))), (n, *first)),
+        "shift": Map(2 * centre * e, (centre, e), (leaf(centre), leaf(e)), (n, *second)),
         "moment": plan(Term(left**2 * e**2, over), axes),
-        "cross": plan(Term(left * d * e, over), axes),
-        "drift": plan(Term(left * e, over), axes),
+        "cross": plan(Term(left * d * shift, over), axes),
+        "drift": plan(Term(share * e, over), axes),
     }
     moment, cross, drift = (IndexedBase(name)[axes] for name in ("moment", "cross", "drift"))
     spread = IndexedBase("spread")[tuple(first)]
     slots = (moment, cross, drift, centre, spread)
     nodes = (*map(leaf, slots[:-1]), plan(Term(d**2, over), tuple(first)))
     # Where the deviations cancel to nothing, rounding leaves either sign.
-    expr = Max(0, moment + 2 * centre * cross + centre**2 * spread - drift**2 / Extent(n))
+    expr = Max(0, moment + cross + centre**2 * spread - drift**2)
     return Variant("centred", Map(expr, slots, nodes, axes), unit, named=tuple(named.items()))
 
 

@@ -66,7 +66,7 @@ def starred(axes: Axes) -> int | None:
 
 def canonical(tensor: Tensor, axes: Axes, lead: int = 0) -> Tensor:
     """`tensor` [*lead, *shape] with the starred axis of `shape` flattened; `lead` counts the axes in front that have no name."""
-    shape = canonical_shape(axes, tensor.shape[lead:])
+    shape = Layout.of(axes).canonical_shape(tensor.shape[lead:])
     assert shape is not None, f"a tensor of shape {tuple(tensor.shape)} has no axes {axes}"
     return tensor.reshape(*tensor.shape[:lead], *shape)
 
@@ -90,7 +90,8 @@ class Layout:
         """The one layout that says this."""
         return Layout(axes, dict(extents), dict(ranks))
 
-    def canonical_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+    @lru_cache(maxsize=1 << 12)  # noqa: B019 (a layout is there for good)
+    def canonical_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """Canonical shape of a tensor whose first axis is the batch; None if it does not fit."""
         return canonical_shape(self.axes, shape, self.extents, self.ranks)
 

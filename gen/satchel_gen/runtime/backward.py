@@ -26,16 +26,14 @@ from .pullback import operation
 from .record import Edge, Entry, LossRecord, Mark, Record
 from .rules import registry
 from .torch_private import (
-    accumulator,
     at_end_of_backward,
     current_node,
     graph_task,
     is_accumulator,
     keeps_graph,
     node_outputs,
-    will_run,
 )
-from .uses import Use
+from .wanted import Wanted
 
 
 def arrive(entries: Sequence[Entry], gradients: tuple[Tensor | None, ...]) -> None:
@@ -76,7 +74,7 @@ class Pass:
         self.inner: set[Node] = set()
         self.expected: dict[int, Record] = {}
         self.finished: set[int] = set()
-        self.accumulators: dict[int, Node | None] = {}
+        self.wanted = Wanted()
         self.calls: dict[Node, Step] = {}
         self.hooked: set[int] = set()
         self.handles: list[Any] = []
@@ -92,7 +90,7 @@ class Pass:
             self._below_no_loss(entries)
             self._calls(current_node(), gradients)
         for entry in reversed(entries):
-            if isinstance(entry, Record) and (wanted := self._wanted_of(entry)):
+            if isinstance(entry, Record) and (wanted := self.wanted.of(entry)):
                 self._layer(entry, wanted, gradients[entry.output_nr])
             else:
                 self._hook(entry)
@@ -106,7 +104,7 @@ class Pass:
         self.reductions.add(loss.options["reduction"])
         if len(self.reductions) > 1 or "none" in self.reductions:
             self._refuse_table5("of any layer")
-        plan = walk([loss.edge], self._is_wanted)
+        plan = walk([loss.edge], self.wanted)
         layers = [record.definition for record in plan.records] or [operation()]
         curved = self.demand.features(layers, *CURVATURE)
         with grad_mode(False):
@@ -130,7 +128,7 @@ class Pass:
         if node in self.surveyed or went_past:
             return
         shapes = {(node, number): shape for number, (shape, _, _) in enumerate(node_outputs(node))}
-        plan = walk(shapes, self._is_wanted)
+        plan = walk(shapes, self.wanted)
         first = next((shape for shape in shapes.values() if shape), ())
         samples = self._possible_samples(plan, plan.records[0].output_shape if plan.records else first, False)
         before = set(self.surveyed)
@@ -173,7 +171,7 @@ class Pass:
         columns = {number: delta[None] for number, delta in enumerate(gradients) if delta is not None}
         if step is None or not columns:
             return
-        with grad_mode(torch.is_grad_enabled() and any(e.differentiable for e in self.context.extensions)):
+        with grad_mode(torch.is_grad_enabled() and self.demand.differentiable):
             for call in step.calls:
                 asked = self.demand.needs([call.record.definition], GRADIENT)
                 self._use(call.record, call.parameters, call.factor(columns) if asked else None)
@@ -189,7 +187,7 @@ class Pass:
         for name, parameter in parameters.items():
             if self.harvest.use(parameter, record, name, factor):
                 complete = partial(self._complete, id(parameter), parameter.device.type)
-                node = self.accumulators[id(parameter)]
+                node = self.wanted.accumulator(parameter)
                 assert node is not None, "only wanted parameters are used"
                 self.handles.append(node.register_prehook(complete))
 
@@ -211,7 +209,7 @@ class Pass:
         with grad_mode(False):
             promised = self.promised.pop(edge)
             precision = max(torch.finfo(tensor.dtype).eps for tensor in (delta, promised)) ** 0.5
-            off, size = (delta - promised).norm(), delta.norm() + promised.norm()
+            off, size = torch.dist(delta, promised), delta.norm() + promised.norm()
             self.flags.append((off > 4 * precision * size, error))
 
     # ---------------------------------------------------------------------------------------------------- refusals
@@ -221,7 +219,7 @@ class Pass:
         layer = record.definition
         curved = [
             extension.name
-            for extension in self.harvest.extensions([Use(record, name)])
+            for extension in self.demand.serving(layer, name)
             if any(need.curvature for _, need in self.demand.asked(extension, layer))
         ]
         if curved:
@@ -253,7 +251,7 @@ class Pass:
         self.finished.add(key)
         self.context.log(lambda: f"{uses[0].record.where}, parameter {uses[0].name!r}: fields set")
         for record in (use.record for use in uses):
-            if all(id(parameter) in self.finished for parameter in self._wanted_of(record).values()):
+            if all(id(parameter) in self.finished for parameter in self.wanted.of(record).values()):
                 self._hook(record)
                 if not self.keep:
                     record.release()
@@ -263,16 +261,6 @@ class Pass:
         known = {"sum": 1.0, "none": None}
         mean = float(self.samples or 0)
         return known.get(next(iter(self.reductions)), mean) if len(self.reductions) == 1 else None
-
-    def _is_wanted(self, parameter: Tensor) -> bool:
-        key = id(parameter)
-        if key not in self.accumulators:
-            node = accumulator(parameter) if parameter.requires_grad else None
-            self.accumulators[key] = node if node is not None and will_run(node) else None
-        return self.accumulators[key] is not None
-
-    def _wanted_of(self, record: Record) -> dict[str, Tensor]:
-        return {name: parameter for name, parameter in record.trainable().items() if self._is_wanted(parameter)}
 
     def _hook(self, entry: Mark) -> None:
         """Call the user's hook, once for each leaf module."""
@@ -309,7 +297,7 @@ class Pass:
         self.harvest.clear()
         self.surveyed.clear()
         self.calls.clear()
-        self.accumulators.clear()
+        self.wanted.clear()
         self.inner.clear()
         self.promised.clear()
 

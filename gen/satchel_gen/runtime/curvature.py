@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from math import prod
+from math import inf, prod
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .averaged import Pair, averaged_quantities, needed_bytes, start_of, sweep_averaged
-from .axes import canonical_shape, extents
+from .axes import Layout, extents
 from .calls import Call
 from .demand import CURVATURE, SECOND_ORDER, Demand, Source
 from .errors import (
@@ -58,11 +58,11 @@ class Start:
         assert loss.edge is not None
         self.loss, self.edge, self.definition = loss, loss.edge, loss.definition
         self.samples = loss.input_shape[0]
-        shape = canonical_shape(self.definition.input_axes, loss.input_shape)
+        shape = Layout.of(self.definition.input_axes).canonical_shape(loss.input_shape)
         assert shape is not None
         self.sizes = extents(self.definition.input_axes, shape)
         arriving = gradient.detach().reshape(()) if gradient.ndim == 0 else self._by_term(gradient.detach())
-        self.valid = ((arriving >= 0) & arriving.isfinite()).all()
+        self.valid = ((arriving >= 0) & (arriving < inf)).all()
         self.scale = arriving / self._divisor(loss.options["reduction"])
 
     def _by_term(self, gradient: Tensor) -> Tensor:
@@ -144,8 +144,8 @@ def check_loss(loss: LossRecord, demand: Demand, layers: Sequence[Layer]) -> Non
         raise OperandDifferentiated(loss.where, loss.differentiated, features)
     definition, target = loss.definition, loss.tensor("target")
     shape, other = (
-        canonical_shape(axes, shape)
-        for axes, shape in ((definition.input_axes, loss.input_shape), (definition.target_axes, target.shape))
+        Layout.of(axes).canonical_shape(shape)
+        for axes, shape in ((definition.input_axes, loss.input_shape), (definition.target_axes, tuple(target.shape)))
     )
     if shape is None:
         raise BatchAxisLost(loss.where, loss.input_shape, None)
@@ -244,8 +244,7 @@ def _columns(
 ) -> None:
     """Sweep a factor, in ranges of its columns where the memory limit asks for it."""
     limit = current().memory_limit
-    per_column = plan.column_bytes(factor.element_size())
-    size = factor.shape[0] if limit is None else limit // max(per_column, 1)
+    size = factor.shape[0] if limit is None else limit // max(plan.column_bytes(factor.element_size()), 1)
     for columns in chunks(factor, size):
         gathered = _Gathered(source, demand, shared, accumulate)
         sweep(plan, {edge: columns}, gathered.visit, None if shared else AT_ONCE)

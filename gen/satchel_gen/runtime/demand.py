@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 
@@ -13,8 +13,7 @@ from .extension import Extension
 from .rules import BLOCK, Layer, Need
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where columns come from. Monte-Carlo features share a sample if they agree on its size and generator."""
 
     kind: str
@@ -33,6 +32,7 @@ class Demand:
         self.extensions = tuple(extensions)
         self._asked: dict[tuple[int, Layer], tuple[tuple[Source, Need], ...]] = {}
         self._by_layer: dict[Layer, Mapping[Source, tuple[Need, ...]]] = {}
+        self._serving: dict[tuple[Layer, str], tuple[Extension, ...]] = {}
 
     def asked(self, extension: Extension, layer: Layer) -> tuple[tuple[Source, Need], ...]:
         """What one feature asks for, in its order."""
@@ -52,12 +52,20 @@ class Demand:
         return self._by_layer[layer]
 
     def needs(self, layers: Iterable[Layer], source: Source) -> tuple[Need, ...]:
-        found = [self.of(layer).get(source, ()) for layer in layers]
-        return found[0] if len(found) == 1 else tuple(dict.fromkeys(chain.from_iterable(found)))
+        first, *others = layers
+        found = self.of(first).get(source, ())
+        more = chain.from_iterable(self.of(layer).get(source, ()) for layer in others)
+        return tuple(dict.fromkeys((*found, *more))) if others else found
 
-    def serves(self, extension: Extension, layer: Layer, parameter: str) -> bool:
-        """Whether a feature has a value for a parameter: what it needs of inputs alone, a bias goes without, and a diagonal can
-        be had as columns."""
+    def serving(self, layer: Layer, parameter: str) -> tuple[Extension, ...]:
+        """The features that have a value for a parameter."""
+        key = layer, parameter
+        if key not in self._serving:
+            self._serving[key] = tuple(e for e in self.extensions if self._serves(e, layer, parameter))
+        return self._serving[key]
+
+    def _serves(self, extension: Extension, layer: Layer, parameter: str) -> bool:
+        """What it needs of inputs alone, a bias goes without, and a diagonal can be had as columns."""
         needs = [need for key, need in self.asked(extension, layer) if key.kind not in ("input", "diagonal")]
         offered = [need.quantity in layer.parameters[parameter] for need in needs]
         # A parameter has Kronecker factors or, without that structure, the exact block.
@@ -81,6 +89,11 @@ class Demand:
     @cached_property
     def names(self) -> list[str]:
         return [extension.name for extension in self.extensions]
+
+    @cached_property
+    def differentiable(self) -> bool:
+        """Whether a field can be differentiated."""
+        return any(extension.differentiable for extension in self.extensions)
 
 
 #: Kinds of columns that start at an extended loss.

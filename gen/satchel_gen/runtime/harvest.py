@@ -10,7 +10,7 @@ from torch import Tensor
 from .demand import RESIDUALS, Demand, Source
 from .errors import FieldMissing
 from .extension import Extension
-from .fields import Owner
+from .fields import Owner, memory
 from .modes import grad_mode
 from .record import Record
 from .rules import Need, Sizes
@@ -55,39 +55,41 @@ class Harvest:
     def reap(self, key: int, unit: float | None) -> list[Use]:
         """Set the fields of a parameter; its uses."""
         parameter, uses, swept = self._parameters.pop(key), self._uses.pop(key), self._curvature.pop(key, {})
+        samples = uses[0].record.samples
         for extension in self.demand.extensions:
-            extension.check(uses[0].record.samples)
+            extension.check(samples)
         results = {key: parts[0] if len(parts) == 1 else torch.cat(parts) for key, parts in swept.items()}
         graph = torch.is_grad_enabled()  # create_graph=True
-        with grad_mode(graph and any(e.differentiable for e in self.demand.extensions)):
+        with grad_mode(graph and self.demand.differentiable):
             results |= self._found(uses, GRADIENT)
         with grad_mode(False):
-            results |= self._found([Use(use.record, use.name) for use in uses], INPUT)
-        sizes = Sizes(uses[0].record.samples, unit)
-        self._owner.lend([parameter, *(use.factor for use in uses if use.factor is not None)])
-        self._owner.lend([tensor for use in uses for tensor in use.record.tensors.values()])
-        for extension in self.extensions(uses):
+            results |= self._found(uses, INPUT)
+        sizes = Sizes(samples, unit)
+        held = [parameter, *(tensor for use in uses for tensor in use.tensors)]
+        lent = {memory(tensor) for tensor in held}
+        for extension in self.serving(uses):
             with grad_mode(graph and extension.differentiable):
                 q = self._asked(extension, uses, results)
-                self._owner.set(parameter, extension.field, extension.value(q, sizes))
+                self._owner.set(parameter, extension.field, extension.value(q, sizes), lent)
         return uses
 
-    def extensions(self, uses: Sequence[Use]) -> list[Extension]:
+    def serving(self, uses: Sequence[Use]) -> tuple[Extension, ...]:
         """The features that have a value for a parameter."""
-        return [extension for extension in self.demand.extensions if self._serves(extension, uses)]
+        first, *others = [self.demand.serving(use.layer, use.name) for use in uses]
+        return tuple(e for e in first if all(e in other for other in others)) if others else first
 
     def clear(self) -> None:
         self._parameters.clear()
         self._uses.clear()
         self._curvature.clear()
 
-    def _serves(self, extension: Extension, uses: Sequence[Use]) -> bool:
-        return all(self.demand.serves(extension, use.layer, use.name) for use in uses)
-
     def _found(self, uses: Sequence[Use], source: Source) -> dict[tuple[Source, Need], Tensor]:
         """What needs no sweep."""
-        needs = self.demand.needs((use.layer for use in uses), source)
-        found = quantities_of(uses, needs, differentiable=torch.is_grad_enabled())
+        needs = self.demand.needs([use.layer for use in uses], source)
+        if not needs:
+            return {}
+        own = uses if source is GRADIENT else [Use(use.record, use.name) for use in uses]
+        found = quantities_of(own, needs, differentiable=torch.is_grad_enabled())
         return {(source, need): tensor for need, tensor in found.items()}
 
     def _asked(

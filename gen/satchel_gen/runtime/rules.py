@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -196,8 +196,7 @@ class Loss:
 BLOCK = "block"
 
 
-@dataclass(frozen=True)
-class Need:
+class Need(NamedTuple):
     """A quantity of a parameter, the columns that it is computed from, and the samples (None: all).
 
     Sources: "gradient" (δ, one column), "exact", "mc", "residual" (signed columns), "diagonal", "averaged" (Ḡ), "input" (none).

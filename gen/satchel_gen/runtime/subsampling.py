@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -13,12 +14,11 @@ from .uses import Use
 
 
 def quantities_of(
-    uses: Sequence[Use], needs: Sequence[Need], *signs: Tensor, differentiable: bool = False
+    uses: Sequence[Use], needs: tuple[Need, ...], *signs: Tensor, differentiable: bool = False
 ) -> dict[Need, Tensor]:
     """What is needed of one parameter, from columns [V, *output] and their signs [V, N]."""
     found: dict[Need, Tensor] = {}
-    for samples in dict.fromkeys(need.samples for need in needs):
-        asked = {need.quantity: need for need in needs if need.samples == samples}
+    for samples, asked in _by_samples(needs):
         first = all(use.record.batch.outer == 1 for use in uses)
         chosen = [restricted(use, samples) for use in uses] if samples is not None and first else uses
         weights = signs if chosen is uses or samples is None else [sign[:, list(samples)] for sign in signs]
@@ -27,6 +27,15 @@ def quantities_of(
             values = {name: value[:, list(samples)] for name, value in values.items()}
         found |= {asked[name]: value for name, value in values.items()}
     return found
+
+
+@lru_cache
+def _by_samples(needs: tuple[Need, ...]) -> list[tuple[tuple[int, ...] | None, dict[str, Need]]]:
+    """The needs by the samples that they are of, and by quantity."""
+    found: dict[tuple[int, ...] | None, dict[str, Need]] = {}
+    for need in needs:
+        found.setdefault(need.samples, {})[need.quantity] = need
+    return list(found.items())
 
 
 def restricted(use: Use, samples: Sequence[int]) -> Use:

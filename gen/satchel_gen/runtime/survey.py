@@ -22,7 +22,7 @@ from .rules import BLOCK, registry
 from .second import is_linear
 from .settings import current
 from .torch_private import has_sparse_gradient, is_python_function, is_reentrant_checkpoint
-from .uses import Use, alike
+from .uses import alike
 
 
 def check(
@@ -138,9 +138,8 @@ def _refuse_undefined(plan: Plan, context: backpack) -> None:
         if not isinstance(record, NodeRecord):
             continue
         for name in call.parameters:
-            use = Use(record, name)
-            demand = context.demand
-            lacking = [e.name for e in demand.extensions if not demand.serves(e, use.layer, name)]
+            serving = context.demand.serving(record.definition, name)
+            lacking = [e.name for e in context.demand.extensions if e not in serving]
             if lacking:
                 error = UnsupportedModule(record.owner, record.parameter_name, record.node_name, lacking, supported)
                 if context.strict:
@@ -168,7 +167,7 @@ def _refuse_kinds(plan: Plan, demand: Demand) -> None:
             needs = [(use, need) for use in uses for _, need in demand.asked(extension, use.layer)]
             asked = {need.quantity for use, need in needs if use.offers(need.quantity)}
             factors = sorted(asked & registry().factors)
-            if factors and all(demand.serves(extension, use.layer, use.name) for use in uses):
+            if factors and all(extension in demand.serving(use.layer, use.name) for use in uses):
                 raise SharedByKinds([use.record.where for use in uses], uses[0].name, factors[0], [extension.name])
 
 

@@ -82,7 +82,7 @@ def pass_step(step: Step, columns: Mapping[int, Tensor]) -> dict[Edge, Tensor]:
 
 def chunks(factor: Tensor, size: int) -> Iterator[Tensor]:
     """Ranges of at most `size` columns."""
-    return iter(factor.split(max(1, size)) if factor.shape[0] else [factor])
+    return iter([factor] if factor.shape[0] <= size else factor.split(max(1, size)))
 
 
 def take(live: dict[Edge, Tensor], step: Step) -> dict[int, Tensor]:

@@ -7,6 +7,8 @@ output[n, r, d] = Σ_{k} (1 − [k = padding_idx]) [k = input[n, r]] weight[k, d
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -272,15 +274,15 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor, weight: Ten
     centre = b.sum(0) / N
     d = a - (a.sum(0) / N)
     e = b - centre
+    share = a / math.sqrt(N)
+    shift = 2 * centre * e
     values = e.square()
     values2 = a.square()
     moment = values.T @ values2
     values3 = a * d
-    cross = e.T @ values3
-    drift = e.T @ a
-    return (
-        centre[:, None].square() * d.square().sum(0) + 2 * centre[:, None] * cross + moment - drift.square() / N
-    ).clamp(min=0)
+    cross = shift.T @ values3
+    drift = e.T @ share
+    return (centre[:, None].square() * d.square().sum(0) + cross + moment - drift.square()).clamp(min=0)
 
 
 @cheapest
@@ -295,10 +297,10 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor, pad
     return (
         Program(
             weight_squared_deviations_centred,
-            flops=K + D * K + 5 * K * N + 6 * D * N + 6 * D * K * N,
+            flops=K + D * K + 6 * D * N + 6 * K * N + 6 * D * K * N,
             elements=D * K + N * R + D * N * R * V,
-            scratch=N + 4 * D + 5 * K - N * R + 6 * D * K + 11 * K * N + 14 * D * N - D * N * R * V,
-            calls=16,
+            scratch=N + 4 * D + 6 * K - N * R + 6 * D * K + 13 * K * N + 14 * D * N - D * N * R * V,
+            calls=17,
             valid=R == 1 and V == 1,
         ),
         Program(

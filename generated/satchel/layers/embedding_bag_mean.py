@@ -7,6 +7,8 @@ output[n, d] = (Σ_{r,k} [k = input[n, r]] weight[k, d]) / R
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -288,15 +290,15 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor, weight: Ten
     centre = b.sum(0) / N
     d = a - (a.sum(0) / N)
     e = b - centre
+    share = a / math.sqrt(N)
+    shift = 2 * centre * e
     values = e.square()
     values2 = a.square()
     moment = values.T @ values2
     values3 = a * d
-    cross = e.T @ values3
-    drift = e.T @ a
-    return (
-        centre[:, None].square() * d.square().sum(0) + 2 * centre[:, None] * cross + moment - drift.square() / N
-    ).clamp(min=0)
+    cross = shift.T @ values3
+    drift = e.T @ share
+    return (centre[:, None].square() * d.square().sum(0) + cross + moment - drift.square()).clamp(min=0)
 
 
 @cheapest
@@ -311,10 +313,10 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor) -> 
     return (
         Program(
             weight_squared_deviations_centred,
-            flops=D * K + 4 * K * N + 6 * D * N + 6 * D * K * N,
+            flops=D * K + 5 * K * N + 6 * D * N + 6 * D * K * N,
             elements=D * K + N * R + D * N * V,
-            scratch=N + 3 * K + 4 * D - N * R + 6 * D * K + 9 * K * N + 14 * D * N - D * N * V,
-            calls=14,
+            scratch=N + 4 * D + 4 * K - N * R + 6 * D * K + 11 * K * N + 14 * D * N - D * N * V,
+            calls=15,
             valid=R == 1 and V == 1,
         ),
         Program(

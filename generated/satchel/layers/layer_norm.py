@@ -86,7 +86,7 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     variance = centred.square().sum(2) / J
     bar_normalised = weight * delta
     bar_rstd = (bar_normalised * centred).sum(2)
-    bar_variance = -(bar_rstd / torch.pow(variance + eps, 3 / 2)) / (2)
+    bar_variance = -(bar_rstd / torch.pow(variance + eps, 3 / 2)) / 2
     dot_mean = tangent.sum(3) / J
     dot_centred = tangent - dot_mean[:, :, :, None]
     dot_variance = 2 * torch.einsum("nrj,vnrj->vnr", centred, dot_centred) / J

@@ -7,6 +7,8 @@ output[n, r, o] = Σ_{i} input[n, r, i] weight[o, i] + bias[o]
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -273,15 +275,15 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor) -> Tensor:
     centre = b.sum(0) / N
     d = a - (a.sum(0) / N)
     e = b - centre
+    share = a / math.sqrt(N)
+    shift = 2 * centre * e
     values = a.square()
     values2 = e.square()
     moment = values.T @ values2
     values3 = a * d
-    cross = values3.T @ e
-    drift = a.T @ e
-    return (centre.square() * d.square().sum(0)[:, None] + 2 * centre * cross + moment - drift.square() / N).clamp(
-        min=0
-    )
+    cross = values3.T @ shift
+    drift = share.T @ e
+    return (centre.square() * d.square().sum(0)[:, None] + cross + moment - drift.square()).clamp(min=0)
 
 
 @cheapest
@@ -295,10 +297,10 @@ def weight_squared_deviations(factor: Tensor, input: Tensor) -> tuple[Program, .
     return (
         Program(
             weight_squared_deviations_centred,
-            flops=I * O + 3 * I * N + 6 * N * O + 6 * I * N * O,
+            flops=I * O + 4 * I * N + 6 * N * O + 6 * I * N * O,
             elements=I * O + I * N * R + N * O * R * V,
-            scratch=3 * I + 4 * O + 6 * I * O + 8 * I * N + 14 * N * O - I * N * R - N * O * R * V,
-            calls=13,
+            scratch=4 * I + 4 * O + 6 * I * O + 10 * I * N + 14 * N * O - I * N * R - N * O * R * V,
+            calls=14,
             valid=R == 1 and V == 1,
         ),
         Program(

@@ -57,7 +57,7 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     square = input.square().sum(2) / J
     bar_normalised = weight * delta
     bar_rrms = (bar_normalised * input).sum(2)
-    bar_square = -(bar_rrms / torch.pow(square + eps, 3 / 2)) / (2)
+    bar_square = -(bar_rrms / torch.pow(square + eps, 3 / 2)) / 2
     dot_square = 2 * torch.einsum("nrj,vnrj->vnr", input, tangent) / J
     dot_rrms = -torch.pow(square + eps, -3 / 2) * dot_square / 2
     dot_bar_rrms = torch.einsum("nrj,vnrj->vnr", bar_normalised, tangent)

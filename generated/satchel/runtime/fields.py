@@ -4,34 +4,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 
 class Owner:
-    """Hands out fields, each with memory of its own."""
+    """Hands out the fields of a pass, each with memory of its own."""
 
     def __init__(self) -> None:
-        self._taken: set[int] = set()
+        self._fields: dict[int, weakref.ref[Tensor]] = {}
 
-    def lend(self, tensors: Iterable[Tensor]) -> None:
-        """Memory that others hold: δ, activations, parameters."""
-        self._taken.update(_memory(tensor) for tensor in tensors)
+    def set(self, parameter: Tensor, field: str, value: Tensor | list[Tensor], lent: Collection[int]) -> None:
+        """`lent`: where the memory begins that others hold: of δ, activations, parameters."""
+        if isinstance(value, list):
+            setattr(parameter, field, [self._own(tensor, lent) for tensor in value])
+        else:
+            setattr(parameter, field, self._own(value, lent))
 
-    def set(self, parameter: Tensor, field: str, value: Tensor | list[Tensor]) -> None:
-        owned = [self._own(tensor) for tensor in value] if isinstance(value, list) else self._own(value)
-        setattr(parameter, field, owned)
-
-    def _own(self, tensor: Tensor) -> Tensor:
-        shared = _memory(tensor) in self._taken
+    def _own(self, tensor: Tensor, lent: Collection[int]) -> Tensor:
+        start = memory(tensor)
+        before = self._fields.get(start)  # of a field that is gone, the memory is free again
+        shared = start in lent or (before is not None and before() is not None)
         part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
         if shared or part or not tensor.is_contiguous():
             tensor = tensor.clone(memory_format=torch.contiguous_format)
-        self._taken.add(_memory(tensor))
+            start = memory(tensor)
+        self._fields[start] = weakref.ref(tensor)
         return tensor
 
 
-def _memory(tensor: Tensor) -> int:
+def memory(tensor: Tensor) -> int:
+    """Where a tensor's memory begins."""
     return tensor.untyped_storage().data_ptr()

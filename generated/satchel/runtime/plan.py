@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -18,6 +18,7 @@ from .record import Edge, Mark, Record, entries, layer_record
 from .rules import Layer
 from .torch_private import is_accumulator, leaf_of, node_outputs
 from .uses import Use
+from .wanted import Wanted
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _numel(edge: Edge) -> int:
     return prod(node_outputs(node)[output_nr][0])
 
 
-def walk(start: Iterable[Edge], wanted: Callable[[Tensor], bool]) -> Plan:
+def walk(start: Iterable[Edge], wanted: Wanted) -> Plan:
     """The plan of everything below `start`. The inside of a recorded layer is not entered: its rules stand for it."""
     start = tuple(start)
     order = _postorder([node for node, _ in start])
@@ -183,11 +184,11 @@ def walk(start: Iterable[Edge], wanted: Callable[[Tensor], bool]) -> Plan:
         calls: tuple[Call, ...] = ()
         leaves: tuple[tuple[int, Edge, Tensor], ...] = ()
         if record is not None:
-            parameters = {name: parameter for name, parameter in record.trainable().items() if wanted(parameter)}
+            parameters = wanted.of(record)
             calls = (ByRules(record, parameters),) if parameters else ()
         else:
             below = [(position, edge, leaf_of(edge[0])) for position, edge in _inputs(node, None)]
-            leaves = tuple((position, edge, p) for position, edge, p in below if p is not None and wanted(p))
+            leaves = tuple((position, edge, p) for position, edge, p in below if p is not None and p in wanted)
         inputs = tuple((position, edge) for position, edge in _inputs(node, record) if edge[0] in steps)
         if inputs or calls or leaves:
             steps[node] = Step(node, record, inputs, calls, leaves)

@@ -17,7 +17,15 @@ from torch.autograd.graph import Node, get_gradient_edge
 from .backward import arrive
 from .record import Edge, Entry, LossRecord, Mark, Record, alias, attach, entries
 from .rules import Layer, Loss, registry
-from .torch_private import inside_checkpoint, inside_functorch, is_accumulator, node_outputs, saved, version, view_base
+from .torch_private import (
+    inside_checkpoint,
+    inside_functorch,
+    is_accumulator,
+    node_output_shape,
+    saved,
+    version,
+    view_base,
+)
 
 _recording = True
 
@@ -74,7 +82,7 @@ class Recorder:
 
     def _layer(self, layer: Layer, reference: weakref.ref[nn.Module], x: Tensor, output: Tensor) -> None:
         module = reference()
-        inplace = getattr(module, "inplace", False) is True
+        inplace = vars(module).get("inplace") is True
         if output is x and not inplace:  # Identity, Flatten of two axes: no node of its own
             if output.grad_fn is not None:
                 _attach(output.grad_fn, Mark(self.name, reference))
@@ -101,7 +109,7 @@ class Recorder:
             name=self.name,
             module=reference,
             options=_numbers(module, layer, node, output),
-            node_shape=node_outputs(node)[output_nr][0],
+            node_shape=node_output_shape(node, output_nr),
             output_nr=output_nr,
             edge=edge,
             definition=layer,
@@ -120,7 +128,9 @@ class Recorder:
             record.keep(output=alias(output))
         if len(parameters) < len(present):  # one that is absent is 1 where a rule reads it
             record.keep(one=output.new_ones(()))
-        record.keep(**{name: buffer for name in layer.buffers if (buffer := module._buffers[name]) is not None})  # type: ignore[union-attr]
+        for name in layer.buffers:
+            if (buffer := module._buffers[name]) is not None:  # type: ignore[union-attr]
+                record.keep(**{name: buffer})
         _attach(node, record)
 
     def _loss(self, module: nn.Module, arguments: Mapping[str, Any], output: Tensor) -> None:

@@ -92,6 +92,11 @@ def node_outputs(node: Node) -> Sequence[tuple[tuple[int, ...], torch.dtype, tor
     return [(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata]
 
 
+def node_output_shape(node: Node, output_nr: int) -> tuple[int, ...]:
+    """Shape of one of the gradients that `node` receives."""
+    return tuple(node._input_metadata[output_nr].shape)
+
+
 def version(tensor: Tensor) -> int:
     """How often the tensor was changed in place."""
     return 0 if tensor.is_inference() else tensor._version

@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from .rules import Layer, Rule
 PER_SAMPLE = "per_sample"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Use:
     """A parameter of a layer's call, and the canonical tensor at its output: columns [V, *output], or one [*output], or none.
 
@@ -31,19 +32,32 @@ class Use:
     record: Record
     name: str
     factor: Tensor | None = None
-    memo: dict[Callable[..., Tensor], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    memo: dict[Callable[..., Tensor], Tensor] = field(default_factory=dict)
 
     @property
     def layer(self) -> Layer:
         return self.record.definition
 
+    @property
+    def rules(self) -> Mapping[str, Rule]:
+        return self.layer.parameters[self.name]
+
+    def operand(self, name: str) -> Any:
+        return self.record.operand(name)
+
     def offers(self, quantity: str) -> bool:
-        return quantity in self.layer.parameters[self.name]
+        return quantity in self.rules
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it is computed from."""
+        kept = list(self.record.tensors.values())
+        return kept if self.factor is None else [self.factor, *kept]
 
     def value(self, name: str, *arguments: Tensor, differentiable: bool = False) -> Tensor:
         """A quantity of the use, from what its rule takes."""
-        rule = self.layer.parameters[self.name][name]
-        found = evaluate(rule, self.layer, self.record.operand, *arguments, differentiable=differentiable)
+        rule = self.rules[name]
+        found = evaluate(rule, self.layer, self.operand, *arguments, differentiable=differentiable)
         return shaped(rule, self, found)
 
     @property
@@ -68,15 +82,32 @@ def shaped(rule: Rule, use: Use, value: Tensor) -> Tensor:
     return value.reshape(*value.shape[: rule.lead], *use.record.parameter(use.name).shape)
 
 
-def join(tensors: Sequence[Tensor], axes: Axes, lead: int) -> Tensor:
-    """Concatenate canonical tensors along their starred axis."""
+def joined(uses: Sequence[Use]) -> Use:
+    """Uses that are `joinable`, as one with the positions of all."""
+    first, factors = uses[0], [use.factor for use in uses if use.factor is not None]
+    factor = _cat(factors, first.layer.output_axes, 1) if factors else None
+    return _Joined(first.record, first.name, factor, uses=uses)
+
+
+@dataclass(eq=False, kw_only=True)
+class _Joined(Use):
+    uses: Sequence[Use]
+    _operands: dict[str, Any] = field(default_factory=dict)
+
+    def operand(self, name: str) -> Any:
+        axes = {"input": self.layer.input_axes, "output": self.layer.output_axes}.get(name)
+        if axes is None:
+            return super().operand(name)
+        if name not in self._operands:
+            self._operands[name] = _cat([use.operand(name) for use in self.uses], axes, 0)
+        return self._operands[name]
+
+
+def _cat(tensors: Sequence[Tensor], axes: Axes, lead: int) -> Tensor:
+    """Canonical tensors as one along their starred axis."""
     star = starred(axes)
-    return tensors[0] if len(tensors) == 1 or star is None else torch.cat(_promoted(tensors), lead + star)
-
-
-def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
     wide = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    return [tensor.to(wide) for tensor in tensors]
+    return tensors[0] if star is None else torch.cat([tensor.to(wide) for tensor in tensors], lead + star)
 
 
 def alike(uses: Sequence[Use]) -> bool:
