@@ -26,6 +26,7 @@ from cells import CELLS
 from check import agreement
 from client import Worker
 from environment import environment
+from overview import overview
 from peers import PEERS
 from problems import NETWORKS
 from summary import Cell, peaks, timings
@@ -144,6 +145,7 @@ def main(
     bounds: Annotated[bool, typer.Option(help="Count what satchel's programs cost at the least.")] = True,
     quick: Annotated[bool, typer.Option(help="For development: one network, few features and repeats.")] = False,
     compare: Annotated[Path | None, typer.Option(help="An earlier result, to be shown beside this one.")] = None,
+    onto: Annotated[Path | None, typer.Option(help="An earlier result, whose other networks this one keeps.")] = None,
     out: Annotated[Path, typer.Option(help="Where to write the results.")] = Path("overhead.json"),
 ) -> None:
     """Measure the overhead of the features."""
@@ -154,7 +156,8 @@ def main(
     cells, names = chosen(features, CELLS, "--features"), chosen(impl, PEERS, "--impl")
     interpreters = dict.fromkeys(names, sys.executable) | dict(pair.split("=", 1) for pair in python or ())
     workers = [Worker(name, interpreters[name], threads, int(memory * 1e9)) for name in names]
-    results: dict[str, Any] = {"environment": environment(threads), "implementations": {}, "networks": {}}
+    kept = json.loads(onto.read_text())["networks"] if onto else {}
+    results: dict[str, Any] = {"environment": environment(threads), "implementations": {}, "networks": kept}
     for worker in workers:
         results["implementations"][worker.implementation] = worker.about
         if "failed" in worker.about:
@@ -186,7 +189,7 @@ def main(
         worker.close()
     if compare:
         console.print(report.comparison(json.loads(compare.read_text()), results))
-    out.with_suffix(".md").write_text(report.markdown(results))
+    out.with_suffix(".md").write_text(f"{report.markdown(results)}\n{overview(results)}\n")
     plot.draw(results, out.with_suffix(".png"))
     console.print(f"Wrote {out}, and .md and .png beside it")
 

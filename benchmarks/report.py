@@ -65,14 +65,15 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [f"{about['cpu']}, {about['threads']} threads, commit {about['commit'][:12]}; {versions}.", ""]
     for network, found in results["networks"].items():
         for table in grids(network, found):
-            lines += [f"**{table.title}**", "", _line(table.head), _line(["---"] * len(table.head))]
+            lines += [f"**{table.title}**", "", table_line(table.head), table_line(["---"] * len(table.head))]
             for row, best in zip(table.rows, table.best, strict=True):
-                lines.append(_line([f"**{text}**" if k == best else text for k, text in enumerate(row)]))
+                lines.append(table_line([f"**{text}**" if k == best else text for k, text in enumerate(row)]))
             lines.append("")
     return "\n".join(lines)
 
 
-def _line(texts: list[str]) -> str:
+def table_line(texts: list[str]) -> str:
+    """A row of a table in Markdown."""
     return f"| {' | '.join(text.replace('|', '/') for text in texts)} |"
 
 

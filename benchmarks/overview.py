@@ -1,0 +1,62 @@
+"""One table of everything: satchel beside BackPACK and the best of all peers, its lower bound and its target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import exp, inf, isinf, log
+from typing import Any
+
+from report import bound_ratio, table_line, value
+from targets import BACKPACK, BEST_PEER, TARGETS
+
+HEAD = ["network", "features", "satchel", "BackPACK", "best peer", "bound", "target", "MB"]
+
+
+def overview(results: dict[str, Any], clock: str = "cpu") -> str:
+    """Markdown. Bold: no peer is faster. Extra peak memory: satchel's and the leanest peer's."""
+    lines = [table_line(HEAD), table_line(["---"] * len(HEAD))]
+    for network, cells in results["networks"].items():
+        for cell, found in cells.items():
+            ours, peers = value(found.get("satchel", {}), clock), _peers(found, clock)
+            best = min(peers, key=lambda name: peers[name], default="")
+            least = min(_peers(found, "memory").values(), default=inf)
+            target = TARGETS.get(network, {}).get(cell)
+            lines.append(
+                table_line([
+                    network,
+                    cell,
+                    f"**{_number(ours)}**" if ours <= peers.get(best, inf) and not isinf(ours) else _number(ours),
+                    _number(peers.get("backpack", inf)),
+                    "–" if isinf(peers.get(best, inf)) else f"{_number(peers[best])} ({best})",
+                    bound_ratio(found, clock),
+                    "–" if target is None else f"{target:g}{' ✓' if ours <= target else ''}",
+                    f"{_megabytes(value(found.get('satchel', {}), 'memory'))} / {_megabytes(least)}",
+                ])
+            )  # fmt: skip
+    return "\n".join([*lines, "", *summary(results, clock)])
+
+
+def summary(results: dict[str, Any], clock: str = "cpu") -> Iterator[str]:
+    """In how many cells no peer is faster, and the geometric means."""
+    cells = [found for network in results["networks"].values() for found in network.values()]
+    ours = [(value(found.get("satchel", {}), clock), _peers(found, clock)) for found in cells]
+    ours = [(mine, peers) for mine, peers in ours if not isinf(mine)]
+    beside = [(mine, min(peers.values())) for mine, peers in ours if not isinf(min(peers.values(), default=inf))]
+    backpack = [(mine, peers["backpack"]) for mine, peers in ours if not isinf(peers.get("backpack", inf))]
+    yield f"No peer is faster in {sum(mine <= best for mine, best in beside)} of the {len(beside)} cells that one has."
+    for what, pairs, target in (("the best peer's", beside, BEST_PEER), ("BackPACK's", backpack, BACKPACK)):
+        if pairs:
+            mean = exp(sum(log(mine / other) for mine, other in pairs) / len(pairs))
+            yield f"Geometric mean of the ratio to {what} over {len(pairs)} cells: {mean:.2f} (target {target:g})."
+
+
+def _peers(found: dict[str, Any], clock: str) -> dict[str, float]:
+    return {name: value(cell, clock) for name, cell in found.items() if name != "satchel"}
+
+
+def _megabytes(amount: float) -> str:
+    return "–" if isinf(amount) else f"{amount:.0f}"
+
+
+def _number(ratio: float) -> str:
+    return "–" if isinf(ratio) else f"{ratio:.3g}" if ratio >= 100 else f"{ratio:.2f}"
