@@ -289,7 +289,7 @@ class Loss(_Validated):
     `operands` are further tensors: attributes of the module of that name, or where `arguments` says so the arguments of its
     forward function. One with the input's axes is broadcast to them; one that is absent (None) is 1.
     `reductions` gives what Σℓ is divided by; "mean": by default the number of terms.
-    `support` is where the input lies, `domain` where the target does (for checks and tests, but for classes, which bind).
+    `support` is where the input lies, `domain` where the target does (for checks and tests; torch refuses other classes).
     `when` are attributes that tell variants of one module apart; a target made of classes does so by itself.
     """
 

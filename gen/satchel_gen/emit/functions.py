@@ -12,7 +12,6 @@ from ..calculus.derive import Statement
 from ..calculus.instantiate import Formula
 from ..calculus.terms import CalculusError, Term, terms
 from ..definitions.distributions import Distribution
-from ..definitions.model import Classes, Loss
 from ..formula import render, render_formula, wrapped
 from ..lowering.composed import Stage
 from ..lowering.losses import LossRule, LoweredLoss
@@ -261,21 +260,6 @@ def sample_function(lowered: LoweredLoss) -> Function | None:
     result = f"{drawn.sampler}({', '.join(given)}, mc_samples, generator)"
     shapes = f"{shapes_line(arguments, ())[:-2]}[M, {shape(lowered.loss.outcomes)[1:]}"
     return _loss_function(rule, "sample", f"ŷ ~ {drawn}", shapes, result, body, arguments)
-
-
-def violation_function(loss: Loss) -> Function | None:
-    """Whether a class is none."""
-    if not isinstance(loss.domain, Classes):
-        return None
-    name, ignored = str(loss.target.base), loss.domain.ignored
-    arguments = {name: tuple(loss.target.indices), str(loss.input.base): tuple(loss.input.indices)}
-    body = Body(dict(arguments))
-    count = body.scalar(Extent(loss.domain.over))
-    formula = f"any target outside 0 ≤ y < {count} that is not {ignored}"
-    result = f"((({name} < 0) | ({name} >= {count})) & ({name} != {ignored})).any()"
-    numbers = {o.attribute: "int" for o in ignored.atoms(Option)}
-    lines = tuple(unpack_extents(body.extents, arguments))
-    return Function("violation", formula, shapes_line(arguments, ()), tuple(arguments), lines, result, numbers=numbers)
 
 
 def _loss_body(rule: LossRule) -> tuple[Body, dict[str, Axes]]:

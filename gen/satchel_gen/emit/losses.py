@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from sympy import Expr
 
 from ..definitions.distributions import Distribution, NoDistribution
-from ..definitions.model import Classes, Loss
+from ..definitions.model import Classes
 from ..formula import render
 from ..lowering.losses import LossRule, LoweredLoss
-from ..lowering.plan import extent_symbol
 from ..lowering.programs import Program
 from ..notation import Extent, base_name
 from .contexts import RuleContext, Stated, axis_names, module_name
-from .functions import Function, divisor_function, loss_function, radicand_function, sample_function, violation_function
+from .functions import Function, divisor_function, loss_function, radicand_function, sample_function
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,6 @@ class LossContext(Stated):
     sampler: str
     rules: Mapping[str, RuleContext]
     reductions: Mapping[str, RuleContext | tuple[str, ...]]
-    violation_text: str
     no_likelihood: str
     classes: bool
     numbers: tuple[str, ...]
@@ -63,9 +61,6 @@ def loss_context(lowered: LoweredLoss, programs: Collection[Program]) -> LossCon
         if rule.expr not in known:
             known[rule.expr] = of(rule, radicand_function(rule))
         rules[f"{factor}_undefined"] = known[rule.expr]
-    violation = violation_function(loss)
-    if violation is not None:
-        rules["violation"] = context(violation, violation.arguments, violation.numbers)
     reductions: dict[str, RuleContext | tuple[str, ...]] = {}
     for name, divisor in loss.reductions.items():
         reductions[name] = (
@@ -95,7 +90,6 @@ def loss_context(lowered: LoweredLoss, programs: Collection[Program]) -> LossCon
         sampler=drawn.sampler if isinstance(drawn, Distribution) else "",
         rules=rules,
         reductions=reductions,
-        violation_text=_violation_text(loss),
         no_likelihood=drawn.reason if isinstance(drawn, NoDistribution) else "",
         classes=isinstance(loss.domain, Classes),
         numbers=lowered.numbers,
@@ -115,10 +109,3 @@ def _loss_notes(lowered: LoweredLoss) -> Iterator[str]:
     weight = "" if loss.weight == 1 else f", weighted by {render(loss.weight)}"
     relation = "which is ∇²ℓ" if derived.fisher else "which is not ∇²ℓ"
     yield f"Monte-Carlo features estimate the Fisher of {loss.distribution}{weight}, {relation}."
-
-
-def _violation_text(loss: Loss) -> str:
-    if not isinstance(loss.domain, Classes):
-        return ""
-    count = extent_symbol(loss.domain.over)
-    return f"target outside 0 ≤ y < {count}, {count} the number of classes, and not the ignored {loss.domain.ignored}"

@@ -81,9 +81,6 @@ class Start:
         """What can only be known from values: read once, when the pass ends."""
         definition, where = self.definition, self.loss.where
         found: list[Flag] = [(~self.valid, NegativeScale(where, demand.features(layers, *CURVATURE)))]
-        if definition.violation is not None:
-            violated = evaluate(definition.violation, definition, self.loss.operand)
-            found.append((violated, TargetRefused(where, definition.violation_text)))
         factors = (
             (definition.exact_factor_undefined, ("exact", "averaged")),
             (definition.mc_factor_undefined, ("mc",)),

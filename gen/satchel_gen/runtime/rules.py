@@ -160,7 +160,6 @@ class Loss:
     sample:        (mc_samples, generator) → ŷ [M, *outcomes]; None, and why, where the loss is no likelihood
     mc_factor:     (ŷ) → √weight · score(ŷ_m) / √M [M, *input], of the distribution that ŷ is drawn from
     …_undefined:   () → whether what that factor is the square root of is negative; None: it cannot be
-    violation:     () → whether a target is none of the classes
     `elements` are the axes of the terms ℓ, `columns` those whose extents multiply to V. `reductions` gives the divisor of each:
     axes whose extents multiply to it, or a rule. `operands` are further tensors with their axes, attributes of the module or
     `arguments` of its forward function; `when` and `classes` (integer targets) tell variants of one module apart.
@@ -181,8 +180,6 @@ class Loss:
     mc_factor: Rule | None = None
     exact_factor_undefined: Rule | None = None
     mc_factor_undefined: Rule | None = None
-    violation: Rule | None = None
-    violation_text: str = ""
     no_likelihood: str = ""
     classes: bool = False
     operands: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _EMPTY)

@@ -75,16 +75,6 @@ def mc_factor(sampled: Tensor, input: Tensor, target: Tensor) -> Tensor:
 
 
 @widened
-def violation(target: Tensor, input: Tensor) -> Tensor:
-    """any target outside 0 ≤ y < K that is not -100
-
-    target [N, R], input [N, K, R] → []
-    """
-    K = input.shape[1]
-    return (((target < 0) | (target >= K)) & (target != -100)).any()
-
-
-@widened
 def mean_divisor(input: Tensor, target: Tensor) -> Tensor:
     """mean_divisor = Σ_{n,r} total[n, r]
 
@@ -122,13 +112,11 @@ LOSS = Loss(
     gradient=Rule(gradient, ("input", "target"), kernel="gradient"),
     exact_factor=Rule(exact_factor, ("input", "target"), kernel="exact_factor"),
     mc_factor=Rule(mc_factor, ("input", "target"), kernel="mc_factor"),
-    violation=Rule(violation, ("target", "input")),
     sample=Rule(sample, ("input",)),
     reductions={
         "mean": Rule(mean_divisor, ("input", "target")),
         "sum": (),
     },
-    violation_text="target outside 0 ≤ y < K, K the number of classes, and not the ignored -100",
     classes=True,
     when={"weight": None, "label_smoothing": 0.0, "ignore_index": -100},
 )

@@ -126,16 +126,6 @@ def exact_factor_undefined(
 
 
 @widened
-def violation(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:
-    """any target outside 0 ≤ y < K that is not ignore_index
-
-    target [N, R], input [N, K, R] → []
-    """
-    K = input.shape[1]
-    return (((target < 0) | (target >= K)) & (target != ignore_index)).any()
-
-
-@widened
 def mean_divisor(input: Tensor, target: Tensor, weight: Tensor, ignore_index: int) -> Tensor:
     """mean_divisor = Σ_{n,k,r} (1 − [k = ignore_index]) [k = target[n, r]] weight[k]
 
@@ -181,13 +171,11 @@ LOSS = Loss(
         exact_factor_undefined, ("input", "target", "weight", "ignore_index", "label_smoothing")
     ),
     mc_factor_undefined=Rule(exact_factor_undefined, ("input", "target", "weight", "ignore_index", "label_smoothing")),
-    violation=Rule(violation, ("target", "input", "ignore_index")),
     sample=Rule(sample, ("input",)),
     reductions={
         "mean": Rule(mean_divisor, ("input", "target", "weight", "ignore_index")),
         "sum": (),
     },
-    violation_text="target outside 0 ≤ y < K, K the number of classes, and not the ignored ignore_index",
     classes=True,
     operands={"weight": ("k",)},
     numbers=("ignore_index", "label_smoothing"),
