@@ -18,9 +18,11 @@ class Owner:
         """Memory that others hold: δ, activations, parameters."""
         self._taken.update(_memory(tensor) for tensor in tensors)
 
-    def set(self, parameter: Tensor, field: str, value: Tensor | list[Tensor]) -> None:
-        owned = [self._own(tensor) for tensor in value] if isinstance(value, list) else self._own(value)
-        setattr(parameter, field, owned)
+    def set(self, parameter: Tensor, field: str, value: Tensor | list[Tensor]) -> list[Tensor]:
+        """Set a field; its tensors."""
+        owned = [self._own(tensor) for tensor in (value if isinstance(value, list) else [value])]
+        setattr(parameter, field, owned if isinstance(value, list) else owned[0])
+        return owned
 
     def _own(self, tensor: Tensor) -> Tensor:
         shared = _memory(tensor) in self._taken

@@ -11,6 +11,7 @@ from .demand import RESIDUALS, Demand, Source, source
 from .errors import FieldMissing
 from .extension import Extension
 from .fields import Owner
+from .memory import keep
 from .record import Record
 from .rules import Need, Sizes
 from .subsampling import quantities_of
@@ -56,6 +57,9 @@ class Harvest:
         for extension in self.demand.extensions:
             extension.check(uses[0].record.samples)
         results = {key: parts[0] if len(parts) == 1 else torch.cat(parts) for key, parts in swept.items()}
+        features = self.extensions(uses)
+        for extension in features:  # nothing can be refused any more, and their memory may serve again
+            vars(parameter).pop(extension.field, None)
         graph = torch.is_grad_enabled()  # create_graph=True
         with torch.set_grad_enabled(graph and any(e.differentiable for e in self.demand.extensions)):
             results |= self._of_gradient(uses)
@@ -64,10 +68,12 @@ class Harvest:
         sizes = Sizes(uses[0].record.samples, unit)
         self._owner.lend([parameter, *(use.factor for use in uses if use.factor is not None)])
         self._owner.lend([tensor for use in uses for tensor in use.record.tensors.values()])
-        for extension in self.extensions(uses):
+        fields: list[Tensor] = []
+        for extension in features:
             with torch.set_grad_enabled(graph and extension.differentiable):
                 q = self._asked(extension, uses, results)
-                self._owner.set(parameter, extension.field, extension.value(q, sizes))
+                fields += self._owner.set(parameter, extension.field, extension.value(q, sizes))
+        keep(parameter, fields)
         return uses
 
     def extensions(self, uses: Sequence[Use]) -> list[Extension]:
