@@ -242,11 +242,9 @@ def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> Non
 def _columns(
     edge: Edge, factor: Tensor, plan: Plan, source: Source, demand: Demand, shared: set[int], accumulate: Accumulate
 ) -> None:
-    """Sweep a factor, in ranges of its columns where the memory limit asks for it."""
-    limit = current().memory_limit
+    """Sweep a factor, in ranges of its columns that stay below the memory limit."""
     per_column = plan.column_bytes(factor.element_size())
-    size = factor.shape[0] if limit is None else limit // max(per_column, 1)
-    for columns in chunks(factor, size):
+    for columns in chunks(factor, current().matrix_bytes // max(per_column, 1)):
         gathered = _Gathered(source, demand, shared, accumulate)
         sweep(plan, {edge: columns}, gathered.visit, None if shared else AT_ONCE)
         gathered.finish()

@@ -19,7 +19,9 @@ _STEP = 1 << 27
 @dataclass(frozen=True)
 class Settings:
     """memory_limit: bytes that one sweep of a curvature factor may hold, or None for no limit. A factor that needs more is
-    passed through the network in several ranges of its columns; KFRA's averaged matrix cannot be split and is an error.
+    passed through the network in several ranges of its columns; KFRA's averaged matrix cannot be split and is an error. Fields do
+    not count: they are what was asked for. Where there is no limit, a pass whose fields or KFRA matrix alone are larger than the
+    memory that the machine has left is an error before it begins; with one, that is the user's affair.
 
     reuse_buffers: whether the next pass may write large fields (32 MB and more, on the CPU) of individual gradients into the memory
     of this one's. Memory that anything still holds, if only a view, an array or a graph, is left alone. What a pass has left on a
