@@ -105,6 +105,12 @@ def test_fields_that_are_overwritten_make_room(left: Any) -> None:
     run(trained, BatchGrad())
 
 
+def test_memory_that_is_kept_makes_room(left: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    left(0)
+    monkeypatch.setattr(estimate.kept, "clear", lambda: left(1 << 40))
+    run(Trained("linear"), BatchGrad())
+
+
 @pytest.mark.parametrize("network", ["linear", "convolution"])
 def test_the_matrix_of_kfra_must_fit(network: str, left: Any) -> None:
     trained = Trained(network)
