@@ -42,6 +42,8 @@ class Kept:
 
     def keep(self, parameter: Tensor, fields: Iterable[Tensor]) -> None:
         """Keep the memory of these instead of what the pass before has left. Only the CPU's: others have an allocator that keeps it."""
+        if not self._sizes:
+            return
         with self._lock:
             self._by_parameter.pop(parameter, None)
             fields = [field for field in fields if field.device.type == "cpu"]
