@@ -1,10 +1,19 @@
-"""Large results: huge pages are asked for where there are enough, and never change what is computed."""
+"""Memory of large results: huge pages where there are enough, and what the previous pass has left where nobody holds it."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+import satchel
+from satchel import backpack, extend
+from satchel.extensions import BatchGrad, BatchL2Grad
 from satchel.runtime import memory
 
 
@@ -40,3 +49,146 @@ def test_what_is_free_is_read_from_the_system(monkeypatch):
 
     monkeypatch.setattr(memory.Path, "read_text", refuse)
     assert memory._free_in_huge_pages() == 0
+
+
+# --- what a pass has left ---------------------------------------------------------------------------------------------
+
+N, IN, OUT = 64, 512, 256
+assert 4 * N * IN * OUT == memory.FRESH
+
+
+class Trained:
+    """A layer whose individual gradients are just large enough."""
+
+    def __init__(self) -> None:
+        self.layer = extend(nn.Linear(IN, OUT, bias=False))
+        self.weight: Any = self.layer.weight
+        self.loss = extend(nn.MSELoss(reduction="sum"))
+
+    def run(self, seed: int, *features: Any, samples: int = N, create_graph: bool = False) -> Tensor:
+        """A pass on a batch of its own; what the field must be."""
+        x = torch.randn(samples, IN, generator=torch.Generator().manual_seed(seed))
+        with backpack(*features or [BatchGrad()]):
+            self.loss(self.layer(x), torch.zeros(samples, OUT)).backward(create_graph=create_graph)
+        with torch.no_grad():
+            return torch.einsum("no,ni->noi", 2 * self.layer(x), x)
+
+    def left(self) -> StorageWeakRef:
+        return StorageWeakRef(self.weight.grad_batch.untyped_storage())
+
+
+def in_graph(field: Tensor) -> Any:
+    return (torch.ones((), requires_grad=True) * field).grad_fn
+
+
+def in_shared_memory(field: Tensor) -> None:
+    """Another process may have it mapped, and nothing in this one holds it."""
+    field.share_memory_()
+
+
+#: Who may hold the memory of a field, and how to read it there.
+HOLDERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "itself": (lambda field: field, lambda held: held),
+    "view": (lambda field: field[1:, :2], lambda held: held),
+    "detached": (lambda field: field.detach(), lambda held: held),
+    "array": (lambda field: field.numpy(), torch.from_numpy),
+    "buffer": (lambda field: memoryview(field.numpy()), lambda held: torch.frombuffer(held, dtype=torch.float32)),
+    "dlpack": (torch.utils.dlpack.to_dlpack, torch.utils.dlpack.from_dlpack),
+    "storage": (lambda field: field.untyped_storage(), lambda held: torch.tensor([]).set_(held)),
+    "graph": (in_graph, lambda held: held._saved_other),
+    "shared memory": (in_shared_memory, lambda held: torch.zeros(0)),
+}
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_what_is_held_is_never_overwritten(holder: str, deleted: bool) -> None:
+    hold, read = HOLDERS[holder]
+    trained = Trained()
+    trained.run(0)
+    before = trained.weight.grad_batch.clone()
+    held = hold(trained.weight.grad_batch)
+    there = trained.weight.grad_batch.data_ptr()
+    if deleted:
+        del trained.weight.grad_batch
+    for seed in (1, 2):
+        expected = trained.run(seed)
+        assert torch.allclose(trained.weight.grad_batch, expected, atol=1e-4)
+        assert trained.weight.grad_batch.data_ptr() != there and not trained.weight.grad_batch.is_shared()
+    assert torch.equal(read(held), read(hold(before)))
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_what_nobody_holds_is_written_again(deleted: bool) -> None:
+    trained = Trained()
+    trained.run(0)
+    there = trained.weight.grad_batch.data_ptr()
+    for seed in (1, 2):
+        if deleted:
+            del trained.weight.grad_batch
+        expected = trained.run(seed)
+        assert trained.weight.grad_batch.data_ptr() == there
+        assert torch.allclose(trained.weight.grad_batch, expected, atol=1e-4)
+
+
+def other_size(trained: Trained) -> Tensor:
+    return trained.run(1, samples=2 * N)
+
+
+def differentiable(trained: Trained) -> Tensor:
+    return trained.run(1, create_graph=True)
+
+
+def resized(trained: Trained) -> Tensor:
+    trained.weight.grad_batch.untyped_storage().resize_(0)
+    return trained.run(1)
+
+
+@pytest.mark.parametrize("run", [other_size, differentiable, resized])
+def test_what_does_not_fit_is_left(run: Callable[[Trained], Tensor]) -> None:
+    trained = Trained()
+    trained.run(0)
+    left = trained.left()
+    expected = run(trained)
+    assert torch.allclose(trained.weight.grad_batch, expected, atol=1e-4)
+    assert trained.weight.grad_batch.requires_grad == (run is differentiable)
+    trained.weight.grad = None  # the graph of create_graph
+    gc.collect()
+    assert left.expired()
+
+
+def forget(trained: Trained) -> None:
+    trained.weight = trained.layer = None
+
+
+def turn_off(trained: Trained) -> None:
+    with satchel.settings(reuse_buffers=False):
+        pass
+
+
+def pass_without(trained: Trained) -> None:
+    trained.run(1, BatchL2Grad())
+
+
+def pass_while_off(trained: Trained) -> None:
+    with satchel.settings(reuse_buffers=False):
+        trained.run(1)
+        del trained.weight.grad_batch
+
+
+@pytest.mark.parametrize("end", [forget, turn_off, pass_without, pass_while_off])
+def test_nothing_is_kept_for_longer(end: Callable[[Trained], None]) -> None:
+    trained = Trained()
+    trained.run(0)
+    left = trained.left()
+    del trained.weight.grad_batch
+    gc.collect()
+    assert not left.expired()
+    end(trained)
+    gc.collect()
+    assert left.expired()
+
+
+def test_the_setting_is_a_truth_value() -> None:
+    with pytest.raises(ValueError, match="reuse_buffers"):
+        satchel.settings(reuse_buffers=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,13 @@ RULES = [(layer, rule) for layer in LAYERS for rule in lower_layer(layer).rules]
 def emitted(layer: Layer, rule: LoweredRule) -> dict[str, Any]:
     """The rule's functions, run as they are printed, after those of the pullbacks that it may reduce."""
     template = environment().from_string('{% from "functions.jinja" import function %}{{ function(f) }}')
-    known: dict[str, Any] = {"torch": torch, "Tensor": torch.Tensor, "widened": precision.widened, **vars(cost)}
+    known: dict[str, Any] = {
+        "torch": torch,
+        "math": math,
+        "Tensor": torch.Tensor,
+        "widened": precision.widened,
+        **vars(cost),
+    }
     known |= {"REDUCTIONS": REDUCTIONS, "Blockwise": Blockwise, "gram": gram}
     pull = lower_layer(layer).parameters.get(rule.name.removesuffix(f"_{rule.quantity}"), {}).get("per_sample")
     for one in [rule] if pull is None else [pull, rule]:

@@ -239,10 +239,9 @@ def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> Non
 def _columns(
     edge: Edge, factor: Tensor, plan: Plan, source: Source, demand: Demand, shared: set[int], accumulate: Accumulate
 ) -> None:
-    """Sweep a factor, in ranges of its columns where the memory limit asks for it."""
-    limit = current().memory_limit
-    size = factor.shape[0] if limit is None else limit // max(plan.column_bytes(factor.element_size()), 1)
-    for columns in chunks(factor, size):
+    """Sweep a factor, in ranges of its columns that stay below the memory limit."""
+    most = current().matrix_bytes // max(plan.column_bytes(factor.element_size()), 1) if len(factor) > 1 else 1
+    for columns in chunks(factor, most):
         gathered = _Gathered(source, demand, shared, accumulate)
         sweep(plan, {edge: columns}, gathered.visit, None if shared else AT_ONCE)
         gathered.finish()

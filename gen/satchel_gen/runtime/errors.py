@@ -248,6 +248,16 @@ class MemoryLimit(SatchelError, MemoryError):
         )
 
 
+class NotEnoughMemory(SatchelError, MemoryError):
+    def __init__(self, features: Iterable[str], where: str, needed: int, available: int) -> None:
+        super().__init__(
+            f"{where}, {_listed(features)}",
+            f"needs {needed:,} bytes at the least, the most of them here, and {available:,} are available",
+            "Use a smaller batch or subsampling, or a feature with one value per parameter such as Variance or DiagGGNMC;"
+            " settings(memory_limit=…) leaves this check out",
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 

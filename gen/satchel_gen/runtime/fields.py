@@ -15,25 +15,24 @@ class Owner:
     def __init__(self) -> None:
         self._fields: dict[int, weakref.ref[Tensor]] = {}
 
-    def set(self, parameter: Tensor, field: str, value: Tensor | list[Tensor], lent: Collection[int]) -> None:
-        """`lent`: where the memory begins that others hold: of δ, activations, parameters."""
-        if isinstance(value, list):
-            setattr(parameter, field, [self._own(tensor, lent) for tensor in value])
-        else:
-            setattr(parameter, field, self._own(value, lent))
+    def set(self, parameter: Tensor, field: str, value: Tensor | list[Tensor], lent: Collection[int]) -> list[Tensor]:
+        """Set a field; its tensors. `lent`: where the memory begins that others hold: of δ, activations, parameters."""
+        owned = [self._own(tensor, lent) for tensor in (value if isinstance(value, list) else [value])]
+        setattr(parameter, field, owned if isinstance(value, list) else owned[0])
+        return owned
 
     def _own(self, tensor: Tensor, lent: Collection[int]) -> Tensor:
-        start = memory(tensor)
+        start = memory_of(tensor)
         before = self._fields.get(start)  # of a field that is gone, the memory is free again
         shared = start in lent or (before is not None and before() is not None)
         part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
         if shared or part or not tensor.is_contiguous():
             tensor = tensor.clone(memory_format=torch.contiguous_format)
-            start = memory(tensor)
+            start = memory_of(tensor)
         self._fields[start] = weakref.ref(tensor)
         return tensor
 
 
-def memory(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
     """Where a tensor's memory begins."""
     return tensor.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""What a user may set: the memory that curvature may take, the backend."""
+"""What a user may set: the memory that curvature may take, whether buffers are kept, the backend."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from .kept import kept
 
 BACKENDS = ("auto", "aten", "triton")
 #: Bytes that columns or matrices may take where the user has set no limit: beyond it there is nothing to gain.
@@ -17,17 +19,26 @@ _STEP = 1 << 27
 @dataclass(frozen=True)
 class Settings:
     """memory_limit: bytes that one sweep of a curvature factor may hold, or None for no limit. A factor that needs more is
-    passed through the network in several ranges of its columns; KFRA's averaged matrix cannot be split and is an error.
+    passed through the network in several ranges of its columns; KFRA's averaged matrix cannot be split and is an error. Fields do
+    not count: they are what was asked for. Where there is no limit, a pass whose fields or KFRA matrix alone are larger than the
+    memory that the machine has left is an error before it begins; with one, that is the user's affair.
+
+    reuse_buffers: whether the next pass may write large fields (32 MB and more, on the CPU) of individual gradients into the memory
+    of this one's. Memory that anything still holds, if only a view, an array or a graph, is left alone. What a pass has left on a
+    parameter is kept until another pass over it or the parameter's end, even if the field is deleted; False frees it.
 
     backend: "aten" (plain torch ops), "triton", or "auto": triton on GPU tensors, aten elsewhere.
     """
 
     memory_limit: int | None = None
+    reuse_buffers: bool = True
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
+        if not isinstance(self.reuse_buffers, bool):
+            raise ValueError(f"reuse_buffers must be True or False; got {self.reuse_buffers!r}")
         if self.memory_limit is not None and not self.memory_limit > 0:
             raise ValueError(f"memory_limit must be a positive number of bytes or None; got {self.memory_limit!r}")
 
@@ -63,6 +74,8 @@ class settings:
             raise TypeError(f"no setting {', '.join(sorted(unknown))}; settings are {known}")
         self._before = _current
         _current = replace(_current, **changes)
+        if not _current.reuse_buffers:
+            kept.clear()
 
     def __enter__(self) -> Settings:
         return _current

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from math import prod
 
 import torch
 from torch.autograd.graph import Node
 
+from . import estimate
 from .context import backpack
 from .curvature import AVERAGED, RESIDUAL, refuse_option
 from .demand import CURVATURE, SECOND_ORDER, Demand
@@ -65,6 +67,7 @@ def check(
                 found = Probe(plan, start, count, ordered).run()
     _refuse_blocks(plan, context.demand)
     _refuse_kinds(plan, context.demand)
+    estimate.check(plan, context.demand, count, sum(map(prod, start.values())) // max(count, 1))
     return plan, count, found.flags
 
 

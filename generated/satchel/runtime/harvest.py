@@ -12,7 +12,8 @@ from torch import Tensor
 from .demand import RESIDUALS, Demand, Source
 from .errors import FieldMissing
 from .extension import Extension
-from .fields import Owner, memory
+from .fields import Owner, memory_of
+from .memory import keep
 from .modes import grad_mode
 from .record import Record
 from .rules import Need, Sizes
@@ -61,18 +62,22 @@ class Harvest:
         for extension in self.demand.extensions:
             extension.check(samples)
         results = {key: parts[0] if len(parts) == 1 else torch.cat(parts) for key, parts in swept.items()}
+        features = self.serving(uses)
+        for extension in features:  # nothing can be refused any more, and their memory may serve again
+            vars(parameter).pop(extension.field, None)
         graph = torch.is_grad_enabled()  # create_graph=True
         with grad_mode(graph and self.demand.differentiable):
             results |= self._found(uses, GRADIENT)
         with grad_mode(False):
             results |= self._found(uses, INPUT)
         sizes = Sizes(samples, unit)
-        held = [parameter, *(tensor for use in uses for tensor in use.tensors)]
-        lent = {memory(tensor) for tensor in held}
-        for extension in self.serving(uses):
+        lent = {memory_of(tensor) for tensor in (parameter, *(tensor for use in uses for tensor in use.tensors))}
+        fields: list[Tensor] = []
+        for extension in features:
             with grad_mode(graph and extension.differentiable):
                 q = self._asked(extension, uses, results)
-                self._owner.set(parameter, extension.field, extension.value(q, sizes), lent)
+                fields += self._owner.set(parameter, extension.field, extension.value(q, sizes), lent)
+        keep(parameter, fields)
         return uses
 
     def serving(self, uses: Sequence[Use]) -> tuple[Extension, ...]:

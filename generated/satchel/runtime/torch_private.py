@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,6 +106,17 @@ def version(tensor: Tensor) -> int:
 def view_base(tensor: Tensor) -> Tensor | None:
     """The tensor that `tensor` is a differentiable view of."""
     return tensor._base if tensor._is_view() else None
+
+
+def held_elsewhere(tensor: Tensor) -> bool:
+    """Whether anything besides this tensor holds its memory: another tensor, an array, a graph, a storage, another process."""
+    return tensor.is_shared() or _holders(tensor) != _holders(torch.empty(0))
+
+
+def _holders(tensor: Tensor) -> tuple[int, int]:
+    """Those of the storage as an object of Python, and those in C++."""
+    storage = tensor.untyped_storage()
+    return sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
 
 
 def inside_functorch() -> bool:
