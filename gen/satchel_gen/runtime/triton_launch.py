@@ -17,6 +17,7 @@ POINTWISE_BLOCK = 1024
 REDUCE_ROWS, REDUCE_LANES = 8, 128
 ROW_STEPS, ROW_LANES, ROW_WARPS = 32, 32, 4
 RESIDENT = 4096  # float32 numbers of the longest row that stays in registers
+SECTOR = 8  # float32 numbers that memory is read by
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
@@ -70,16 +71,31 @@ def gram_rows(rows: int, dtype: torch.dtype) -> int:
 
 def resident(elements: int, stride: int, *tensors: Tensor) -> bool:
     """Whether a row of some elements, `stride` apart, stays in registers, with 32-bit offsets."""
-    most = RESIDENT // 2 if accumulator(*tensors) == torch.float64 else RESIDENT
-    return elements <= most and elements * stride < 2**31
+    return elements <= longest(accumulator(*tensors)) and elements * stride < 2**31
 
 
-def row_tile(elements: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Elements and rows of a tile of whole rows, and its warps: short rows share a program."""
+def longest(dtype: torch.dtype) -> int:
+    """How many elements a row in registers may have."""
+    return RESIDENT // 2 if dtype == torch.float64 else RESIDENT
+
+
+def row_tile(elements: int, stride: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Elements and rows of a tile of whole rows, and its warps.
+
+    Short rows share a program; so do rows whose elements lie side by side, `stride` of them, if they fit: memory comes by sectors.
+    """
     block = triton.next_power_of_2(elements)
-    rows = max(1, 1024 // block)
+    beside = triton.next_power_of_2(min(stride, SECTOR))
+    rows = max(1, 1024 // block, min(beside, longest(dtype) // block))
     width = 2 if dtype == torch.float64 else 1
     return block, rows, min(16, max(4, width * block * rows // 256))
+
+
+def stage_tile(elements: int, stride: int, dtype: torch.dtype) -> tuple[bool, int, int, int]:
+    """Whether a row is read whole, and the elements and rows of a tile, and its warps."""
+    if elements * min(stride, SECTOR) <= longest(dtype):
+        return (True, *row_tile(elements, stride, dtype))
+    return False, ROW_STEPS, ROW_LANES, ROW_WARPS
 
 
 def registers(warps: int) -> dict[str, int]:

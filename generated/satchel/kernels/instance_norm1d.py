@@ -93,7 +93,7 @@ def vjp_resident(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> T
     columns = V
     dtype = accumulator(factor, input, weight)
     out = torch.empty((V, N, C, S), dtype=dtype, device=factor.device)
-    block, block_row, warps = row_tile(S, dtype)
+    block, block_row, warps = row_tile(S, 1, dtype)
     blocks = triton.cdiv(rows, block_row)
     vjp_resident_kernel[(blocks, splits(blocks, columns))](
         factor,
@@ -203,7 +203,7 @@ def hessian_resident(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tens
     columns = V
     dtype = accumulator(delta, tangent, input, weight)
     out = torch.empty((V, N, C, S), dtype=dtype, device=delta.device)
-    block, block_row, warps = row_tile(S, dtype)
+    block, block_row, warps = row_tile(S, 1, dtype)
     blocks = triton.cdiv(rows, block_row)
     hessian_resident_kernel[(blocks, splits(blocks, columns))](
         delta,

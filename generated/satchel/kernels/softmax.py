@@ -58,7 +58,7 @@ def vjp_resident(factor: Tensor, output: Tensor) -> Tensor:
     columns = V
     dtype = accumulator(factor, output)
     out = torch.empty((V, N, R, K, S), dtype=dtype, device=factor.device)
-    block, block_row, warps = row_tile(K, dtype)
+    block, block_row, warps = row_tile(K, S, dtype)
     blocks = triton.cdiv(rows, block_row)
     vjp_resident_kernel[(blocks, splits(blocks, columns))](
         factor,
@@ -132,7 +132,7 @@ def hessian_resident(delta: Tensor, tangent: Tensor, output: Tensor) -> Tensor:
     columns = V
     dtype = accumulator(delta, tangent, output)
     out = torch.empty((V, N, R, K, S), dtype=dtype, device=delta.device)
-    block, block_row, warps = row_tile(K, dtype)
+    block, block_row, warps = row_tile(K, S, dtype)
     blocks = triton.cdiv(rows, block_row)
     hessian_resident_kernel[(blocks, splits(blocks, columns))](
         delta,

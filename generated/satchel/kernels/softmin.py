@@ -67,7 +67,7 @@ def vjp_resident(factor: Tensor, input: Tensor) -> Tensor:
     columns = V
     dtype = accumulator(factor, input)
     out = torch.empty((V, N, R, K, S), dtype=dtype, device=factor.device)
-    block, block_row, warps = row_tile(K, dtype)
+    block, block_row, warps = row_tile(K, S, dtype)
     blocks = triton.cdiv(rows, block_row)
     vjp_resident_kernel[(blocks, splits(blocks, columns))](
         factor,
@@ -148,7 +148,7 @@ def hessian_resident(delta: Tensor, tangent: Tensor, input: Tensor) -> Tensor:
     columns = V
     dtype = accumulator(delta, tangent, input)
     out = torch.empty((V, N, R, K, S), dtype=dtype, device=delta.device)
-    block, block_row, warps = row_tile(K, dtype)
+    block, block_row, warps = row_tile(K, S, dtype)
     blocks = triton.cdiv(rows, block_row)
     hessian_resident_kernel[(blocks, splits(blocks, columns))](
         delta,
