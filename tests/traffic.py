@@ -46,13 +46,17 @@ class Launch:
         self.moved[name] += np.unique(touched // SECTOR).size * SECTOR
 
     @property
+    def operands(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.tensors.items() if name != "out"}
+
+    @property
     def bytes(self) -> int:
         return self.moved.total()
 
 
 @contextmanager
-def launches() -> Iterator[list[Launch]]:
-    """The launches of kernels in the block, counted."""
+def counted() -> Iterator[list[Launch]]:
+    """The launches of kernels in the block."""
     found: list[Launch] = []
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__

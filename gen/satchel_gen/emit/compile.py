@@ -167,13 +167,13 @@ def _configured(kernel: Any, dtype: str, longer: int) -> tuple[Any, dict[str, An
     sums = torch.float64 if double else torch.float32
     rows: dict[str, int] = {}
     if "WHOLE" in kernel.arg_names:
-        names = ("WHOLE", "BLOCK_K", "BLOCK_ROW", "num_warps")
-        rows = dict(zip(names, launch.stage_tile(launch.longest(sums) + longer, 1, sums), strict=True))
+        rows["WHOLE"], rows["BLOCK_K"], rows["BLOCK_ROW"], warps = launch.stage_tile(
+            launch.longest(sums) + longer, 1, sums
+        )
+        options = {"num_warps": warps, **launch.registers(warps)}
     elif {"BLOCK", "BLOCK_ROW"} <= set(kernel.arg_names):
-        names = ("BLOCK", "BLOCK_ROW", "num_warps")
-        rows = dict(zip(names, launch.row_tile(launch.longest(sums), 1, sums), strict=True))
-    if rows:
-        options = {"num_warps": rows["num_warps"], **launch.registers(rows["num_warps"])}
+        rows["BLOCK"], rows["BLOCK_ROW"], warps = launch.row_tile(launch.longest(sums), 1, sums)
+        options = {"num_warps": warps, **launch.registers(warps)}
     constants["BLOCK_M"] = launch.gram_rows(2**20, sums)
     if "BLOCK_LANE" in kernel.arg_names:
         constants |= {"BLOCK_ROW": launch.REDUCE_ROWS, "BLOCK_LANE": launch.REDUCE_LANES}

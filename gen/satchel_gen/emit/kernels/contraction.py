@@ -162,8 +162,7 @@ def contraction(definition: str, program: Contraction) -> Context:
 def _planned(program: Contraction) -> Plan:
     """Who walks over what: an axis of the result lies along the operand that reads it; one that both read is a batch."""
     kept = (*program.out, *program.within)
-    last = kept[-1]  # the last axis across the tile
-    a, b = (program.a, program.b) if last in program.b.walked else (program.b, program.a)
+    a, b = program.sides
     role: dict[str, str] = {axis: "k" for axis in program.sums} | {axis: "step" for axis in program.accumulate}
     for axis in kept:
         role[axis] = {(True, False): "m", (False, True): "n", (True, True): "batch"}[axis in a.walked, axis in b.walked]

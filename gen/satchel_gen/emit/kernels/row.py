@@ -111,7 +111,13 @@ def row(definition: str, program: Row) -> Context:
     rows, count = product(names.extents(row_axes)), product(names.extents(columns))
     launch = launcher(program, [rows, count if columns else "", *out_shape(program)], sizes)
     stride = product(names.extents(first.axes[first.axes.index(k) + 1 :]))
-    launch |= {"rows": rows, "columns": count, "row_size": names.extent(k), "stride": stride, "out": tuple_code(out_shape(program))}
+    launch |= {
+        "rows": rows,
+        "columns": count,
+        "row_size": names.extent(k),
+        "stride": stride,
+        "out": tuple_code(out_shape(program)),
+    }
     return {
         "name": program.name, "doc": program.doc, "pointers": pointers(program), "sizes": tuple(sizes), "k": axes[k],
         "row_size": names.extent(k), "before": before, "whole": whole, "stages": stages, "per_column": column_lines,
