@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from emitted import emitted_programs
+from conftest import DEFINITIONS, SECOND_ORDER
+from emitted import emitted_programs, lowered_layers
 from kernel_programs import POINTWISE, write_package
+from satchel import backend, backpack, extend, extensions
 from satchel.runtime import triton_launch
+from satchel_gen.definitions import Feature
+from satchel_gen.lowering.kernels import KernelRule, layer_kernels
 from satchel_gen.lowering.plan import Window
 from satchel_gen.lowering.programs import Contraction, Gram, Program, Read, Row
+from satchel_gen.lowering.rules import LoweredLayer
+from satchel_gen.lowering.traffic import feature_rules, launched
 from satchel_gen.notation import Option
 from traffic import Launch, counted
 
@@ -70,7 +78,7 @@ def operands(program: Program, sizes: dict[str, int]) -> dict[str, Tensor]:
     return made | {name: (made[name] * 8).long() for name in classes}
 
 
-def launched(kernels: Any, program: Program, sizes: dict[str, int]) -> tuple[Launch, Tensor]:
+def run(kernels: Any, program: Program, sizes: dict[str, int]) -> tuple[Launch, Tensor]:
     """The launch of a program's kernel, and its result."""
     tensors = operands(program, sizes)
     shapes = [tuple(sizes[axis] for axis in axes) for axes in program.shapes.values()]
@@ -99,7 +107,7 @@ def filled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("filled")
 @selected(lambda program: not isinstance(program, TILED))
 def test_each_tensor_is_read_once_and_the_result_written_once(module: str, program: Program) -> None:
-    launch, result = launched(emitted(module), program, extents(program))
+    launch, result = run(emitted(module), program, extents(program))
     assert launch.stored == {"out": result.numel()}
     assert overhead(launch, result) <= OVERHEAD, {n: launch.moved[n] / t.nbytes for n, t in launch.tensors.items()}
 
@@ -107,7 +115,7 @@ def test_each_tensor_is_read_once_and_the_result_written_once(module: str, progr
 @selected(lambda program: isinstance(program, TILED))
 def test_operands_are_loaded_as_often_as_their_tiles_say(module: str, program: Program) -> None:
     sizes = extents(program)
-    launch, _ = launched(emitted(module), program, sizes)
+    launch, _ = run(emitted(module), program, sizes)
     blocks = {name: 64 for name in ("BLOCK_M", "BLOCK_N")}
     known = {axis.upper(): size for axis, size in sizes.items()} | blocks
     for read in program.all_reads:
@@ -135,7 +143,7 @@ def inside(window: Window, sizes: dict[str, int]) -> int:
 def test_products_are_squared_where_they_arise(module: str, program: Any) -> None:
     """None is written: the result is, or partial sums of at least four."""
     sizes = {axis: min(size, 4) for axis, size in extents(program).items()} | {"n": 8, "v": 2, "g": 1}
-    launch, result = launched(emitted(module), program, sizes)
+    launch, result = run(emitted(module), program, sizes)
     summed = program.sums if isinstance(program, Contraction) else (program.rows,)
     products = math.prod(sizes[a] for a in {*program.a.walked, *program.b.walked} - {*summed})
     assert launch.stored == {"out": result.numel()} or launch.stored["out"] <= products / 4
@@ -152,6 +160,30 @@ def test_a_second_load_is_seen(again: bool, tmp_path: Path, monkeypatch: pytest.
             re.sub(r"^ .*tl\.load\(v_ptr.*\n", r"\g<0>\g<0>", path.read_text(), count=1, flags=re.MULTILINE)
         )
     kernels = importlib.import_module(f"{name}.kernels.programs")
-    launch, result = launched(kernels, POINTWISE[0], extents(POINTWISE[0]))
+    launch, result = run(kernels, POINTWISE[0], extents(POINTWISE[0]))
     assert (overhead(launch, result) > OVERHEAD) == again
     sys.modules.pop(name)
+
+
+@pytest.mark.parametrize(
+    "feature", [f for f in DEFINITIONS.features if f.name not in SECOND_ORDER], ids=lambda f: f.name
+)
+def test_a_feature_launches_the_kernels_of_its_rules(feature: Feature) -> None:
+    network = nn.Sequential(
+        nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 6), nn.PReLU(6), nn.Linear(6, 3), nn.LayerNorm(3)
+    )
+    model, loss = extend(network), extend(nn.CrossEntropyLoss())
+    with counted() as launches, backend("triton"), backpack(getattr(extensions, feature.name)()):
+        loss(model(torch.rand(5, 4)), torch.arange(5) % 3).backward()
+    names = Counter(launch.kernel.removesuffix("_kernel") for launch in launches)
+    found = {name: n for name, n in names.items() if name not in ("gradient", "exact_factor", "mc_factor")}
+    known = {definition.name: (lowered, layer_kernels(lowered)) for definition, lowered in lowered_layers()}
+    said = [programs(feature, *known[type(module).__name__], {"R": 1, "S": 1}) for module in network]
+    assert found == Counter(itertools.chain(*said))
+
+
+def programs(feature: Feature, lowered: LoweredLayer, kernels: list[KernelRule], sizes: dict[str, int]) -> list[str]:
+    """The kernels that a layer runs for a feature."""
+    by_rule = {kernel.rule.name: launched(kernel, sizes) for kernel in kernels}
+    found = [by_rule.get(rule.name) for rule in feature_rules(lowered, feature)]
+    return [program.name for program in found if program is not None]
