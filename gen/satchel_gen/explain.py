@@ -114,10 +114,8 @@ def _cost(traffic: Traffic, sizes: Mapping[str, int]) -> str:
 
 def _kernel(program: Program, traffic: Traffic, sizes: Mapping[str, int]) -> Part:
     """The kernel of a rule, and how often it reads its tensors."""
-    loads = {read.tensor: program.loads(read) for read in program.all_reads}
-    again = ", ".join(f"reads {tensor} {render(times)} times" for tensor, times in loads.items() if times != 1)
-    cost = f"{_cost(traffic, sizes)}; {again or 'reads each tensor once'}"
-    return Part(f"    Triton: {type(program).__name__} program {program.name}: {cost}")
+    kind = f"{type(program).__name__} program {program.name}"
+    return Part(f"    Triton: {kind}: {_cost(traffic, sizes)}; {program.reuse}")
 
 
 def _rule(rule: LoweredRule, kernels: dict[str, KernelRule], sizes: Mapping[str, int]) -> Iterator[Part]:

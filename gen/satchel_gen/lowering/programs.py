@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import sympy
 
+from ..formula import render
 from ..notation import Option
 from .plan import Window
 
@@ -84,6 +85,13 @@ class Program:
     def loads(self, read: Read) -> sympy.Expr:
         """How often a launch loads each element that a read walks over: once, unless tiles or steps share it."""
         return sympy.Integer(1)
+
+    @property
+    def reuse(self) -> str:
+        """How often a launch reads its tensors, in words."""
+        loads = {read.tensor: self.loads(read) for read in self.all_reads}
+        again = ", ".join(f"{tensor} {render(times)} times" for tensor, times in loads.items() if times != 1)
+        return f"reads {again or 'each tensor once'}"
 
     def extent(self, axes: Iterable[str]) -> sympy.Expr:
         return sympy.Mul(*(sympy.Symbol(self.equal.get(a, a).upper(), positive=True, integer=True) for a in axes))

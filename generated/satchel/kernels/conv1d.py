@@ -101,6 +101,7 @@ def weight_squared_norm(
     """weight_squared_norm[n] = Σ_{c,g,kw,o,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]])²
 
     factor [V, N, G, O, W], input [N, G, C, IW] -> [N].
+    It reads factor ⌈C KW / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, W = factor.shape
@@ -208,6 +209,7 @@ def weight_sum_of_squares(
     """weight_sum_of_squares[g, o, c, kw] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]])²
 
     factor [V, N, G, O, W], input [N, G, C, IW] -> [G, O, C, KW].
+    It reads factor ⌈C KW / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, W = factor.shape
@@ -316,6 +318,7 @@ def weight_signed_sum_of_squares(
     """weight_signed_sum_of_squares[g, o, c, kw] = Σ_{n,v} sign[v, n] (Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]])²
 
     factor [V, N, G, O, W], sign [V, N], input [N, G, C, IW] -> [G, O, C, KW].
+    It reads factor ⌈C KW / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times, sign G ⌈O / BLOCK_M⌉ ⌈C KW / BLOCK_N⌉ times.
     """
     factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
     V, N, G, O, W = factor.shape
@@ -417,6 +420,7 @@ def weight_diagonal_sum(
     """weight_diagonal_sum[g, o, c, kw] = Σ_{n,w} curvature[n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] − padding[0]]²
 
     curvature [N, G, O, W], input [N, G, C, IW] -> [G, O, C, KW].
+    It reads curvature ⌈C KW / BLOCK_N⌉ times, input ⌈O / BLOCK_M⌉ times.
     """
     curvature, input = curvature.contiguous(), input.contiguous()
     N, G, O, W = curvature.shape

@@ -111,6 +111,7 @@ def weight_squared_norm(
     """weight_squared_norm[n] = Σ_{c,g,kh,kw,o,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] -> [N].
+    It reads factor ⌈C KH KW / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, H, W = factor.shape
@@ -234,6 +235,7 @@ def weight_sum_of_squares(
     """weight_sum_of_squares[g, o, c, kh, kw] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] -> [G, O, C, KH, KW].
+    It reads factor ⌈C KH KW / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, H, W = factor.shape
@@ -358,6 +360,7 @@ def weight_signed_sum_of_squares(
     """weight_signed_sum_of_squares[g, o, c, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
 
     factor [V, N, G, O, H, W], sign [V, N], input [N, G, C, IH, IW] -> [G, O, C, KH, KW].
+    It reads factor ⌈C KH KW / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times, sign G ⌈O / BLOCK_M⌉ ⌈C KH KW / BLOCK_N⌉ times.
     """
     factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
     V, N, G, O, H, W = factor.shape
@@ -477,6 +480,7 @@ def weight_diagonal_sum(
     """weight_diagonal_sum[g, o, c, kh, kw] = Σ_{h,n,w} curvature[n, g, o, h, w] input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]]²
 
     curvature [N, G, O, H, W], input [N, G, C, IH, IW] -> [G, O, C, KH, KW].
+    It reads curvature ⌈C KH KW / BLOCK_N⌉ times, input ⌈O / BLOCK_M⌉ times.
     """
     curvature, input = curvature.contiguous(), input.contiguous()
     N, G, O, H, W = curvature.shape

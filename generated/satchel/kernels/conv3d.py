@@ -130,6 +130,7 @@ def weight_squared_norm(
     """weight_squared_norm[n] = Σ_{c,g,kd,kh,kw,o,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, d stride[0] + kd dilation[0] − padding[0], h stride[1] + kh dilation[1] − padding[1], kw dilation[2] + w stride[2] − padding[2]])²
 
     factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] -> [N].
+    It reads factor ⌈C KD KH KW / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, D, H, W = factor.shape
@@ -277,6 +278,7 @@ def weight_sum_of_squares(
     """weight_sum_of_squares[g, o, c, kd, kh, kw] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, d stride[0] + kd dilation[0] − padding[0], h stride[1] + kh dilation[1] − padding[1], kw dilation[2] + w stride[2] − padding[2]])²
 
     factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] -> [G, O, C, KD, KH, KW].
+    It reads factor ⌈C KD KH KW / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, D, H, W = factor.shape
@@ -425,6 +427,7 @@ def weight_signed_sum_of_squares(
     """weight_signed_sum_of_squares[g, o, c, kd, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, d stride[0] + kd dilation[0] − padding[0], h stride[1] + kh dilation[1] − padding[1], kw dilation[2] + w stride[2] − padding[2]])²
 
     factor [V, N, G, O, D, H, W], sign [V, N], input [N, G, C, ID, IH, IW] -> [G, O, C, KD, KH, KW].
+    It reads factor ⌈C KD KH KW / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times, sign G ⌈O / BLOCK_M⌉ ⌈C KD KH KW / BLOCK_N⌉ times.
     """
     factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
     V, N, G, O, D, H, W = factor.shape
@@ -566,6 +569,7 @@ def weight_diagonal_sum(
     """weight_diagonal_sum[g, o, c, kd, kh, kw] = Σ_{d,h,n,w} curvature[n, g, o, d, h, w] input[n, g, c, d stride[0] + kd dilation[0] − padding[0], h stride[1] + kh dilation[1] − padding[1], kw dilation[2] + w stride[2] − padding[2]]²
 
     curvature [N, G, O, D, H, W], input [N, G, C, ID, IH, IW] -> [G, O, C, KD, KH, KW].
+    It reads curvature ⌈C KD KH KW / BLOCK_N⌉ times, input ⌈O / BLOCK_M⌉ times.
     """
     curvature, input = curvature.contiguous(), input.contiguous()
     N, G, O, D, H, W = curvature.shape

@@ -101,6 +101,7 @@ def weight_squared_norm(
     """weight_squared_norm[n] = Σ_{c,g,kw,o,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]])²
 
     factor [V, N, G, O, W], input [N, G, C, IW] -> [N].
+    It reads input V ⌈KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, W = factor.shape
@@ -208,6 +209,7 @@ def weight_sum_of_squares(
     """weight_sum_of_squares[g, c, o, kw] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]])²
 
     factor [V, N, G, O, W], input [N, G, C, IW] -> [G, C, O, KW].
+    It reads input V ⌈KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, W = factor.shape
@@ -316,6 +318,7 @@ def weight_signed_sum_of_squares(
     """weight_signed_sum_of_squares[g, c, o, kw] = Σ_{n,v} sign[v, n] (Σ_{w} factor[v, n, g, o, w] input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]])²
 
     factor [V, N, G, O, W], sign [V, N], input [N, G, C, IW] -> [G, C, O, KW].
+    It reads input V ⌈KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times, sign G ⌈C / BLOCK_M⌉ ⌈KW O / BLOCK_N⌉ times.
     """
     factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
     V, N, G, O, W = factor.shape
@@ -417,6 +420,7 @@ def weight_diagonal_sum(
     """weight_diagonal_sum[g, c, o, kw] = Σ_{n,w} curvature[n, g, o, w] input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]]²
 
     curvature [N, G, O, W], input [N, G, C, IW] -> [G, C, O, KW].
+    It reads input ⌈KW O / BLOCK_N⌉ times, curvature ⌈C / BLOCK_M⌉ times.
     """
     curvature, input = curvature.contiguous(), input.contiguous()
     N, G, O, W = curvature.shape

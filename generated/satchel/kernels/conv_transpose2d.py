@@ -113,6 +113,7 @@ def weight_squared_norm(
     """weight_squared_norm[n] = Σ_{c,g,kh,kw,o,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] -> [N].
+    It reads input V ⌈KH KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, H, W = factor.shape
@@ -238,6 +239,7 @@ def weight_sum_of_squares(
     """weight_sum_of_squares[g, c, o, kh, kw] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] -> [G, C, O, KH, KW].
+    It reads input V ⌈KH KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, H, W = factor.shape
@@ -364,6 +366,7 @@ def weight_signed_sum_of_squares(
     """weight_signed_sum_of_squares[g, c, o, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
 
     factor [V, N, G, O, H, W], sign [V, N], input [N, G, C, IH, IW] -> [G, C, O, KH, KW].
+    It reads input V ⌈KH KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times, sign G ⌈C / BLOCK_M⌉ ⌈KH KW O / BLOCK_N⌉ times.
     """
     factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
     V, N, G, O, H, W = factor.shape
@@ -483,6 +486,7 @@ def weight_diagonal_sum(
     """weight_diagonal_sum[g, c, o, kh, kw] = Σ_{h,n,w} curvature[n, g, o, h, w] input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]]²
 
     curvature [N, G, O, H, W], input [N, G, C, IH, IW] -> [G, C, O, KH, KW].
+    It reads input ⌈KH KW O / BLOCK_N⌉ times, curvature ⌈C / BLOCK_M⌉ times.
     """
     curvature, input = curvature.contiguous(), input.contiguous()
     N, G, O, H, W = curvature.shape

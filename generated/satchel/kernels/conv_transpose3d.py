@@ -130,6 +130,7 @@ def weight_squared_norm(
     """weight_squared_norm[n] = Σ_{c,g,kd,kh,kw,o,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]])²
 
     factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] -> [N].
+    It reads input V ⌈KD KH KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, D, H, W = factor.shape
@@ -277,6 +278,7 @@ def weight_sum_of_squares(
     """weight_sum_of_squares[g, c, o, kd, kh, kw] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]])²
 
     factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] -> [G, C, O, KD, KH, KW].
+    It reads input V ⌈KD KH KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, D, H, W = factor.shape
@@ -425,6 +427,7 @@ def weight_signed_sum_of_squares(
     """weight_signed_sum_of_squares[g, c, o, kd, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]])²
 
     factor [V, N, G, O, D, H, W], sign [V, N], input [N, G, C, ID, IH, IW] -> [G, C, O, KD, KH, KW].
+    It reads input V ⌈KD KH KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times, sign G ⌈C / BLOCK_M⌉ ⌈KD KH KW O / BLOCK_N⌉ times.
     """
     factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
     V, N, G, O, D, H, W = factor.shape
@@ -566,6 +569,7 @@ def weight_diagonal_sum(
     """weight_diagonal_sum[g, c, o, kd, kh, kw] = Σ_{d,h,n,w} curvature[n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]]²
 
     curvature [N, G, O, D, H, W], input [N, G, C, ID, IH, IW] -> [G, C, O, KD, KH, KW].
+    It reads input ⌈KD KH KW O / BLOCK_N⌉ times, curvature ⌈C / BLOCK_M⌉ times.
     """
     curvature, input = curvature.contiguous(), input.contiguous()
     N, G, O, D, H, W = curvature.shape

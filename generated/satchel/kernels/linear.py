@@ -77,6 +77,7 @@ def diagonal(curvature: Tensor, weight: Tensor) -> Tensor:
     """diagonal[n, r, i] = Σ_{o} curvature[n, r, o] weight[o, i]²
 
     curvature [N, R, O], weight [O, I] -> [N, R, I].
+    It reads weight ⌈N R / BLOCK_M⌉ times, curvature ⌈I / BLOCK_N⌉ times.
     """
     curvature, weight = curvature.contiguous(), weight.contiguous()
     N, R, O = curvature.shape
@@ -153,6 +154,7 @@ def weight_sample_squares_fused(factor: Tensor, input: Tensor) -> Tensor:
     """weight_sample_squares[n, o, i] = Σ_{v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     factor [V, N, R, O], input [N, R, I] -> [N, O, I].
+    It reads factor ⌈I / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, R, O = factor.shape
@@ -224,6 +226,7 @@ def weight_signed_sample_squares_fused(factor: Tensor, sign: Tensor, input: Tens
     """weight_signed_sample_squares[n, o, i] = Σ_{v} sign[v, n] (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     factor [V, N, R, O], sign [V, N], input [N, R, I] -> [N, O, I].
+    It reads factor ⌈I / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times, sign ⌈O / BLOCK_M⌉ ⌈I / BLOCK_N⌉ times.
     """
     factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
     V, N, R, O = factor.shape
@@ -287,6 +290,7 @@ def weight_sample_diagonal(curvature: Tensor, input: Tensor) -> Tensor:
     """weight_sample_diagonal[n, o, i] = Σ_{r} curvature[n, r, o] input[n, r, i]²
 
     curvature [N, R, O], input [N, R, I] -> [N, O, I].
+    It reads input ⌈O / BLOCK_M⌉ times, curvature ⌈I / BLOCK_N⌉ times.
     """
     curvature, input = curvature.contiguous(), input.contiguous()
     N, R, O = curvature.shape
@@ -373,6 +377,7 @@ def weight_squared_norm_gram(factor: Tensor, input: Tensor) -> Tensor:
     """weight_squared_norm[n] = Σ_{i,o,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     factor [V, N, R, O], input [N, R, I] -> [N].
+    It reads factor 1 + ⌈R / BLOCK_M⌉ times, input 1 + ⌈R / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, R, O = factor.shape
@@ -444,6 +449,7 @@ def weight_sum_of_squares_fused(factor: Tensor, input: Tensor) -> Tensor:
     """weight_sum_of_squares[o, i] = Σ_{n,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     factor [V, N, R, O], input [N, R, I] -> [O, I].
+    It reads factor ⌈I / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, R, O = factor.shape
@@ -508,6 +514,7 @@ def weight_sum_of_squares_separated(input: Tensor, product: Tensor) -> Tensor:
     """weight_sum_of_squares[o, i] = Σ_{n,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     input [N, I], product [N, O] -> [O, I].
+    It reads input ⌈O / BLOCK_M⌉ times, product ⌈I / BLOCK_N⌉ times.
     """
     input, product = input.contiguous(), product.contiguous()
     N, I = input.shape
@@ -580,6 +587,7 @@ def weight_signed_sum_of_squares_fused(factor: Tensor, sign: Tensor, input: Tens
     """weight_signed_sum_of_squares[o, i] = Σ_{n,v} sign[v, n] (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     factor [V, N, R, O], sign [V, N], input [N, R, I] -> [O, I].
+    It reads factor ⌈I / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times, sign ⌈O / BLOCK_M⌉ ⌈I / BLOCK_N⌉ times.
     """
     factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
     V, N, R, O = factor.shape
@@ -644,6 +652,7 @@ def weight_signed_sum_of_squares_separated(input: Tensor, product: Tensor) -> Te
     """weight_signed_sum_of_squares[o, i] = Σ_{n,v} sign[v, n] (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     input [N, I], product [N, O] -> [O, I].
+    It reads input ⌈O / BLOCK_M⌉ times, product ⌈I / BLOCK_N⌉ times.
     """
     input, product = input.contiguous(), product.contiguous()
     N, I = input.shape
@@ -708,6 +717,7 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor) -> Tensor:
     """weight_diagonal_sum[o, i] = Σ_{n,r} curvature[n, r, o] input[n, r, i]²
 
     curvature [N, R, O], input [N, R, I] -> [O, I].
+    It reads input ⌈O / BLOCK_M⌉ times, curvature ⌈I / BLOCK_N⌉ times.
     """
     curvature, input = curvature.contiguous(), input.contiguous()
     N, R, O = curvature.shape
