@@ -16,7 +16,7 @@ from .triton_expr import STABLE
 
 LAUNCH = (
     "GRAM_TILES", "MATRIX_TILES", "POINTWISE_BLOCK", "REDUCE_LANES", "REDUCE_ROWS", "SMALLEST_TILE",
-    "accumulator", "check_spans", "check_strides", "fitting", "gram_rows", "precision", "registers", "resident",
+    "accumulator", "cdiv", "check_spans", "check_strides", "fitting", "gram_rows", "precision", "registers", "resident",
     "row_tile", "splits", "stage_tile", "triton_type",
 )  # fmt: skip
 

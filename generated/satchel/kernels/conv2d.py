@@ -17,6 +17,7 @@ from ..runtime.triton_launch import (
     MATRIX_TILES,
     SMALLEST_TILE,
     accumulator,
+    cdiv,
     check_spans,
     fitting,
     precision,
@@ -119,12 +120,10 @@ def weight_squared_norm(
     *_, KH, KW = weight_shape
     check_spans(O * H * W, C * IH * IW)
     dtype = accumulator(factor, input)
-    parts = splits(N * triton.cdiv(O, 64) * triton.cdiv(C * KH * KW, 64), V * G)
-    tiles = triton.cdiv(O, SMALLEST_TILE) * triton.cdiv(C * KH * KW, SMALLEST_TILE)
+    parts = splits(N * cdiv(O, 64) * cdiv(C * KH * KW, 64), V * G)
+    tiles = cdiv(O, SMALLEST_TILE) * cdiv(C * KH * KW, SMALLEST_TILE)
     out = torch.zeros((parts, N, tiles), dtype=dtype, device=factor.device)
-    weight_squared_norm_kernel[
-        lambda meta: (parts * N, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(C * KH * KW, meta["BLOCK_N"]))
-    ](
+    weight_squared_norm_kernel[lambda meta: (parts * N, cdiv(O, meta["BLOCK_M"]), cdiv(C * KH * KW, meta["BLOCK_N"]))](
         factor,
         input,
         out,
@@ -243,10 +242,10 @@ def weight_sum_of_squares(
     *_, KH, KW = weight_shape
     check_spans(O * H * W, C * IH * IW, O * C * KH * KW)
     dtype = accumulator(factor, input)
-    parts = splits(G * triton.cdiv(O, 64) * triton.cdiv(C * KH * KW, 64), V * N)
+    parts = splits(G * cdiv(O, 64) * cdiv(C * KH * KW, 64), V * N)
     out = torch.empty((parts, G, O, C, KH, KW), dtype=dtype, device=factor.device)
     weight_sum_of_squares_kernel[
-        lambda meta: (parts * G, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(C * KH * KW, meta["BLOCK_N"]))
+        lambda meta: (parts * G, cdiv(O, meta["BLOCK_M"]), cdiv(C * KH * KW, meta["BLOCK_N"]))
     ](
         factor,
         input,
@@ -368,10 +367,10 @@ def weight_signed_sum_of_squares(
     *_, KH, KW = weight_shape
     check_spans(O * H * W, C * IH * IW, O * C * KH * KW)
     dtype = accumulator(factor, sign, input)
-    parts = splits(G * triton.cdiv(O, 64) * triton.cdiv(C * KH * KW, 64), V * N)
+    parts = splits(G * cdiv(O, 64) * cdiv(C * KH * KW, 64), V * N)
     out = torch.empty((parts, G, O, C, KH, KW), dtype=dtype, device=factor.device)
     weight_signed_sum_of_squares_kernel[
-        lambda meta: (parts * G, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(C * KH * KW, meta["BLOCK_N"]))
+        lambda meta: (parts * G, cdiv(O, meta["BLOCK_M"]), cdiv(C * KH * KW, meta["BLOCK_N"]))
     ](
         factor,
         sign,
@@ -488,11 +487,9 @@ def weight_diagonal_sum(
     *_, KH, KW = weight_shape
     check_spans(O * H * W, C * IH * IW, O * C * KH * KW)
     dtype = accumulator(curvature, input)
-    parts = splits(G * triton.cdiv(O, 64) * triton.cdiv(C * KH * KW, 64), N)
+    parts = splits(G * cdiv(O, 64) * cdiv(C * KH * KW, 64), N)
     out = torch.empty((parts, G, O, C, KH, KW), dtype=dtype, device=curvature.device)
-    weight_diagonal_sum_kernel[
-        lambda meta: (parts * G, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(C * KH * KW, meta["BLOCK_N"]))
-    ](
+    weight_diagonal_sum_kernel[lambda meta: (parts * G, cdiv(O, meta["BLOCK_M"]), cdiv(C * KH * KW, meta["BLOCK_N"]))](
         curvature,
         input,
         out,

@@ -18,6 +18,7 @@ from ..runtime.triton_launch import (
     MATRIX_TILES,
     SMALLEST_TILE,
     accumulator,
+    cdiv,
     check_spans,
     fitting,
     precision,
@@ -138,11 +139,11 @@ def weight_squared_norm(
     *_, KD, KH, KW = weight_shape
     check_spans(C * ID * IH * IW, O * D * H * W)
     dtype = accumulator(factor, input)
-    parts = splits(N * triton.cdiv(C, 64) * triton.cdiv(O * KD * KH * KW, 64), V * G)
-    tiles = triton.cdiv(C, SMALLEST_TILE) * triton.cdiv(O * KD * KH * KW, SMALLEST_TILE)
+    parts = splits(N * cdiv(C, 64) * cdiv(O * KD * KH * KW, 64), V * G)
+    tiles = cdiv(C, SMALLEST_TILE) * cdiv(O * KD * KH * KW, SMALLEST_TILE)
     out = torch.zeros((parts, N, tiles), dtype=dtype, device=input.device)
     weight_squared_norm_kernel[
-        lambda meta: (parts * N, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
+        lambda meta: (parts * N, cdiv(C, meta["BLOCK_M"]), cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
     ](
         factor,
         input,
@@ -286,10 +287,10 @@ def weight_sum_of_squares(
     *_, KD, KH, KW = weight_shape
     check_spans(C * ID * IH * IW, O * D * H * W, C * O * KD * KH * KW)
     dtype = accumulator(factor, input)
-    parts = splits(G * triton.cdiv(C, 64) * triton.cdiv(O * KD * KH * KW, 64), V * N)
+    parts = splits(G * cdiv(C, 64) * cdiv(O * KD * KH * KW, 64), V * N)
     out = torch.empty((parts, G, C, O, KD, KH, KW), dtype=dtype, device=input.device)
     weight_sum_of_squares_kernel[
-        lambda meta: (parts * G, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
+        lambda meta: (parts * G, cdiv(C, meta["BLOCK_M"]), cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
     ](
         factor,
         input,
@@ -435,10 +436,10 @@ def weight_signed_sum_of_squares(
     *_, KD, KH, KW = weight_shape
     check_spans(C * ID * IH * IW, O * D * H * W, C * O * KD * KH * KW)
     dtype = accumulator(factor, sign, input)
-    parts = splits(G * triton.cdiv(C, 64) * triton.cdiv(O * KD * KH * KW, 64), V * N)
+    parts = splits(G * cdiv(C, 64) * cdiv(O * KD * KH * KW, 64), V * N)
     out = torch.empty((parts, G, C, O, KD, KH, KW), dtype=dtype, device=input.device)
     weight_signed_sum_of_squares_kernel[
-        lambda meta: (parts * G, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
+        lambda meta: (parts * G, cdiv(C, meta["BLOCK_M"]), cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
     ](
         factor,
         sign,
@@ -577,10 +578,10 @@ def weight_diagonal_sum(
     *_, KD, KH, KW = weight_shape
     check_spans(C * ID * IH * IW, O * D * H * W, C * O * KD * KH * KW)
     dtype = accumulator(curvature, input)
-    parts = splits(G * triton.cdiv(C, 64) * triton.cdiv(O * KD * KH * KW, 64), N)
+    parts = splits(G * cdiv(C, 64) * cdiv(O * KD * KH * KW, 64), N)
     out = torch.empty((parts, G, C, O, KD, KH, KW), dtype=dtype, device=input.device)
     weight_diagonal_sum_kernel[
-        lambda meta: (parts * G, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
+        lambda meta: (parts * G, cdiv(C, meta["BLOCK_M"]), cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
     ](
         curvature,
         input,

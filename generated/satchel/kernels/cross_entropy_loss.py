@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import accumulator, registers, splits, stage_tile, triton_type
+from ..runtime.triton_launch import accumulator, cdiv, registers, splits, stage_tile, triton_type
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def gradient(input: Tensor, target: Tensor) -> Tensor:
     dtype = accumulator(input, target)
     out = torch.empty((N, K, R), dtype=dtype, device=input.device)
     whole, block, block_row, warps = stage_tile(K, R, dtype)
-    blocks = triton.cdiv(rows, block_row)
+    blocks = cdiv(rows, block_row)
     gradient_kernel[(blocks, 1)](
         input,
         target,
@@ -184,7 +184,7 @@ def exact_factor(input: Tensor, target: Tensor) -> Tensor:
     dtype = accumulator(input, target)
     out = torch.empty((K * R, N, K, R), dtype=dtype, device=input.device)
     whole, block, block_row, warps = stage_tile(K, R, dtype)
-    blocks = triton.cdiv(rows, block_row)
+    blocks = cdiv(rows, block_row)
     exact_factor_kernel[(blocks, splits(blocks, columns))](
         input,
         target,
@@ -284,7 +284,7 @@ def mc_factor(sampled: Tensor, input: Tensor, target: Tensor) -> Tensor:
     dtype = accumulator(sampled, input, target)
     out = torch.empty((M, N, K, R), dtype=dtype, device=input.device)
     whole, block, block_row, warps = stage_tile(K, R, dtype)
-    blocks = triton.cdiv(rows, block_row)
+    blocks = cdiv(rows, block_row)
     mc_factor_kernel[(blocks, splits(blocks, columns))](
         sampled,
         input,

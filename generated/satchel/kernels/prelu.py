@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, splits, triton_type
+from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, cdiv, splits, triton_type
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     columns = V
     dtype = accumulator(factor, input, weight)
     out = torch.empty((V, N, C, S), dtype=dtype, device=factor.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     vjp_kernel[(blocks, splits(blocks, columns))](
         factor, input, weight, out, columns, size, C, S, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
@@ -81,7 +81,7 @@ def diagonal(curvature: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     columns = N
     dtype = accumulator(curvature, input, weight)
     out = torch.empty((N, C, S), dtype=dtype, device=curvature.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     diagonal_kernel[(blocks, splits(blocks, columns))](
         curvature, input, weight, out, columns, size, S, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
