@@ -203,6 +203,17 @@ def test_the_softmax_is_stable(kernels: ModuleType) -> None:
     torch.testing.assert_close(kernels.softmax_gradient(f, y), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("longest", [4096, 8])
+def test_a_tile_of_excluded_classes_adds_nothing(
+    kernels: ModuleType, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module(kernels.stage_tile.__module__), "RESIDENT", longest)
+    f = torch.linspace(-3, 3, 80, dtype=torch.float64).reshape(1, 80, 1)
+    f[:, :40] = -torch.inf
+    y = torch.tensor([[50]])
+    torch.testing.assert_close(kernels.softmax_gradient(f, y), torch.softmax(f, 1) - onehot(y, 80), rtol=0, atol=1e-15)
+
+
 def test_a_stride_that_overflows_a_tile_is_refused(kernels: ModuleType) -> None:
     with pytest.raises(ValueError, match="overflows"):
         kernels.rows(torch.empty(1, 1, 2**25).expand(1, 1, 2**25), torch.empty(1).expand(2**25, 1))

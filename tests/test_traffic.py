@@ -112,6 +112,14 @@ def test_each_tensor_is_read_once_and_the_result_written_once(module: str, progr
     assert overhead(launch, result) <= OVERHEAD, {n: launch.moved[n] / t.nbytes for n, t in launch.tensors.items()}
 
 
+@selected(lambda program: isinstance(program, Row) and program.name == "gradient")
+def test_a_row_too_long_for_registers_is_read_twice(module: str, program: Program, monkeypatch: Any) -> None:
+    """For its logsumexp, and for the result."""
+    monkeypatch.setattr(triton_launch, "RESIDENT", 8)
+    launch, result = run(emitted(module), program, extents(program))
+    assert launch.loaded["input"] == 2 * launch.stored["out"] == 2 * result.numel()
+
+
 @selected(lambda program: isinstance(program, TILED))
 def test_operands_are_loaded_as_often_as_their_tiles_say(module: str, program: Program) -> None:
     sizes = extents(program)

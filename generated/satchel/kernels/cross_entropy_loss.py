@@ -45,19 +45,18 @@ def gradient_kernel(
         inside = (k_index < K) & row_inside
         input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
     lse_max = tl.full((1, BLOCK_ROW), float("-inf"), dtype=COMPUTE)
-    for start in range(0, K, BLOCK_K):
-        k_index = start + lane
-        inside = (k_index < K) & row_inside
-        if not WHOLE:
-            input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
-        lse_max = tl.maximum(lse_max, tl.max(tl.where(inside, input, float("-inf")), axis=0, keep_dims=True))
     lse_sum = tl.full((1, BLOCK_ROW), 0.0, dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
         k_index = start + lane
         inside = (k_index < K) & row_inside
         if not WHOLE:
             input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
-        lse_sum = lse_sum + tl.sum(tl.where(inside, tl.exp(input - lse_max), 0.0), axis=0, keep_dims=True)
+        lse_higher = tl.maximum(lse_max, tl.max(tl.where(inside, input, float("-inf")), axis=0, keep_dims=True))
+        lse_shift = tl.where(lse_higher == float("-inf"), 0.0, lse_higher)
+        lse_sum = lse_sum * tl.exp(lse_max - lse_shift) + tl.sum(
+            tl.where(inside, tl.exp(input - lse_shift), 0.0), axis=0, keep_dims=True
+        )
+        lse_max = lse_higher
     lse_tail = tl.log(lse_sum)
     total = tl.full((1, BLOCK_ROW), 0.0, dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
@@ -135,19 +134,18 @@ def exact_factor_kernel(
         inside = (k_index < K) & row_inside
         input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
     lse_max = tl.full((1, BLOCK_ROW), float("-inf"), dtype=COMPUTE)
-    for start in range(0, K, BLOCK_K):
-        k_index = start + lane
-        inside = (k_index < K) & row_inside
-        if not WHOLE:
-            input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
-        lse_max = tl.maximum(lse_max, tl.max(tl.where(inside, input, float("-inf")), axis=0, keep_dims=True))
     lse_sum = tl.full((1, BLOCK_ROW), 0.0, dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
         k_index = start + lane
         inside = (k_index < K) & row_inside
         if not WHOLE:
             input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
-        lse_sum = lse_sum + tl.sum(tl.where(inside, tl.exp(input - lse_max), 0.0), axis=0, keep_dims=True)
+        lse_higher = tl.maximum(lse_max, tl.max(tl.where(inside, input, float("-inf")), axis=0, keep_dims=True))
+        lse_shift = tl.where(lse_higher == float("-inf"), 0.0, lse_higher)
+        lse_sum = lse_sum * tl.exp(lse_max - lse_shift) + tl.sum(
+            tl.where(inside, tl.exp(input - lse_shift), 0.0), axis=0, keep_dims=True
+        )
+        lse_max = lse_higher
     lse_tail = tl.log(lse_sum)
     total = tl.full((1, BLOCK_ROW), 0.0, dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
@@ -237,19 +235,18 @@ def mc_factor_kernel(
         inside = (k_index < K) & row_inside
         input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
     lse_max = tl.full((1, BLOCK_ROW), float("-inf"), dtype=COMPUTE)
-    for start in range(0, K, BLOCK_K):
-        k_index = start + lane
-        inside = (k_index < K) & row_inside
-        if not WHOLE:
-            input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
-        lse_max = tl.maximum(lse_max, tl.max(tl.where(inside, input, float("-inf")), axis=0, keep_dims=True))
     lse_sum = tl.full((1, BLOCK_ROW), 0.0, dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
         k_index = start + lane
         inside = (k_index < K) & row_inside
         if not WHOLE:
             input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
-        lse_sum = lse_sum + tl.sum(tl.where(inside, tl.exp(input - lse_max), 0.0), axis=0, keep_dims=True)
+        lse_higher = tl.maximum(lse_max, tl.max(tl.where(inside, input, float("-inf")), axis=0, keep_dims=True))
+        lse_shift = tl.where(lse_higher == float("-inf"), 0.0, lse_higher)
+        lse_sum = lse_sum * tl.exp(lse_max - lse_shift) + tl.sum(
+            tl.where(inside, tl.exp(input - lse_shift), 0.0), axis=0, keep_dims=True
+        )
+        lse_max = lse_higher
     lse_tail = tl.log(lse_sum)
     total = tl.full((1, BLOCK_ROW), 0.0, dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):

@@ -82,12 +82,12 @@ def row(definition: str, program: Row) -> Context:
     stages: list[Context] = []
     parts: dict[str, sympy.Expr] = {}
     for stage in program.stages:
-        loops = _stage(stage.name, stage.kind, tile(_replaced(stage.expr, parts)), lines)
+        loop = _stage(stage.name, stage.kind, tile(_replaced(stage.expr, parts)), lines)
         if stage.kind == "logsumexp":
-            peak, tail = loops[0]["name"], f"{stage.name}_tail"
+            peak, tail = loop["peak"], f"{stage.name}_tail"
             parts[stage.name] = sympy.Symbol(peak) + sympy.Symbol(tail)
             printer.values |= {peak: peak, tail: tail}
-        stages += loops
+        stages.append(loop)
     lines.statements = [line for read in per_column for line in load(read, "row_inside")]
     tiled = frozenset({read.symbol for read in per_tile} | {k})
     expr = hoist(_replaced(final, parts), tiled, hoisted_name(printer, lines))
@@ -105,7 +105,7 @@ def row(definition: str, program: Row) -> Context:
             stages[-1]["after"] = [*stages[-1]["after"], *before_out]
     whole = [line for read in per_tile for line in load(read, "inside")]
     code = [*before, *whole, *column_lines, *result["statements"], result["value"], out_offset, names.extent(k)]
-    code += [line for stage in stages for line in (*stage["statements"], stage["reduced"], *stage["after"])]
+    code += [line for stage in stages for line in (*stage["statements"], *stage["updates"], *stage["after"])]
     extents = used([names.extent(axis) for axis in (*first.axes, *out)], code)
     sizes = {**({"columns": "columns"} if columns else {}), "rows": "rows", **{extent: extent for extent in extents}}
     rows, count = product(names.extents(row_axes)), product(names.extents(columns))
@@ -140,22 +140,26 @@ def _compared_only(read: Read, expressions: Iterable[sympy.Expr]) -> bool:
     return not any(used_in(read, expr) for expr in bare)
 
 
-def _stage(name: str, kind: str, tile: Context, lines: Lines) -> list[Context]:
-    """The loops of one reduction over the row axis; a logsumexp is a maximum, then a sum of shifted exponentials."""
+def _stage(name: str, kind: str, tile: Context, lines: Lines) -> Context:
+    """The loop of one reduction over the row axis: what it starts from, and what each tile adds.
+
+    A logsumexp is a maximum and a sum of exponentials shifted by it, which shrinks wherever the maximum rises.
+    """
     value = tile["value"]
-    greatest = {**tile, "initial": 'float("-inf")', "after": []}
-    highest = 'tl.max(tl.where(inside, {0}, float("-inf")), axis=0, keep_dims=True)'
+    lowest = 'float("-inf")'
+    greatest = f"tl.max(tl.where(inside, {value}, {lowest}), axis=0, keep_dims=True)"
     if kind == "max":
-        return [greatest | {"name": name, "reduced": f"tl.maximum({name}, {highest.format(value)})"}]
+        return {**tile, "initial": {name: lowest}, "updates": [f"{name} = tl.maximum({name}, {greatest})"], "after": []}
     if kind == "sum":
-        update = f"{name} + tl.sum(tl.where(inside, {value}, 0.0), axis=0, keep_dims=True)"
-        return [{**tile, "name": name, "initial": "0.0", "reduced": update, "after": []}]
-    peak, mass = lines.fresh(f"{name}_max"), lines.fresh(f"{name}_sum")
-    shifted = f"tl.exp({value} - {peak})" if value.isidentifier() else f"tl.exp(({value}) - {peak})"
-    return [
-        greatest | {"name": peak, "reduced": f"tl.maximum({peak}, {highest.format(value)})"},
-        {
-            **tile, "name": mass, "initial": "0.0", "after": [f"{name}_tail = tl.log({mass})"],
-            "reduced": f"{mass} + tl.sum(tl.where(inside, {shifted}, 0.0), axis=0, keep_dims=True)",
-        },
-    ]  # fmt: skip
+        update = f"{name} = {name} + tl.sum(tl.where(inside, {value}, 0.0), axis=0, keep_dims=True)"
+        return {**tile, "initial": {name: "0.0"}, "updates": [update], "after": []}
+    peak, mass, higher, shift = (lines.fresh(f"{name}_{part}") for part in ("max", "sum", "higher", "shift"))
+    shifted = f"tl.exp({value if value.isidentifier() else f'({value})'} - {shift})"
+    updates = [
+        f"{higher} = tl.maximum({peak}, {greatest})",
+        f"{shift} = tl.where({higher} == {lowest}, 0.0, {higher})",
+        f"{mass} = {mass} * tl.exp({peak} - {shift}) + tl.sum(tl.where(inside, {shifted}, 0.0), axis=0, keep_dims=True)",
+        f"{peak} = {higher}",
+    ]
+    after = [f"{name}_tail = tl.log({mass})"]
+    return {**tile, "initial": {peak: lowest, mass: "0.0"}, "updates": updates, "after": after, "peak": peak}
