@@ -1,7 +1,8 @@
 """What a rule and a feature cost on each backend, from their programs: launches, and elements that these read and write.
 
 `sizes` are the extents that are known; the programs for all shapes are taken where they do not say that a special one is valid.
-What few tiles need besides, to fill a device, is left out: one more launch sums their parts.
+What few tiles or blocks need besides, to fill a device, is left out: their work is split, each part reads what all share, and
+one more launch adds the parts of a sum.
 """
 
 from __future__ import annotations
