@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from satchel_gen import cli
+from satchel_gen import cli, explain
 from satchel_gen.definitions import load
 from satchel_gen.emit import package
 
@@ -111,6 +111,22 @@ def test_list_and_explain():
     ):
         assert step in explained.stdout, step
     assert run("explain", "Lin").returncode == 1
+
+
+@pytest.mark.parametrize("name", ["Conv2d", "LayerNorm", "CrossEntropyLoss"])
+def test_explain_takes_windows_stages_and_losses(name, monkeypatch):
+    monkeypatch.setattr(explain, "code", str)
+    text = "\n".join(part.text for part in explain.explain(load(), name))
+    assert text.count("Triton: ") == text.count(" launch") - text.count("PyTorch: ") > 0
+
+
+def test_explain_gives_bytes_where_it_is_told_sizes():
+    """Linear's squares at one position: v² and its sum over one column move 4NO, then one kernel reads each operand once."""
+    N, O, I = 100, 64, 48
+    said = run("explain", "Linear", "SumGradSquared", "--sizes", f"V=1 N={N} R=1 O={O} I={I}").stdout
+    elements = 4 * N * O + N * O + N * I + O * I
+    assert f"weight_sum_of_squares_separated: 3 launches, {4 * elements / 1e6:.2f} MB of float32" in said
+    assert run("explain", "Linear", "--sizes", "V:1").returncode == 1
 
 
 def test_the_readme_shows_the_emitted_support_table():

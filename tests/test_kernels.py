@@ -17,7 +17,7 @@ import torch
 from sympy import Abs, Function, Piecewise, Rational, erf, exp, log, pi, sqrt, symbols, tanh
 from torch import Tensor
 
-from kernel_programs import PROGRAMS, write_package
+from kernel_programs import PROGRAMS, ROWS, write_package
 from satchel_gen.emit.triton import render_kernels
 from satchel_gen.emit.triton_expr import UnprintableError
 from satchel_gen.lowering.programs import Contraction, Pointwise, Program, Read, Reduce
@@ -160,6 +160,18 @@ def transposed(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 def test_kernel_agrees_with_torch(kernels: ModuleType, program: Program, shape: str, dtype: torch.dtype) -> None:
+    agrees_with_torch(kernels, program, shape, dtype)
+
+
+@pytest.mark.parametrize("program", ROWS, ids=lambda program: program.name)
+def test_a_row_too_long_for_registers_is_read_step_by_step(
+    kernels: ModuleType, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module(kernels.stage_tile.__module__), "RESIDENT", 8)
+    agrees_with_torch(kernels, program, "single", torch.float64)
+
+
+def agrees_with_torch(kernels: ModuleType, program: Program, shape: str, dtype: torch.dtype) -> None:
     tensors = operands(program, SHAPES[shape], dtype)
     given = [transposed(tensors[name]) for name in program.tensors]
     numbers: list[Any] = [tuple(SHAPES[shape][axis] for axis in axes) for axes in program.shapes.values()]
@@ -189,6 +201,17 @@ def test_the_softmax_is_stable(kernels: ModuleType) -> None:
     y = torch.tensor([[0], [1]])
     expected = torch.softmax(f, 1) - onehot(y, 3)
     torch.testing.assert_close(kernels.softmax_gradient(f, y), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("longest", [4096, 8])
+def test_a_tile_of_excluded_classes_adds_nothing(
+    kernels: ModuleType, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module(kernels.stage_tile.__module__), "RESIDENT", longest)
+    f = torch.linspace(-3, 3, 80, dtype=torch.float64).reshape(1, 80, 1)
+    f[:, :40] = -torch.inf
+    y = torch.tensor([[50]])
+    torch.testing.assert_close(kernels.softmax_gradient(f, y), torch.softmax(f, 1) - onehot(y, 80), rtol=0, atol=1e-15)
 
 
 def test_a_stride_that_overflows_a_tile_is_refused(kernels: ModuleType) -> None:

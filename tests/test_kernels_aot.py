@@ -19,9 +19,8 @@ MODULES = [EMITTED / f"{name}.py" for name in ("conv1d", "cross_entropy_loss", "
 @pytest.mark.parametrize(("target", "dtype"), list(zip(TARGETS, DTYPES, strict=True)))
 def test_kernels_compile_without_spills(target: str, dtype: str) -> None:
     usages = measure(MODULES, targets=(target,), dtypes=(dtype,))
-    assert [(u.module, u.kernel) for u in usages] == [
-        (path.stem, name) for path in MODULES for name in kernel_names(path)
-    ]
+    found = [(u.module, u.kernel) for u in usages]
+    assert list(dict.fromkeys(found)) == [(path.stem, name) for path in MODULES for name in kernel_names(path)]
     assert all(usage.registers > 0 for usage in usages)
     spilled = [usage for usage in usages if usage.spills]
     assert not spilled, "\n" + table(spilled)

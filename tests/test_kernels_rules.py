@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from emitted import lowered_layers
 from satchel import extend
 from satchel.runtime import triton_launch as launch
 from satchel.runtime.record import Record, layer_record
 from satchel.runtime.rules import Rule
-from satchel_gen.definitions import Example, Layer, load
+from satchel_gen.definitions import Example, Layer
 from satchel_gen.lowering.kernels import layer_kernels
 from satchel_gen.lowering.plan import extent_symbol
-from satchel_gen.lowering.rules import LoweredRule, lower_layer
+from satchel_gen.lowering.rules import LoweredRule
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run with TRITON_INTERPRET=1")
 
@@ -26,8 +27,8 @@ COLUMNS, ROWS = 2, 5
 
 
 def cases() -> Iterator[Any]:
-    for layer in load().layers:
-        rules = [kernel.rule for kernel in layer_kernels(lower_layer(layer))]
+    for layer, lowered in lowered_layers():
+        rules = [kernel.rule for kernel in layer_kernels(lowered)]
         for k, example in enumerate(layer.examples):
             if rules and not example.below:
                 dtypes = (torch.float64, torch.float32) if k == len(layer.examples) - 1 else (torch.float64,)
@@ -107,8 +108,8 @@ def agrees(result: Tensor, expected: Tensor, name: str) -> None:
 
 
 def test_a_row_too_long_for_registers_is_left_to_aten(monkeypatch: pytest.MonkeyPatch) -> None:
-    (layer,) = (layer for layer in load().layers if layer.name == "LayerNorm")
-    (lowered,) = (kernel.rule for kernel in layer_kernels(lower_layer(layer)) if kernel.rule.name == "vjp")
+    ((layer, of_layer),) = ((layer, lowered) for layer, lowered in lowered_layers() if layer.name == "LayerNorm")
+    (lowered,) = (kernel.rule for kernel in layer_kernels(of_layer) if kernel.rule.name == "vjp")
     module = built(layer, layer.examples[0])
     record = recorded(module, layer.examples[0])
     kernels = importlib.import_module("satchel.kernels.layer_norm")

@@ -8,18 +8,18 @@ import math
 import pytest
 import torch
 
+from emitted import lowered_layers
 from satchel.extensions.reductions import REDUCTIONS
 from satchel.runtime import cost
-from satchel_gen.definitions import load
 from satchel_gen.emit.contexts import module_name
-from satchel_gen.lowering.rules import LoweredRule, lower_layer
+from satchel_gen.lowering.rules import LoweredRule
 
 #: Of tensors alone: windows, masks and numbers of a module are drawn with a module, in test_layers.
 CHOICES: list[tuple[str, LoweredRule]] = [
     (module_name(layer), rule)
-    for layer in load().layers
+    for layer, lowered in lowered_layers()
     if not layer.windowed and not layer.of_integers and not layer.numbers and not layer.joined
-    for rule in lower_layer(layer).rules
+    for rule in lowered.rules
     if len(rule.variants) > 1
 ]
 IDS = [f"{layer}-{rule.name}" for layer, rule in CHOICES]

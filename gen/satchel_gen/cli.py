@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -115,10 +116,17 @@ def list_(only: Only = "", markdown: Annotated[bool, typer.Option(help="As a Mar
 
 
 @app.command()
-def explain(layer: str, feature: Annotated[str, typer.Argument()] = "") -> None:
-    """The way from a layer's definition to the emitted functions, for one feature or all."""
+def explain(
+    layer: str,
+    feature: Annotated[str, typer.Argument()] = "",
+    sizes: Annotated[str, typer.Option(help='Extents, as "V=10 N=128 R=1 O=256 I=784": traffic in bytes.')] = "",
+) -> None:
+    """The way from a layer's definition to the emitted functions, for one feature or all, with launches and traffic."""
+    if not re.fullmatch(r"(\s*\w+=\d+\s*)*", sizes):
+        _fail(f"sizes {sizes!r} are not of the form 'V=10 N=128'")
+    known = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", sizes)}
     try:
-        for part in explanation(_definitions(), layer, feature):
+        for part in explanation(_definitions(), layer, feature, known):
             if part.code:
                 console.print(Syntax(part.text, "python", background_color="default", word_wrap=True))
             else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import sympy
 
@@ -14,19 +15,14 @@ from .emit.functions import Function, loss_function, rule_functions, sample_func
 from .emit.package import format_files
 from .emit.triton import environment
 from .formula import render, render_formula, render_term
-from .lowering.kernels import KernelRule, layer_kernels
+from .lowering.kernels import KernelRule, layer_kernels, loss_kernels
 from .lowering.losses import lower_loss
+from .lowering.programs import Program
 from .lowering.rules import LoweredRule, lower_layer
+from .lowering.traffic import Traffic, launched, of_feature, of_kernel, of_torch, of_triton, passes_of
 from .notation import Index, base_name
 
-#: What passes a layer, by the source of the columns; Jᵀv for all others.
-_PASSES = {
-    "gradient": (),
-    "input": (),
-    "residual": ("vjp", "residual", "hessian"),
-    "diagonal": ("diagonal",),
-    "averaged": ("mean_vjp", "sandwich"),
-}
+_ANY: Mapping[str, int] = MappingProxyType({})
 _QUANTITIES = {q.name: q for q in (*Q.PASSES, *Q.PULLBACKS, *Q.OUTPUT_FACTORS, *Q.INPUT_FACTORS, Q.BLOCK)}
 
 
@@ -37,8 +33,13 @@ class Part:
     code: bool = False
 
 
-def explain(definitions: Definitions, name: str, feature_name: str = "") -> Iterator[Part]:
-    """Headings, formulas and code, in the order in which they follow from each other. Raises DefinitionError for unknown names."""
+def explain(
+    definitions: Definitions, name: str, feature_name: str = "", sizes: Mapping[str, int] = _ANY
+) -> Iterator[Part]:
+    """Headings, formulas and code, in the order in which they follow from each other; traffic in bytes where `sizes` say the extents.
+
+    Raises DefinitionError for unknown names.
+    """
     known: dict[str, Layer | Loss] = {layer.name: layer for layer in definitions.layers}
     known |= {loss.name: loss for loss in definitions.losses}
     features = {f.name: f for f in definitions.features}
@@ -52,12 +53,12 @@ def explain(definitions: Definitions, name: str, feature_name: str = "") -> Iter
         yield Part(f"  {statement}")
     chosen = [features[feature_name]] if feature_name else list(features.values())
     if isinstance(definition, Loss):
-        yield from _loss(definition)
+        yield from _loss(definition, sizes)
     else:
-        yield from _layer(definition, chosen)
+        yield from _layer(definition, chosen, sizes)
 
 
-def _layer(layer: Layer, chosen: list[Feature]) -> Iterator[Part]:
+def _layer(layer: Layer, chosen: list[Feature], sizes: Mapping[str, int]) -> Iterator[Part]:
     yield Part("\nJacobians: deltas that stay unsolved are the structure", heading=True)
     for wrt in (layer.input, *layer.parameters):
         yield Part(f"  {_jacobian(layer, wrt)}")
@@ -74,10 +75,10 @@ def _layer(layer: Layer, chosen: list[Feature]) -> Iterator[Part]:
     kernels = {kernel.rule.name: kernel for kernel in layer_kernels(lowered)}
     for feature in chosen:
         yield Part(f"\n{feature.name}: {feature.formula}", heading=True)
-        for name in dict.fromkeys(name for source in feature.needs for name in _PASSES.get(source, ("vjp",))):
+        for name in passes_of(feature):
             rule = lowered.passes[name]
             if rule is not None:
-                yield from _rule(rule, kernels)
+                yield from _rule(rule, kernels, sizes)
             elif name in ("residual", "hessian"):
                 yield Part(f"  {name}: none")
             else:
@@ -86,7 +87,9 @@ def _layer(layer: Layer, chosen: list[Feature]) -> Iterator[Part]:
             for parameter in lowered.parameters.values():
                 for quantity in quantities:
                     if quantity.name in parameter:
-                        yield from _rule(parameter[quantity.name], kernels)
+                        yield from _rule(parameter[quantity.name], kernels, sizes)
+        for backend, traffic in of_feature(lowered, feature, kernels.values(), sizes).items():
+            yield Part(f"  {feature.name}, {backend}: {_cost(traffic, sizes)}")
 
 
 def _names(axes: tuple[Index, ...]) -> str:
@@ -102,16 +105,32 @@ def _jacobian(layer: Layer, wrt: sympy.Indexed) -> str:
     return f"∂{layer.output.base}[{left}] / ∂{render(wrt)} = {' + '.join(map(render_term, parts))}"
 
 
-def _rule(rule: LoweredRule, kernels: dict[str, KernelRule]) -> Iterator[Part]:
-    yield Part(f"\n  {render(_QUANTITIES[rule.quantity].value)}")
+def _cost(traffic: Traffic, sizes: Mapping[str, int]) -> str:
+    launches = f"{traffic.launches} launch{'es' if traffic.launches != 1 else ''}"
+    elements = traffic.at(sizes)
+    moved = f"{4 * int(elements) / 1e6:,.2f} MB of float32" if elements.is_Integer else f"{render(elements)} elements"
+    return f"{launches}, {moved}"
+
+
+def _kernel(program: Program, traffic: Traffic, sizes: Mapping[str, int]) -> Part:
+    """The kernel of a rule, and how often it reads its tensors."""
+    kind = f"{type(program).__name__} program {program.name}"
+    return Part(f"    Triton: {kind}: {_cost(traffic, sizes)}; {program.reuse}")
+
+
+def _rule(rule: LoweredRule, kernels: dict[str, KernelRule], sizes: Mapping[str, int]) -> Iterator[Part]:
+    quantity = _QUANTITIES.get(rule.quantity)  # none for what is derived along the statements: a Hessian's product
+    yield Part(f"\n  {render(quantity.value) if quantity is not None else rule.quantity}")
     yield Part(f"  → {render_formula(rule.formula)}")
     for variant in rule.variants:
         if variant.name:
             unit = f", where {', '.join(i.name.upper() for i in variant.unit)} = 1" if variant.unit else ""
             yield Part(f"    {variant.name}: {sympy.sstr(variant.flops)} FLOPs{unit}")
-    if rule.name in kernels:
-        kernel = kernels[rule.name]
-        yield Part(f"    Triton: {type(kernel.program).__name__} program {kernel.program.name}")
+    yield Part(f"    PyTorch: {_cost(of_torch(rule, sizes), sizes)}")
+    kernel = kernels.get(rule.name)
+    program = launched(kernel, sizes) if kernel is not None else None
+    if program is not None:
+        yield _kernel(program, of_triton(rule, kernel, sizes), sizes)
     for function in rule_functions(rule):
         yield Part(code(function), code=True)
 
@@ -122,8 +141,9 @@ def code(function: Function) -> str:
     return format_files({"code.py": template.render(f=function)})["code.py"]
 
 
-def _loss(loss: Loss) -> Iterator[Part]:
+def _loss(loss: Loss, sizes: Mapping[str, int]) -> Iterator[Part]:
     lowered = lower_loss(loss)
+    programs = {program.name: program for program in loss_kernels(lowered)}
     derived = lowered.derived
     yield Part("\nHessian at the data", heading=True)
     yield Part("  " + (" + ".join(map(render_term, derived.hessian)) or "0").replace("+ −", "− "))
@@ -132,5 +152,7 @@ def _loss(loss: Loss) -> Iterator[Part]:
     yield Part("\nEmitted functions", heading=True)
     for rule in lowered.rules:
         yield Part(code(loss_function(rule)), code=True)
+        if rule.name in programs:
+            yield _kernel(programs[rule.name], of_kernel(programs[rule.name]), sizes)
     sample = sample_function(lowered)
     yield Part(f"  sample: {sample.formula if sample is not None else 'none, the loss is no likelihood'}")

@@ -59,6 +59,9 @@ class _Formula(StrPrinter):
         cases = [f"{self._print(value)} if {self._print(cond)}" for value, cond in expr.args[:-1]]
         return f"({', '.join(cases)}, else {self._print(expr.args[-1][0])})"
 
+    def _print_ceiling(self, expr: Any) -> str:
+        return f"⌈{self._print(expr.args[0])}⌉"
+
 
 _printer = _Formula({"order": "none"})
 
@@ -79,7 +82,7 @@ def wrapped(text: str) -> str:
 
 def render_term(term: Term) -> str:
     """One term, sums first."""
-    parts = [f"δ({a.name}, {b.name})" for a, b in term.deltas]
+    parts = [f"δ({render(a)}, {render(b)})" for a, b in term.deltas]
     if term.factor != 1 or (not parts and term.square is None):
         needs = term.factor.is_Add and (term.sums or parts or term.square is not None)
         parts.append(f"({render(term.factor)})" if needs else render(term.factor))

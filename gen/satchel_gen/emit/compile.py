@@ -59,6 +59,7 @@ class Job:
     kernel: str
     target: str
     dtype: str
+    longer: int = 0
 
 
 def measure(
@@ -78,6 +79,11 @@ def measure(
 def kernel_names(path: Path) -> list[str]:
     """The names of the kernels in an emitted module, in its order."""
     return re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+
+
+def streamed(path: Path) -> list[str]:
+    """The kernels that also take rows longer than registers hold."""
+    return re.findall(r"^def (\w+_kernel)\([^)]*\bWHOLE\b", path.read_text(), re.MULTILINE)
 
 
 def table(usages: Iterable[Usage]) -> str:
@@ -112,7 +118,7 @@ def compile_one(job: Job) -> Usage:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, constants, options = _configured(getattr(_module(job.path), job.kernel), job.dtype)
+    kernel, constants, options = _configured(getattr(_module(job.path), job.kernel), job.dtype, job.longer)
     signature = _signature(kernel, job.dtype, constants)
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     target = GPUTarget(*TARGETS[job.target])
@@ -134,8 +140,11 @@ def _module(path: Path) -> ModuleType:
     return importlib.import_module(f"{package.name}.{path.parent.name}.{path.stem}")
 
 
-def _configured(kernel: Any, dtype: str) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    """The bare kernel, and the constants and the compiler's options that its launcher or its autotuner passes it."""
+def _configured(kernel: Any, dtype: str, longer: int) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    """The bare kernel, and the constants and the compiler's options that its launcher or its autotuner passes it.
+
+    Rows are `longer` than what registers hold.
+    """
     import torch
     import triton.language as tl
 
@@ -155,18 +164,19 @@ def _configured(kernel: Any, dtype: str) -> tuple[Any, dict[str, Any], dict[str,
         options |= {"maxnreg": first.maxnreg} if first.maxnreg else {}
     launch = importlib.import_module(f"{kernel.fn.__module__.rsplit('.', 2)[0]}.runtime.triton_launch")
     constants["BLOCK"] = launch.POINTWISE_BLOCK
+    sums = torch.float64 if double else torch.float32
     rows: dict[str, int] = {}
-    if {"BLOCK", "BLOCK_ROW"} <= set(kernel.arg_names):
-        longest = launch.RESIDENT // 2 if double else launch.RESIDENT
-        rows["BLOCK"], rows["BLOCK_ROW"], warps = launch.row_tile(longest, torch.float64 if double else torch.float32)
+    if "WHOLE" in kernel.arg_names:
+        rows["WHOLE"], rows["BLOCK_K"], rows["BLOCK_ROW"], warps = launch.stage_tile(
+            launch.longest(sums) + longer, 1, sums
+        )
         options = {"num_warps": warps, **launch.registers(warps)}
-    elif {"BLOCK_K", "BLOCK_ROW"} <= set(kernel.arg_names):
-        options = {"num_warps": launch.ROW_WARPS, **launch.registers(launch.ROW_WARPS)}
-    constants["BLOCK_M"] = launch.gram_rows(2**20, torch.float64 if double else torch.float32)
+    elif {"BLOCK", "BLOCK_ROW"} <= set(kernel.arg_names):
+        rows["BLOCK"], rows["BLOCK_ROW"], warps = launch.row_tile(launch.longest(sums), 1, sums)
+        options = {"num_warps": warps, **launch.registers(warps)}
+    constants["BLOCK_M"] = launch.gram_rows(2**20, sums)
     if "BLOCK_LANE" in kernel.arg_names:
         constants |= {"BLOCK_ROW": launch.REDUCE_ROWS, "BLOCK_LANE": launch.REDUCE_LANES}
-    else:
-        constants |= {"BLOCK_ROW": launch.ROW_LANES, "BLOCK_K": launch.ROW_STEPS}
     constants |= {name: 28 if name.isupper() else 2 for name in _geometry(kernel, constants)}
     constants |= rows | tuned
     return kernel, {name: value for name, value in constants.items() if name in kernel.arg_names}, options
@@ -237,11 +247,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
     jobs = [
-        Job(path, kernel, target, dtype)
+        Job(path, kernel, target, dtype, longer)
         for path in options.paths
         for kernel in kernel_names(path)
         for target in options.targets
         for dtype in options.dtypes
+        for longer in ((0, 1) if kernel in streamed(path) else (0,))
     ]
     usages = compile_all(jobs)
     print(json.dumps([asdict(usage) for usage in usages]) if options.json else table(usages))

@@ -15,9 +15,9 @@ from .kernels import contraction, gram, pointwise, reduce, resident, row
 from .triton_expr import STABLE
 
 LAUNCH = (
-    "GRAM_TILES", "MATRIX_TILES", "POINTWISE_BLOCK", "REDUCE_LANES", "REDUCE_ROWS", "ROW_LANES", "ROW_STEPS", "ROW_WARPS",
-    "SMALLEST_TILE", "accumulator", "check_spans", "check_strides", "fitting", "gram_rows", "precision", "registers", "resident",
-    "row_tile", "splits", "triton_type",
+    "GRAM_TILES", "MATRIX_TILES", "POINTWISE_BLOCK", "REDUCE_LANES", "REDUCE_ROWS", "SMALLEST_TILE",
+    "accumulator", "cdiv", "check_spans", "check_strides", "fitting", "gram_rows", "precision", "registers", "resident",
+    "row_tile", "splits", "stage_tile", "triton_type",
 )  # fmt: skip
 
 Builder = Callable[[str, Any], dict[str, Any]]

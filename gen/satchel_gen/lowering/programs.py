@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 
 import sympy
 
+from ..formula import render
 from ..notation import Option
 from .plan import Window
 
 Axes = tuple[str, ...]
+BLOCK_M, BLOCK_N = sympy.symbols("BLOCK_M BLOCK_N", positive=True, integer=True)  # sides of a tile of the result
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,20 @@ class Program:
             raise ValueError(f"program {self.name!r}: signature {self.signature} does not list its tensors {read}")
         return self.signature or read
 
+    def loads(self, read: Read) -> sympy.Expr:
+        """How often a launch loads each element that a read walks over: once, unless tiles or steps share it."""
+        return sympy.Integer(1)
+
+    @property
+    def reuse(self) -> str:
+        """How often a launch reads its tensors, in words."""
+        loads = {read.tensor: self.loads(read) for read in self.all_reads}
+        again = ", ".join(f"{tensor} {render(times)} times" for tensor, times in loads.items() if times != 1)
+        return f"reads {again or 'each tensor once'}"
+
+    def extent(self, axes: Iterable[str]) -> sympy.Expr:
+        return sympy.Mul(*(sympy.Symbol(self.equal.get(a, a).upper(), positive=True, integer=True) for a in axes))
+
     def require(self, condition: bool, reason: str) -> None:
         if not condition:
             raise ValueError(f"program {self.name!r}: {reason}")
@@ -132,6 +148,24 @@ class Contraction(Program):
     def all_reads(self) -> tuple[Read, ...]:
         return (self.a, self.b) if self.weight is None else (self.a, self.b, self.weight)
 
+    @property
+    def sides(self) -> tuple[Read, Read]:
+        """The operands along the rows and along the columns of a tile: the last axis that is kept lies along a row."""
+        last = (*self.out, *self.within)[-1]
+        return (self.a, self.b) if last in self.b.walked else (self.b, self.a)
+
+    def loads(self, read: Read) -> sympy.Expr:
+        """Once for each step and for each tile along a side that the read lacks."""
+        rows, columns = self.sides
+        kept = {axis: (axis in rows.walked, axis in columns.walked) for axis in (*self.out, *self.within)}
+        steps = (*self.accumulate, *(axis for axis, walked in kept.items() if all(walked)))
+        times = self.extent(axis for axis in steps if axis not in read.walked)
+        for walked, block in (((True, False), BLOCK_M), ((False, True), BLOCK_N)):
+            side = [axis for axis in kept if kept[axis] == walked]
+            if not set(side) & set(read.walked):
+                times *= sympy.ceiling(self.extent(side) / block)
+        return times
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gram(Program):
@@ -153,6 +187,10 @@ class Gram(Program):
     @property
     def all_reads(self) -> tuple[Read, ...]:
         return (self.a, self.b)
+
+    def loads(self, read: Read) -> sympy.Expr:
+        """Tiles on and above the diagonal: each block of rows meets each other one once, and itself from both sides."""
+        return sympy.ceiling(self.extent([self.rows]) / BLOCK_M) + 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,22 @@ POINTWISE_BLOCK = 1024
 REDUCE_ROWS, REDUCE_LANES = 8, 128
 ROW_STEPS, ROW_LANES, ROW_WARPS = 32, 32, 4
 RESIDENT = 4096  # float32 numbers of the longest row that stays in registers
+SECTOR = 8  # float32 numbers that memory is read by
+
+
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover a size. Triton's own takes 3 µs, as long as an operation of torch."""
+    return -(-size // block)
+
+
+def power_of_2(least: int) -> int:
+    """The smallest power of two that is no less."""
+    return 1 << max(least - 1, 0).bit_length()
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
     """The dtype that sums are kept in: float64 if an operand is, else float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [tensor.dtype for tensor in tensors] else torch.float32
 
 
 def triton_type(dtype: torch.dtype) -> tl.dtype:
@@ -42,7 +53,7 @@ def precision(a: Tensor, b: Tensor, squared: bool = False) -> str:
 
 def splits(tiles: int, steps: int) -> int:
     """Into how many partial sums `steps` terms are split, so that few output tiles still fill the device."""
-    return max(1, min(triton.cdiv(steps, 4), PROGRAMS // max(tiles, 1)))
+    return max(1, min(cdiv(steps, 4), PROGRAMS // max(tiles, 1)))
 
 
 def check_strides(*strides: int) -> None:
@@ -65,21 +76,36 @@ def check_spans(*elements: int) -> None:
 
 def gram_rows(rows: int, dtype: torch.dtype) -> int:
     """The side of a tile of a Gram matrix: no larger than it must be, no smaller than a tensor core takes."""
-    return min(32 if dtype == torch.float64 else 64, max(16, triton.next_power_of_2(rows)))
+    return min(32 if dtype == torch.float64 else 64, max(16, power_of_2(rows)))
 
 
 def resident(elements: int, stride: int, *tensors: Tensor) -> bool:
     """Whether a row of some elements, `stride` apart, stays in registers, with 32-bit offsets."""
-    most = RESIDENT // 2 if accumulator(*tensors) == torch.float64 else RESIDENT
-    return elements <= most and elements * stride < 2**31
+    return elements <= longest(accumulator(*tensors)) and elements * stride < 2**31
 
 
-def row_tile(elements: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Elements and rows of a tile of whole rows, and its warps: short rows share a program."""
-    block = triton.next_power_of_2(elements)
-    rows = max(1, 1024 // block)
+def longest(dtype: torch.dtype) -> int:
+    """How many elements a row in registers may have."""
+    return RESIDENT // 2 if dtype == torch.float64 else RESIDENT
+
+
+def row_tile(elements: int, stride: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Elements and rows of a tile of whole rows, and its warps.
+
+    Short rows share a program; so do rows whose elements lie side by side, `stride` of them, if they fit: memory comes by sectors.
+    """
+    block = power_of_2(elements)
+    beside = power_of_2(min(stride, SECTOR))
+    rows = max(1, 1024 // block, min(beside, longest(dtype) // block))
     width = 2 if dtype == torch.float64 else 1
     return block, rows, min(16, max(4, width * block * rows // 256))
+
+
+def stage_tile(elements: int, stride: int, dtype: torch.dtype) -> tuple[bool, int, int, int]:
+    """Whether a row is read whole, and the elements and rows of a tile, and its warps."""
+    if elements * min(stride, SECTOR) <= longest(dtype):
+        return (True, *row_tile(elements, stride, dtype))
+    return False, ROW_STEPS, ROW_LANES, ROW_WARPS
 
 
 def registers(warps: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, splits, triton_type
+from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, cdiv, splits, triton_type
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def vjp(factor: Tensor, running_var: Tensor, weight: Tensor, eps: float) -> Tens
     columns = V * N
     dtype = accumulator(factor, running_var, weight)
     out = torch.empty((V, N, C, S), dtype=dtype, device=factor.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     vjp_kernel[(blocks, splits(blocks, columns))](
         factor, running_var, weight, out, columns, size, S, eps, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
@@ -102,7 +102,7 @@ def diagonal(curvature: Tensor, running_var: Tensor, weight: Tensor, eps: float)
     columns = N
     dtype = accumulator(curvature, running_var, weight)
     out = torch.empty((N, C, S), dtype=dtype, device=curvature.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     diagonal_kernel[(blocks, splits(blocks, columns))](
         curvature, running_var, weight, out, columns, size, S, eps, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
@@ -149,7 +149,7 @@ def mean_vjp(rows: Tensor, running_var: Tensor, weight: Tensor, eps: float) -> T
     columns = E
     dtype = accumulator(rows, running_var, weight)
     out = torch.empty((E, C, S), dtype=dtype, device=rows.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     mean_vjp_kernel[(blocks, splits(blocks, columns))](
         rows, running_var, weight, out, columns, size, S, eps, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )

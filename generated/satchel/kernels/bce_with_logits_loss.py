@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, splits, triton_type
+from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, cdiv, splits, triton_type
 from ..runtime.triton_math import sigmoid
 
 
@@ -51,7 +51,7 @@ def gradient(input: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor) 
     size = N * J
     dtype = accumulator(input, target, weight, pos_weight)
     out = torch.empty((N, J), dtype=dtype, device=input.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     gradient_kernel[(blocks, 1)](
         input, target, weight, pos_weight, out, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
@@ -103,7 +103,7 @@ def exact_factor(input: Tensor, target: Tensor, weight: Tensor, pos_weight: Tens
     columns = J
     dtype = accumulator(input, target, weight, pos_weight)
     out = torch.empty((J, N, J), dtype=dtype, device=input.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     exact_factor_kernel[(blocks, splits(blocks, columns))](
         input, target, weight, pos_weight, out, columns, size, J, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
@@ -162,7 +162,7 @@ def mc_factor(sampled: Tensor, input: Tensor, target: Tensor, weight: Tensor, po
     columns = M
     dtype = accumulator(sampled, input, target, weight, pos_weight)
     out = torch.empty((M, N, J), dtype=dtype, device=input.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     mc_factor_kernel[(blocks, splits(blocks, columns))](
         sampled,
         input,

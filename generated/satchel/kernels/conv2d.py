@@ -17,6 +17,7 @@ from ..runtime.triton_launch import (
     MATRIX_TILES,
     SMALLEST_TILE,
     accumulator,
+    cdiv,
     check_spans,
     fitting,
     precision,
@@ -111,6 +112,7 @@ def weight_squared_norm(
     """weight_squared_norm[n] = Σ_{c,g,kh,kw,o,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] -> [N].
+    It reads factor ⌈C KH KW / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, H, W = factor.shape
@@ -118,12 +120,10 @@ def weight_squared_norm(
     *_, KH, KW = weight_shape
     check_spans(O * H * W, C * IH * IW)
     dtype = accumulator(factor, input)
-    parts = splits(N * triton.cdiv(O, 64) * triton.cdiv(C * KH * KW, 64), V * G)
-    tiles = triton.cdiv(O, SMALLEST_TILE) * triton.cdiv(C * KH * KW, SMALLEST_TILE)
+    parts = splits(N * cdiv(O, 64) * cdiv(C * KH * KW, 64), V * G)
+    tiles = cdiv(O, SMALLEST_TILE) * cdiv(C * KH * KW, SMALLEST_TILE)
     out = torch.zeros((parts, N, tiles), dtype=dtype, device=factor.device)
-    weight_squared_norm_kernel[
-        lambda meta: (parts * N, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(C * KH * KW, meta["BLOCK_N"]))
-    ](
+    weight_squared_norm_kernel[lambda meta: (parts * N, cdiv(O, meta["BLOCK_M"]), cdiv(C * KH * KW, meta["BLOCK_N"]))](
         factor,
         input,
         out,
@@ -234,6 +234,7 @@ def weight_sum_of_squares(
     """weight_sum_of_squares[g, o, c, kh, kw] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] -> [G, O, C, KH, KW].
+    It reads factor ⌈C KH KW / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, H, W = factor.shape
@@ -241,10 +242,10 @@ def weight_sum_of_squares(
     *_, KH, KW = weight_shape
     check_spans(O * H * W, C * IH * IW, O * C * KH * KW)
     dtype = accumulator(factor, input)
-    parts = splits(G * triton.cdiv(O, 64) * triton.cdiv(C * KH * KW, 64), V * N)
+    parts = splits(G * cdiv(O, 64) * cdiv(C * KH * KW, 64), V * N)
     out = torch.empty((parts, G, O, C, KH, KW), dtype=dtype, device=factor.device)
     weight_sum_of_squares_kernel[
-        lambda meta: (parts * G, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(C * KH * KW, meta["BLOCK_N"]))
+        lambda meta: (parts * G, cdiv(O, meta["BLOCK_M"]), cdiv(C * KH * KW, meta["BLOCK_N"]))
     ](
         factor,
         input,
@@ -358,6 +359,7 @@ def weight_signed_sum_of_squares(
     """weight_signed_sum_of_squares[g, o, c, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]])²
 
     factor [V, N, G, O, H, W], sign [V, N], input [N, G, C, IH, IW] -> [G, O, C, KH, KW].
+    It reads factor ⌈C KH KW / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times, sign G ⌈O / BLOCK_M⌉ ⌈C KH KW / BLOCK_N⌉ times.
     """
     factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
     V, N, G, O, H, W = factor.shape
@@ -365,10 +367,10 @@ def weight_signed_sum_of_squares(
     *_, KH, KW = weight_shape
     check_spans(O * H * W, C * IH * IW, O * C * KH * KW)
     dtype = accumulator(factor, sign, input)
-    parts = splits(G * triton.cdiv(O, 64) * triton.cdiv(C * KH * KW, 64), V * N)
+    parts = splits(G * cdiv(O, 64) * cdiv(C * KH * KW, 64), V * N)
     out = torch.empty((parts, G, O, C, KH, KW), dtype=dtype, device=factor.device)
     weight_signed_sum_of_squares_kernel[
-        lambda meta: (parts * G, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(C * KH * KW, meta["BLOCK_N"]))
+        lambda meta: (parts * G, cdiv(O, meta["BLOCK_M"]), cdiv(C * KH * KW, meta["BLOCK_N"]))
     ](
         factor,
         sign,
@@ -477,6 +479,7 @@ def weight_diagonal_sum(
     """weight_diagonal_sum[g, o, c, kh, kw] = Σ_{h,n,w} curvature[n, g, o, h, w] input[n, g, c, h stride[0] + kh dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]]²
 
     curvature [N, G, O, H, W], input [N, G, C, IH, IW] -> [G, O, C, KH, KW].
+    It reads curvature ⌈C KH KW / BLOCK_N⌉ times, input ⌈O / BLOCK_M⌉ times.
     """
     curvature, input = curvature.contiguous(), input.contiguous()
     N, G, O, H, W = curvature.shape
@@ -484,11 +487,9 @@ def weight_diagonal_sum(
     *_, KH, KW = weight_shape
     check_spans(O * H * W, C * IH * IW, O * C * KH * KW)
     dtype = accumulator(curvature, input)
-    parts = splits(G * triton.cdiv(O, 64) * triton.cdiv(C * KH * KW, 64), N)
+    parts = splits(G * cdiv(O, 64) * cdiv(C * KH * KW, 64), N)
     out = torch.empty((parts, G, O, C, KH, KW), dtype=dtype, device=curvature.device)
-    weight_diagonal_sum_kernel[
-        lambda meta: (parts * G, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(C * KH * KW, meta["BLOCK_N"]))
-    ](
+    weight_diagonal_sum_kernel[lambda meta: (parts * G, cdiv(O, meta["BLOCK_M"]), cdiv(C * KH * KW, meta["BLOCK_N"]))](
         curvature,
         input,
         out,

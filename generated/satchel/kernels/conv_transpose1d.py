@@ -17,6 +17,7 @@ from ..runtime.triton_launch import (
     MATRIX_TILES,
     SMALLEST_TILE,
     accumulator,
+    cdiv,
     check_spans,
     fitting,
     precision,
@@ -101,6 +102,7 @@ def weight_squared_norm(
     """weight_squared_norm[n] = Σ_{c,g,kw,o,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]])²
 
     factor [V, N, G, O, W], input [N, G, C, IW] -> [N].
+    It reads input V ⌈KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, W = factor.shape
@@ -108,12 +110,10 @@ def weight_squared_norm(
     KW = weight_shape[3]
     check_spans(C * IW, O * W)
     dtype = accumulator(factor, input)
-    parts = splits(N * triton.cdiv(C, 64) * triton.cdiv(O * KW, 64), V * G)
-    tiles = triton.cdiv(C, SMALLEST_TILE) * triton.cdiv(O * KW, SMALLEST_TILE)
+    parts = splits(N * cdiv(C, 64) * cdiv(O * KW, 64), V * G)
+    tiles = cdiv(C, SMALLEST_TILE) * cdiv(O * KW, SMALLEST_TILE)
     out = torch.zeros((parts, N, tiles), dtype=dtype, device=input.device)
-    weight_squared_norm_kernel[
-        lambda meta: (parts * N, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KW, meta["BLOCK_N"]))
-    ](
+    weight_squared_norm_kernel[lambda meta: (parts * N, cdiv(C, meta["BLOCK_M"]), cdiv(O * KW, meta["BLOCK_N"]))](
         factor,
         input,
         out,
@@ -208,6 +208,7 @@ def weight_sum_of_squares(
     """weight_sum_of_squares[g, c, o, kw] = Σ_{n,v} (Σ_{w} factor[v, n, g, o, w] input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]])²
 
     factor [V, N, G, O, W], input [N, G, C, IW] -> [G, C, O, KW].
+    It reads input V ⌈KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, W = factor.shape
@@ -215,11 +216,9 @@ def weight_sum_of_squares(
     KW = weight_shape[3]
     check_spans(C * IW, O * W, C * O * KW)
     dtype = accumulator(factor, input)
-    parts = splits(G * triton.cdiv(C, 64) * triton.cdiv(O * KW, 64), V * N)
+    parts = splits(G * cdiv(C, 64) * cdiv(O * KW, 64), V * N)
     out = torch.empty((parts, G, C, O, KW), dtype=dtype, device=input.device)
-    weight_sum_of_squares_kernel[
-        lambda meta: (parts * G, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KW, meta["BLOCK_N"]))
-    ](
+    weight_sum_of_squares_kernel[lambda meta: (parts * G, cdiv(C, meta["BLOCK_M"]), cdiv(O * KW, meta["BLOCK_N"]))](
         factor,
         input,
         out,
@@ -316,6 +315,7 @@ def weight_signed_sum_of_squares(
     """weight_signed_sum_of_squares[g, c, o, kw] = Σ_{n,v} sign[v, n] (Σ_{w} factor[v, n, g, o, w] input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]])²
 
     factor [V, N, G, O, W], sign [V, N], input [N, G, C, IW] -> [G, C, O, KW].
+    It reads input V ⌈KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times, sign G ⌈C / BLOCK_M⌉ ⌈KW O / BLOCK_N⌉ times.
     """
     factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
     V, N, G, O, W = factor.shape
@@ -323,10 +323,10 @@ def weight_signed_sum_of_squares(
     KW = weight_shape[3]
     check_spans(C * IW, O * W, C * O * KW)
     dtype = accumulator(factor, sign, input)
-    parts = splits(G * triton.cdiv(C, 64) * triton.cdiv(O * KW, 64), V * N)
+    parts = splits(G * cdiv(C, 64) * cdiv(O * KW, 64), V * N)
     out = torch.empty((parts, G, C, O, KW), dtype=dtype, device=input.device)
     weight_signed_sum_of_squares_kernel[
-        lambda meta: (parts * G, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KW, meta["BLOCK_N"]))
+        lambda meta: (parts * G, cdiv(C, meta["BLOCK_M"]), cdiv(O * KW, meta["BLOCK_N"]))
     ](
         factor,
         sign,
@@ -417,6 +417,7 @@ def weight_diagonal_sum(
     """weight_diagonal_sum[g, c, o, kw] = Σ_{n,w} curvature[n, g, o, w] input[n, g, c, (w + padding[0] − kw dilation[0]) / stride[0]]²
 
     curvature [N, G, O, W], input [N, G, C, IW] -> [G, C, O, KW].
+    It reads input ⌈KW O / BLOCK_N⌉ times, curvature ⌈C / BLOCK_M⌉ times.
     """
     curvature, input = curvature.contiguous(), input.contiguous()
     N, G, O, W = curvature.shape
@@ -424,11 +425,9 @@ def weight_diagonal_sum(
     KW = weight_shape[3]
     check_spans(C * IW, O * W, C * O * KW)
     dtype = accumulator(curvature, input)
-    parts = splits(G * triton.cdiv(C, 64) * triton.cdiv(O * KW, 64), N)
+    parts = splits(G * cdiv(C, 64) * cdiv(O * KW, 64), N)
     out = torch.empty((parts, G, C, O, KW), dtype=dtype, device=input.device)
-    weight_diagonal_sum_kernel[
-        lambda meta: (parts * G, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KW, meta["BLOCK_N"]))
-    ](
+    weight_diagonal_sum_kernel[lambda meta: (parts * G, cdiv(C, meta["BLOCK_M"]), cdiv(O * KW, meta["BLOCK_N"]))](
         curvature,
         input,
         out,

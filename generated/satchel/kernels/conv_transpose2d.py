@@ -17,6 +17,7 @@ from ..runtime.triton_launch import (
     MATRIX_TILES,
     SMALLEST_TILE,
     accumulator,
+    cdiv,
     check_spans,
     fitting,
     precision,
@@ -113,6 +114,7 @@ def weight_squared_norm(
     """weight_squared_norm[n] = Σ_{c,g,kh,kw,o,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] -> [N].
+    It reads input V ⌈KH KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, H, W = factor.shape
@@ -120,12 +122,10 @@ def weight_squared_norm(
     *_, KH, KW = weight_shape
     check_spans(C * IH * IW, O * H * W)
     dtype = accumulator(factor, input)
-    parts = splits(N * triton.cdiv(C, 64) * triton.cdiv(O * KH * KW, 64), V * G)
-    tiles = triton.cdiv(C, SMALLEST_TILE) * triton.cdiv(O * KH * KW, SMALLEST_TILE)
+    parts = splits(N * cdiv(C, 64) * cdiv(O * KH * KW, 64), V * G)
+    tiles = cdiv(C, SMALLEST_TILE) * cdiv(O * KH * KW, SMALLEST_TILE)
     out = torch.zeros((parts, N, tiles), dtype=dtype, device=input.device)
-    weight_squared_norm_kernel[
-        lambda meta: (parts * N, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KH * KW, meta["BLOCK_N"]))
-    ](
+    weight_squared_norm_kernel[lambda meta: (parts * N, cdiv(C, meta["BLOCK_M"]), cdiv(O * KH * KW, meta["BLOCK_N"]))](
         factor,
         input,
         out,
@@ -238,6 +238,7 @@ def weight_sum_of_squares(
     """weight_sum_of_squares[g, c, o, kh, kw] = Σ_{n,v} (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
 
     factor [V, N, G, O, H, W], input [N, G, C, IH, IW] -> [G, C, O, KH, KW].
+    It reads input V ⌈KH KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, H, W = factor.shape
@@ -245,10 +246,10 @@ def weight_sum_of_squares(
     *_, KH, KW = weight_shape
     check_spans(C * IH * IW, O * H * W, C * O * KH * KW)
     dtype = accumulator(factor, input)
-    parts = splits(G * triton.cdiv(C, 64) * triton.cdiv(O * KH * KW, 64), V * N)
+    parts = splits(G * cdiv(C, 64) * cdiv(O * KH * KW, 64), V * N)
     out = torch.empty((parts, G, C, O, KH, KW), dtype=dtype, device=input.device)
     weight_sum_of_squares_kernel[
-        lambda meta: (parts * G, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KH * KW, meta["BLOCK_N"]))
+        lambda meta: (parts * G, cdiv(C, meta["BLOCK_M"]), cdiv(O * KH * KW, meta["BLOCK_N"]))
     ](
         factor,
         input,
@@ -364,6 +365,7 @@ def weight_signed_sum_of_squares(
     """weight_signed_sum_of_squares[g, c, o, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]])²
 
     factor [V, N, G, O, H, W], sign [V, N], input [N, G, C, IH, IW] -> [G, C, O, KH, KW].
+    It reads input V ⌈KH KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times, sign G ⌈C / BLOCK_M⌉ ⌈KH KW O / BLOCK_N⌉ times.
     """
     factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
     V, N, G, O, H, W = factor.shape
@@ -371,10 +373,10 @@ def weight_signed_sum_of_squares(
     *_, KH, KW = weight_shape
     check_spans(C * IH * IW, O * H * W, C * O * KH * KW)
     dtype = accumulator(factor, sign, input)
-    parts = splits(G * triton.cdiv(C, 64) * triton.cdiv(O * KH * KW, 64), V * N)
+    parts = splits(G * cdiv(C, 64) * cdiv(O * KH * KW, 64), V * N)
     out = torch.empty((parts, G, C, O, KH, KW), dtype=dtype, device=input.device)
     weight_signed_sum_of_squares_kernel[
-        lambda meta: (parts * G, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KH * KW, meta["BLOCK_N"]))
+        lambda meta: (parts * G, cdiv(C, meta["BLOCK_M"]), cdiv(O * KH * KW, meta["BLOCK_N"]))
     ](
         factor,
         sign,
@@ -483,6 +485,7 @@ def weight_diagonal_sum(
     """weight_diagonal_sum[g, c, o, kh, kw] = Σ_{h,n,w} curvature[n, g, o, h, w] input[n, g, c, (h + padding[0] − kh dilation[0]) / stride[0], (w + padding[1] − kw dilation[1]) / stride[1]]²
 
     curvature [N, G, O, H, W], input [N, G, C, IH, IW] -> [G, C, O, KH, KW].
+    It reads input ⌈KH KW O / BLOCK_N⌉ times, curvature ⌈C / BLOCK_M⌉ times.
     """
     curvature, input = curvature.contiguous(), input.contiguous()
     N, G, O, H, W = curvature.shape
@@ -490,11 +493,9 @@ def weight_diagonal_sum(
     *_, KH, KW = weight_shape
     check_spans(C * IH * IW, O * H * W, C * O * KH * KW)
     dtype = accumulator(curvature, input)
-    parts = splits(G * triton.cdiv(C, 64) * triton.cdiv(O * KH * KW, 64), N)
+    parts = splits(G * cdiv(C, 64) * cdiv(O * KH * KW, 64), N)
     out = torch.empty((parts, G, C, O, KH, KW), dtype=dtype, device=input.device)
-    weight_diagonal_sum_kernel[
-        lambda meta: (parts * G, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KH * KW, meta["BLOCK_N"]))
-    ](
+    weight_diagonal_sum_kernel[lambda meta: (parts * G, cdiv(C, meta["BLOCK_M"]), cdiv(O * KH * KW, meta["BLOCK_N"]))](
         curvature,
         input,
         out,

@@ -18,6 +18,7 @@ from ..runtime.triton_launch import (
     MATRIX_TILES,
     SMALLEST_TILE,
     accumulator,
+    cdiv,
     check_spans,
     fitting,
     precision,
@@ -130,6 +131,7 @@ def weight_squared_norm(
     """weight_squared_norm[n] = Σ_{c,g,kd,kh,kw,o,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]])²
 
     factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] -> [N].
+    It reads input V ⌈KD KH KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, D, H, W = factor.shape
@@ -137,11 +139,11 @@ def weight_squared_norm(
     *_, KD, KH, KW = weight_shape
     check_spans(C * ID * IH * IW, O * D * H * W)
     dtype = accumulator(factor, input)
-    parts = splits(N * triton.cdiv(C, 64) * triton.cdiv(O * KD * KH * KW, 64), V * G)
-    tiles = triton.cdiv(C, SMALLEST_TILE) * triton.cdiv(O * KD * KH * KW, SMALLEST_TILE)
+    parts = splits(N * cdiv(C, 64) * cdiv(O * KD * KH * KW, 64), V * G)
+    tiles = cdiv(C, SMALLEST_TILE) * cdiv(O * KD * KH * KW, SMALLEST_TILE)
     out = torch.zeros((parts, N, tiles), dtype=dtype, device=input.device)
     weight_squared_norm_kernel[
-        lambda meta: (parts * N, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
+        lambda meta: (parts * N, cdiv(C, meta["BLOCK_M"]), cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
     ](
         factor,
         input,
@@ -277,6 +279,7 @@ def weight_sum_of_squares(
     """weight_sum_of_squares[g, c, o, kd, kh, kw] = Σ_{n,v} (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]])²
 
     factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] -> [G, C, O, KD, KH, KW].
+    It reads input V ⌈KD KH KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, G, O, D, H, W = factor.shape
@@ -284,10 +287,10 @@ def weight_sum_of_squares(
     *_, KD, KH, KW = weight_shape
     check_spans(C * ID * IH * IW, O * D * H * W, C * O * KD * KH * KW)
     dtype = accumulator(factor, input)
-    parts = splits(G * triton.cdiv(C, 64) * triton.cdiv(O * KD * KH * KW, 64), V * N)
+    parts = splits(G * cdiv(C, 64) * cdiv(O * KD * KH * KW, 64), V * N)
     out = torch.empty((parts, G, C, O, KD, KH, KW), dtype=dtype, device=input.device)
     weight_sum_of_squares_kernel[
-        lambda meta: (parts * G, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
+        lambda meta: (parts * G, cdiv(C, meta["BLOCK_M"]), cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
     ](
         factor,
         input,
@@ -425,6 +428,7 @@ def weight_signed_sum_of_squares(
     """weight_signed_sum_of_squares[g, c, o, kd, kh, kw] = Σ_{n,v} sign[v, n] (Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]])²
 
     factor [V, N, G, O, D, H, W], sign [V, N], input [N, G, C, ID, IH, IW] -> [G, C, O, KD, KH, KW].
+    It reads input V ⌈KD KH KW O / BLOCK_N⌉ times, factor ⌈C / BLOCK_M⌉ times, sign G ⌈C / BLOCK_M⌉ ⌈KD KH KW O / BLOCK_N⌉ times.
     """
     factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
     V, N, G, O, D, H, W = factor.shape
@@ -432,10 +436,10 @@ def weight_signed_sum_of_squares(
     *_, KD, KH, KW = weight_shape
     check_spans(C * ID * IH * IW, O * D * H * W, C * O * KD * KH * KW)
     dtype = accumulator(factor, sign, input)
-    parts = splits(G * triton.cdiv(C, 64) * triton.cdiv(O * KD * KH * KW, 64), V * N)
+    parts = splits(G * cdiv(C, 64) * cdiv(O * KD * KH * KW, 64), V * N)
     out = torch.empty((parts, G, C, O, KD, KH, KW), dtype=dtype, device=input.device)
     weight_signed_sum_of_squares_kernel[
-        lambda meta: (parts * G, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
+        lambda meta: (parts * G, cdiv(C, meta["BLOCK_M"]), cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
     ](
         factor,
         sign,
@@ -566,6 +570,7 @@ def weight_diagonal_sum(
     """weight_diagonal_sum[g, c, o, kd, kh, kw] = Σ_{d,h,n,w} curvature[n, g, o, d, h, w] input[n, g, c, (d + padding[0] − kd dilation[0]) / stride[0], (h + padding[1] − kh dilation[1]) / stride[1], (w + padding[2] − kw dilation[2]) / stride[2]]²
 
     curvature [N, G, O, D, H, W], input [N, G, C, ID, IH, IW] -> [G, C, O, KD, KH, KW].
+    It reads input ⌈KD KH KW O / BLOCK_N⌉ times, curvature ⌈C / BLOCK_M⌉ times.
     """
     curvature, input = curvature.contiguous(), input.contiguous()
     N, G, O, D, H, W = curvature.shape
@@ -573,10 +578,10 @@ def weight_diagonal_sum(
     *_, KD, KH, KW = weight_shape
     check_spans(C * ID * IH * IW, O * D * H * W, C * O * KD * KH * KW)
     dtype = accumulator(curvature, input)
-    parts = splits(G * triton.cdiv(C, 64) * triton.cdiv(O * KD * KH * KW, 64), N)
+    parts = splits(G * cdiv(C, 64) * cdiv(O * KD * KH * KW, 64), N)
     out = torch.empty((parts, G, C, O, KD, KH, KW), dtype=dtype, device=input.device)
     weight_diagonal_sum_kernel[
-        lambda meta: (parts * G, triton.cdiv(C, meta["BLOCK_M"]), triton.cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
+        lambda meta: (parts * G, cdiv(C, meta["BLOCK_M"]), cdiv(O * KD * KH * KW, meta["BLOCK_N"]))
     ](
         curvature,
         input,

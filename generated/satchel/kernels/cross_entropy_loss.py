@@ -14,32 +14,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import ROW_LANES, ROW_STEPS, ROW_WARPS, accumulator, registers, splits, triton_type
+from ..runtime.triton_launch import accumulator, cdiv, registers, splits, stage_tile, triton_type
 
 
 @triton.jit
 def gradient_kernel(
-    input_ptr, target_ptr, out_ptr, rows, K, R, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROW: tl.constexpr
+    input_ptr,
+    target_ptr,
+    out_ptr,
+    rows,
+    K,
+    R,
+    COMPUTE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
 ):
-    """gradient[n, k, r] = probabilities[n, k, r] total[n, r] − [k = target[n, r]]"""
+    """gradient[n, k, r] = probabilities[n, k, r] total[n, r] − [k = target[n, r]]
+
+    A `WHOLE` row is one tile, read once; a longer one is read again in each loop.
+    """
     row = tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
     lane = tl.arange(0, BLOCK_K)[:, None]
     row_inside = row < rows
     n = tl.cast(row // R, tl.int64)
     r = tl.cast(row % R, tl.int64)
     target = tl.load(target_ptr + row, mask=row_inside, other=0)
-    lse_max = tl.full((1, BLOCK_ROW), float("-inf"), dtype=COMPUTE)
-    for start in range(0, K, BLOCK_K):
-        k_index = start + lane
+    if WHOLE:
+        k_index = lane
         inside = (k_index < K) & row_inside
         input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
-        lse_max = tl.maximum(lse_max, tl.max(tl.where(inside, input, float("-inf")), axis=0, keep_dims=True))
+    lse_max = tl.full((1, BLOCK_ROW), float("-inf"), dtype=COMPUTE)
     lse_sum = tl.full((1, BLOCK_ROW), 0.0, dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
         k_index = start + lane
         inside = (k_index < K) & row_inside
-        input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
-        lse_sum = lse_sum + tl.sum(tl.where(inside, tl.exp(input - lse_max), 0.0), axis=0, keep_dims=True)
+        if not WHOLE:
+            input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
+        lse_higher = tl.maximum(lse_max, tl.max(tl.where(inside, input, float("-inf")), axis=0, keep_dims=True))
+        lse_shift = tl.where(lse_higher == float("-inf"), 0.0, lse_higher)
+        lse_sum = lse_sum * tl.exp(lse_max - lse_shift) + tl.sum(
+            tl.where(inside, tl.exp(input - lse_shift), 0.0), axis=0, keep_dims=True
+        )
+        lse_max = lse_higher
     lse_tail = tl.log(lse_sum)
     total = tl.full((1, BLOCK_ROW), 0.0, dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
@@ -49,7 +66,8 @@ def gradient_kernel(
     for start in range(0, K, BLOCK_K):
         k_index = start + lane
         inside = (k_index < K) & row_inside
-        input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
+        if not WHOLE:
+            input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
         tl.store(
             out_ptr + n * K * R + k_index * R + r,
             total * tl.exp(input - lse_max - lse_tail) - (k_index == target).to(COMPUTE),
@@ -67,7 +85,8 @@ def gradient(input: Tensor, target: Tensor) -> Tensor:
     rows = N * R
     dtype = accumulator(input, target)
     out = torch.empty((N, K, R), dtype=dtype, device=input.device)
-    blocks = triton.cdiv(rows, ROW_LANES)
+    whole, block, block_row, warps = stage_tile(K, R, dtype)
+    blocks = cdiv(rows, block_row)
     gradient_kernel[(blocks, 1)](
         input,
         target,
@@ -76,10 +95,11 @@ def gradient(input: Tensor, target: Tensor) -> Tensor:
         K,
         R,
         COMPUTE=triton_type(dtype),
-        BLOCK_K=ROW_STEPS,
-        BLOCK_ROW=ROW_LANES,
-        num_warps=ROW_WARPS,
-        **registers(ROW_WARPS),
+        WHOLE=whole,
+        BLOCK_K=block,
+        BLOCK_ROW=block_row,
+        num_warps=warps,
+        **registers(warps),
     )
     return out
 
@@ -95,28 +115,37 @@ def exact_factor_kernel(
     K,
     R,
     COMPUTE: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r] √total[n, r]"""
+    """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r] √total[n, r]
+
+    A `WHOLE` row is one tile, read once; a longer one is read again in each loop.
+    """
     row = tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
     lane = tl.arange(0, BLOCK_K)[:, None]
     row_inside = row < rows
     n = tl.cast(row // R, tl.int64)
     r = tl.cast(row % R, tl.int64)
     target = tl.load(target_ptr + row, mask=row_inside, other=0)
-    lse_max = tl.full((1, BLOCK_ROW), float("-inf"), dtype=COMPUTE)
-    for start in range(0, K, BLOCK_K):
-        k_index = start + lane
+    if WHOLE:
+        k_index = lane
         inside = (k_index < K) & row_inside
         input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
-        lse_max = tl.maximum(lse_max, tl.max(tl.where(inside, input, float("-inf")), axis=0, keep_dims=True))
+    lse_max = tl.full((1, BLOCK_ROW), float("-inf"), dtype=COMPUTE)
     lse_sum = tl.full((1, BLOCK_ROW), 0.0, dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
         k_index = start + lane
         inside = (k_index < K) & row_inside
-        input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
-        lse_sum = lse_sum + tl.sum(tl.where(inside, tl.exp(input - lse_max), 0.0), axis=0, keep_dims=True)
+        if not WHOLE:
+            input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
+        lse_higher = tl.maximum(lse_max, tl.max(tl.where(inside, input, float("-inf")), axis=0, keep_dims=True))
+        lse_shift = tl.where(lse_higher == float("-inf"), 0.0, lse_higher)
+        lse_sum = lse_sum * tl.exp(lse_max - lse_shift) + tl.sum(
+            tl.where(inside, tl.exp(input - lse_shift), 0.0), axis=0, keep_dims=True
+        )
+        lse_max = lse_higher
     lse_tail = tl.log(lse_sum)
     total = tl.full((1, BLOCK_ROW), 0.0, dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
@@ -132,7 +161,8 @@ def exact_factor_kernel(
         for start in range(0, K, BLOCK_K):
             k_index = start + lane
             inside = (k_index < K) & row_inside
-            input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
+            if not WHOLE:
+                input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
             tl.store(
                 out_ptr + column * N * K * R + n * K * R + k_index * R + r,
                 fixed * ((k2 == k_index).to(COMPUTE) - tl.exp(input - lse_max - lse_tail)),
@@ -151,7 +181,8 @@ def exact_factor(input: Tensor, target: Tensor) -> Tensor:
     columns = K * R
     dtype = accumulator(input, target)
     out = torch.empty((K * R, N, K, R), dtype=dtype, device=input.device)
-    blocks = triton.cdiv(rows, ROW_LANES)
+    whole, block, block_row, warps = stage_tile(K, R, dtype)
+    blocks = cdiv(rows, block_row)
     exact_factor_kernel[(blocks, splits(blocks, columns))](
         input,
         target,
@@ -162,10 +193,11 @@ def exact_factor(input: Tensor, target: Tensor) -> Tensor:
         K,
         R,
         COMPUTE=triton_type(dtype),
-        BLOCK_K=ROW_STEPS,
-        BLOCK_ROW=ROW_LANES,
-        num_warps=ROW_WARPS,
-        **registers(ROW_WARPS),
+        WHOLE=whole,
+        BLOCK_K=block,
+        BLOCK_ROW=block_row,
+        num_warps=warps,
+        **registers(warps),
     )
     return out
 
@@ -183,10 +215,14 @@ def mc_factor_kernel(
     R,
     M,
     COMPUTE: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) √total[n, r] / √(M)"""
+    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) √total[n, r] / √(M)
+
+    A `WHOLE` row is one tile, read once; a longer one is read again in each loop.
+    """
     row = tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)[None, :]
     lane = tl.arange(0, BLOCK_K)[:, None]
     row_inside = row < rows
@@ -194,18 +230,23 @@ def mc_factor_kernel(
     r = tl.cast(row % R, tl.int64)
     fixed = tl.rsqrt(tl.cast(M, COMPUTE))
     target = tl.load(target_ptr + row, mask=row_inside, other=0)
-    lse_max = tl.full((1, BLOCK_ROW), float("-inf"), dtype=COMPUTE)
-    for start in range(0, K, BLOCK_K):
-        k_index = start + lane
+    if WHOLE:
+        k_index = lane
         inside = (k_index < K) & row_inside
         input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
-        lse_max = tl.maximum(lse_max, tl.max(tl.where(inside, input, float("-inf")), axis=0, keep_dims=True))
+    lse_max = tl.full((1, BLOCK_ROW), float("-inf"), dtype=COMPUTE)
     lse_sum = tl.full((1, BLOCK_ROW), 0.0, dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
         k_index = start + lane
         inside = (k_index < K) & row_inside
-        input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
-        lse_sum = lse_sum + tl.sum(tl.where(inside, tl.exp(input - lse_max), 0.0), axis=0, keep_dims=True)
+        if not WHOLE:
+            input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
+        lse_higher = tl.maximum(lse_max, tl.max(tl.where(inside, input, float("-inf")), axis=0, keep_dims=True))
+        lse_shift = tl.where(lse_higher == float("-inf"), 0.0, lse_higher)
+        lse_sum = lse_sum * tl.exp(lse_max - lse_shift) + tl.sum(
+            tl.where(inside, tl.exp(input - lse_shift), 0.0), axis=0, keep_dims=True
+        )
+        lse_max = lse_higher
     lse_tail = tl.log(lse_sum)
     total = tl.full((1, BLOCK_ROW), 0.0, dtype=COMPUTE)
     for start in range(0, K, BLOCK_K):
@@ -218,7 +259,8 @@ def mc_factor_kernel(
         for start in range(0, K, BLOCK_K):
             k_index = start + lane
             inside = (k_index < K) & row_inside
-            input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
+            if not WHOLE:
+                input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
             tl.store(
                 out_ptr + m * N * K * R + n * K * R + k_index * R + r,
                 fixed_2 * (tl.exp(input - lse_max - lse_tail) - (k_index == sampled).to(COMPUTE)),
@@ -238,7 +280,8 @@ def mc_factor(sampled: Tensor, input: Tensor, target: Tensor) -> Tensor:
     columns = M
     dtype = accumulator(sampled, input, target)
     out = torch.empty((M, N, K, R), dtype=dtype, device=input.device)
-    blocks = triton.cdiv(rows, ROW_LANES)
+    whole, block, block_row, warps = stage_tile(K, R, dtype)
+    blocks = cdiv(rows, block_row)
     mc_factor_kernel[(blocks, splits(blocks, columns))](
         sampled,
         input,
@@ -251,9 +294,10 @@ def mc_factor(sampled: Tensor, input: Tensor, target: Tensor) -> Tensor:
         R,
         M,
         COMPUTE=triton_type(dtype),
-        BLOCK_K=ROW_STEPS,
-        BLOCK_ROW=ROW_LANES,
-        num_warps=ROW_WARPS,
-        **registers(ROW_WARPS),
+        WHOLE=whole,
+        BLOCK_K=block,
+        BLOCK_ROW=block_row,
+        num_warps=warps,
+        **registers(warps),
     )
     return out

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, splits, triton_type
+from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, cdiv, splits, triton_type
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def vjp(factor: Tensor, input: Tensor, max_val: float, min_val: float) -> Tensor
     columns = V
     dtype = accumulator(factor, input)
     out = torch.empty((V, N, J), dtype=dtype, device=factor.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     vjp_kernel[(blocks, splits(blocks, columns))](
         factor, input, out, columns, size, max_val, min_val, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
@@ -92,7 +92,7 @@ def diagonal(curvature: Tensor, input: Tensor, max_val: float, min_val: float) -
     size = N * J
     dtype = accumulator(curvature, input)
     out = torch.empty((N, J), dtype=dtype, device=curvature.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     diagonal_kernel[(blocks, 1)](
         curvature, input, out, size, max_val, min_val, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )

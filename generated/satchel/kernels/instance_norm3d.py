@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layers import instance_norm3d as aten
-from ..runtime.triton_launch import accumulator, registers, resident, row_tile, splits, triton_type
+from ..runtime.triton_launch import accumulator, cdiv, registers, resident, row_tile, splits, triton_type
 
 
 @triton.jit
@@ -93,8 +93,8 @@ def vjp_resident(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> T
     columns = V
     dtype = accumulator(factor, input, weight)
     out = torch.empty((V, N, C, S), dtype=dtype, device=factor.device)
-    block, block_row, warps = row_tile(S, dtype)
-    blocks = triton.cdiv(rows, block_row)
+    block, block_row, warps = row_tile(S, 1, dtype)
+    blocks = cdiv(rows, block_row)
     vjp_resident_kernel[(blocks, splits(blocks, columns))](
         factor,
         input,
@@ -203,8 +203,8 @@ def hessian_resident(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tens
     columns = V
     dtype = accumulator(delta, tangent, input, weight)
     out = torch.empty((V, N, C, S), dtype=dtype, device=delta.device)
-    block, block_row, warps = row_tile(S, dtype)
-    blocks = triton.cdiv(rows, block_row)
+    block, block_row, warps = row_tile(S, 1, dtype)
+    blocks = cdiv(rows, block_row)
     hessian_resident_kernel[(blocks, splits(blocks, columns))](
         delta,
         tangent,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, triton_type
+from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, cdiv, triton_type
 
 
 @triton.jit
@@ -35,6 +35,6 @@ def gradient(input: Tensor, target: Tensor) -> Tensor:
     size = N * J
     dtype = accumulator(input, target)
     out = torch.empty((N, J), dtype=dtype, device=input.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     gradient_kernel[(blocks, 1)](target, out, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK)
     return out

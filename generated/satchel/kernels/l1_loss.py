@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, splits, triton_type
+from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, cdiv, splits, triton_type
 from ..runtime.triton_math import sign
 
 
@@ -37,7 +37,7 @@ def gradient(input: Tensor, target: Tensor) -> Tensor:
     size = N * J
     dtype = accumulator(input, target)
     out = torch.empty((N, J), dtype=dtype, device=input.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     gradient_kernel[(blocks, 1)](input, target, out, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK)
     return out
 
@@ -66,7 +66,7 @@ def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
     columns = M
     dtype = accumulator(sampled, input)
     out = torch.empty((M, N, J), dtype=dtype, device=input.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     mc_factor_kernel[(blocks, splits(blocks, columns))](
         sampled, input, out, columns, size, M, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )

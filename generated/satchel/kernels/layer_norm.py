@@ -24,6 +24,7 @@ from ..runtime.triton_launch import (
     REDUCE_LANES,
     REDUCE_ROWS,
     accumulator,
+    cdiv,
     registers,
     resident,
     row_tile,
@@ -99,8 +100,8 @@ def vjp_resident(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> T
     columns = V
     dtype = accumulator(factor, input, weight)
     out = torch.empty((V, N, R, J), dtype=dtype, device=factor.device)
-    block, block_row, warps = row_tile(J, dtype)
-    blocks = triton.cdiv(rows, block_row)
+    block, block_row, warps = row_tile(J, 1, dtype)
+    blocks = cdiv(rows, block_row)
     vjp_resident_kernel[(blocks, splits(blocks, columns))](
         factor,
         input,
@@ -205,8 +206,8 @@ def hessian_resident(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tens
     columns = V
     dtype = accumulator(delta, tangent, input, weight)
     out = torch.empty((V, N, R, J), dtype=dtype, device=delta.device)
-    block, block_row, warps = row_tile(J, dtype)
-    blocks = triton.cdiv(rows, block_row)
+    block, block_row, warps = row_tile(J, 1, dtype)
+    blocks = cdiv(rows, block_row)
     hessian_resident_kernel[(blocks, splits(blocks, columns))](
         delta,
         tangent,
@@ -257,8 +258,8 @@ def bias_sample_squares(factor: Tensor) -> Tensor:
     V, N, R, J = factor.shape
     steps = V
     dtype = accumulator(factor)
-    lanes = triton.cdiv(J, REDUCE_LANES)
-    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
+    lanes = cdiv(J, REDUCE_LANES)
+    parts = splits(lanes * N, cdiv(steps, REDUCE_ROWS))
     out = torch.empty((parts, N, J), dtype=dtype, device=factor.device)
     bias_sample_squares_kernel[(N, lanes, parts)](
         factor, out, N, R, J, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
@@ -306,8 +307,8 @@ def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
     V, N, R, J = factor.shape
     steps = V
     dtype = accumulator(factor, sign)
-    lanes = triton.cdiv(J, REDUCE_LANES)
-    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
+    lanes = cdiv(J, REDUCE_LANES)
+    parts = splits(lanes * N, cdiv(steps, REDUCE_ROWS))
     out = torch.empty((parts, N, J), dtype=dtype, device=factor.device)
     bias_signed_sample_squares_kernel[(N, lanes, parts)](
         factor, sign, out, N, R, J, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
@@ -347,8 +348,8 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
     V, N, R, J = factor.shape
     steps = V
     dtype = accumulator(factor)
-    lanes = triton.cdiv(J, REDUCE_LANES)
-    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
+    lanes = cdiv(J, REDUCE_LANES)
+    parts = splits(lanes * N, cdiv(steps, REDUCE_ROWS))
     out = torch.empty((N, lanes, parts), dtype=dtype, device=factor.device)
     bias_squared_norm_kernel[(N, lanes, parts)](
         factor, out, N, R, J, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
@@ -385,8 +386,8 @@ def bias_sum_of_squares(factor: Tensor) -> Tensor:
     V, N, R, J = factor.shape
     steps = V * N
     dtype = accumulator(factor)
-    lanes = triton.cdiv(J, REDUCE_LANES)
-    parts = splits(lanes, triton.cdiv(steps, REDUCE_ROWS))
+    lanes = cdiv(J, REDUCE_LANES)
+    parts = splits(lanes, cdiv(steps, REDUCE_ROWS))
     out = torch.empty((parts, J), dtype=dtype, device=factor.device)
     bias_sum_of_squares_kernel[(1, lanes, parts)](
         factor, out, R, J, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
@@ -424,8 +425,8 @@ def bias_signed_sum_of_squares(factor: Tensor, sign: Tensor) -> Tensor:
     V, N, R, J = factor.shape
     steps = V * N
     dtype = accumulator(factor, sign)
-    lanes = triton.cdiv(J, REDUCE_LANES)
-    parts = splits(lanes, triton.cdiv(steps, REDUCE_ROWS))
+    lanes = cdiv(J, REDUCE_LANES)
+    parts = splits(lanes, cdiv(steps, REDUCE_ROWS))
     out = torch.empty((parts, J), dtype=dtype, device=factor.device)
     bias_signed_sum_of_squares_kernel[(1, lanes, parts)](
         factor, sign, out, R, J, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES

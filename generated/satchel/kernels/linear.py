@@ -18,6 +18,7 @@ from ..runtime.triton_launch import (
     REDUCE_LANES,
     REDUCE_ROWS,
     accumulator,
+    cdiv,
     check_strides,
     fitting,
     gram_rows,
@@ -77,15 +78,16 @@ def diagonal(curvature: Tensor, weight: Tensor) -> Tensor:
     """diagonal[n, r, i] = Σ_{o} curvature[n, r, o] weight[o, i]²
 
     curvature [N, R, O], weight [O, I] -> [N, R, I].
+    It reads weight ⌈N R / BLOCK_M⌉ times, curvature ⌈I / BLOCK_N⌉ times.
     """
     curvature, weight = curvature.contiguous(), weight.contiguous()
     N, R, O = curvature.shape
     I = weight.shape[1]
     check_strides(O, I)
     dtype = accumulator(curvature, weight)
-    parts = splits(triton.cdiv(N * R, 64) * triton.cdiv(I, 64), triton.cdiv(O, 16))
+    parts = splits(cdiv(N * R, 64) * cdiv(I, 64), cdiv(O, 16))
     out = torch.empty((parts, N, R, I), dtype=dtype, device=weight.device)
-    diagonal_kernel[lambda meta: (parts, triton.cdiv(N * R, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))](
+    diagonal_kernel[lambda meta: (parts, cdiv(N * R, meta["BLOCK_M"]), cdiv(I, meta["BLOCK_N"]))](
         curvature,
         weight,
         out,
@@ -153,17 +155,18 @@ def weight_sample_squares_fused(factor: Tensor, input: Tensor) -> Tensor:
     """weight_sample_squares[n, o, i] = Σ_{v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     factor [V, N, R, O], input [N, R, I] -> [N, O, I].
+    It reads factor ⌈I / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, R, O = factor.shape
     I = input.shape[2]
     check_strides(O, I)
     dtype = accumulator(factor, input)
-    parts = splits(N * triton.cdiv(O, 64) * triton.cdiv(I, 64), V)
+    parts = splits(N * cdiv(O, 64) * cdiv(I, 64), V)
     out = torch.empty((parts, N, O, I), dtype=dtype, device=factor.device)
-    weight_sample_squares_fused_kernel[
-        lambda meta: (parts * N, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
-    ](factor, input, out, N, R, O, I, V, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input))
+    weight_sample_squares_fused_kernel[lambda meta: (parts * N, cdiv(O, meta["BLOCK_M"]), cdiv(I, meta["BLOCK_N"]))](
+        factor, input, out, N, R, O, I, V, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input)
+    )
     return out[0] if parts == 1 else out.sum(0)
 
 
@@ -224,16 +227,17 @@ def weight_signed_sample_squares_fused(factor: Tensor, sign: Tensor, input: Tens
     """weight_signed_sample_squares[n, o, i] = Σ_{v} sign[v, n] (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     factor [V, N, R, O], sign [V, N], input [N, R, I] -> [N, O, I].
+    It reads factor ⌈I / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times, sign ⌈O / BLOCK_M⌉ ⌈I / BLOCK_N⌉ times.
     """
     factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
     V, N, R, O = factor.shape
     I = input.shape[2]
     check_strides(O, I)
     dtype = accumulator(factor, sign, input)
-    parts = splits(N * triton.cdiv(O, 64) * triton.cdiv(I, 64), V)
+    parts = splits(N * cdiv(O, 64) * cdiv(I, 64), V)
     out = torch.empty((parts, N, O, I), dtype=dtype, device=factor.device)
     weight_signed_sample_squares_fused_kernel[
-        lambda meta: (parts * N, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
+        lambda meta: (parts * N, cdiv(O, meta["BLOCK_M"]), cdiv(I, meta["BLOCK_N"]))
     ](factor, sign, input, out, N, R, O, I, V, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input))
     return out[0] if parts == 1 else out.sum(0)
 
@@ -287,6 +291,7 @@ def weight_sample_diagonal(curvature: Tensor, input: Tensor) -> Tensor:
     """weight_sample_diagonal[n, o, i] = Σ_{r} curvature[n, r, o] input[n, r, i]²
 
     curvature [N, R, O], input [N, R, I] -> [N, O, I].
+    It reads input ⌈O / BLOCK_M⌉ times, curvature ⌈I / BLOCK_N⌉ times.
     """
     curvature, input = curvature.contiguous(), input.contiguous()
     N, R, O = curvature.shape
@@ -294,7 +299,7 @@ def weight_sample_diagonal(curvature: Tensor, input: Tensor) -> Tensor:
     check_strides(O, I)
     dtype = accumulator(curvature, input)
     out = torch.empty((N, O, I), dtype=dtype, device=input.device)
-    weight_sample_diagonal_kernel[lambda meta: (N, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))](
+    weight_sample_diagonal_kernel[lambda meta: (N, cdiv(O, meta["BLOCK_M"]), cdiv(I, meta["BLOCK_N"]))](
         curvature, input, out, R, I, O, COMPUTE=triton_type(dtype), PRECISION=precision(curvature, input, squared=True)
     )
     return out
@@ -373,6 +378,7 @@ def weight_squared_norm_gram(factor: Tensor, input: Tensor) -> Tensor:
     """weight_squared_norm[n] = Σ_{i,o,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     factor [V, N, R, O], input [N, R, I] -> [N].
+    It reads factor 1 + ⌈R / BLOCK_M⌉ times, input 1 + ⌈R / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, R, O = factor.shape
@@ -380,7 +386,7 @@ def weight_squared_norm_gram(factor: Tensor, input: Tensor) -> Tensor:
     check_strides(O, I)
     dtype = accumulator(factor, input)
     block = gram_rows(R, dtype)
-    tiles = triton.cdiv(R, block)
+    tiles = cdiv(R, block)
     out = torch.zeros((N, tiles, tiles), dtype=dtype, device=factor.device)
     weight_squared_norm_gram_kernel[(N, tiles, tiles)](
         factor, input, out, N, R, O, I, V, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input), BLOCK_M=block
@@ -444,17 +450,18 @@ def weight_sum_of_squares_fused(factor: Tensor, input: Tensor) -> Tensor:
     """weight_sum_of_squares[o, i] = Σ_{n,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     factor [V, N, R, O], input [N, R, I] -> [O, I].
+    It reads factor ⌈I / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times.
     """
     factor, input = factor.contiguous(), input.contiguous()
     V, N, R, O = factor.shape
     I = input.shape[2]
     check_strides(O, I)
     dtype = accumulator(factor, input)
-    parts = splits(triton.cdiv(O, 64) * triton.cdiv(I, 64), V * N)
+    parts = splits(cdiv(O, 64) * cdiv(I, 64), V * N)
     out = torch.empty((parts, O, I), dtype=dtype, device=factor.device)
-    weight_sum_of_squares_fused_kernel[
-        lambda meta: (parts, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
-    ](factor, input, out, N, R, O, I, V * N, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input))
+    weight_sum_of_squares_fused_kernel[lambda meta: (parts, cdiv(O, meta["BLOCK_M"]), cdiv(I, meta["BLOCK_N"]))](
+        factor, input, out, N, R, O, I, V * N, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input)
+    )
     return out[0] if parts == 1 else out.sum(0)
 
 
@@ -508,17 +515,18 @@ def weight_sum_of_squares_separated(input: Tensor, product: Tensor) -> Tensor:
     """weight_sum_of_squares[o, i] = Σ_{n,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     input [N, I], product [N, O] -> [O, I].
+    It reads input ⌈O / BLOCK_M⌉ times, product ⌈I / BLOCK_N⌉ times.
     """
     input, product = input.contiguous(), product.contiguous()
     N, I = input.shape
     O = product.shape[1]
     check_strides(O, I)
     dtype = accumulator(input, product)
-    parts = splits(triton.cdiv(O, 64) * triton.cdiv(I, 64), triton.cdiv(N, 16))
+    parts = splits(cdiv(O, 64) * cdiv(I, 64), cdiv(N, 16))
     out = torch.empty((parts, O, I), dtype=dtype, device=input.device)
-    weight_sum_of_squares_separated_kernel[
-        lambda meta: (parts, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
-    ](input, product, out, N, I, O, COMPUTE=triton_type(dtype), PRECISION=precision(product, input, squared=True))
+    weight_sum_of_squares_separated_kernel[lambda meta: (parts, cdiv(O, meta["BLOCK_M"]), cdiv(I, meta["BLOCK_N"]))](
+        input, product, out, N, I, O, COMPUTE=triton_type(dtype), PRECISION=precision(product, input, squared=True)
+    )
     return out[0] if parts == 1 else out.sum(0)
 
 
@@ -580,17 +588,18 @@ def weight_signed_sum_of_squares_fused(factor: Tensor, sign: Tensor, input: Tens
     """weight_signed_sum_of_squares[o, i] = Σ_{n,v} sign[v, n] (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     factor [V, N, R, O], sign [V, N], input [N, R, I] -> [O, I].
+    It reads factor ⌈I / BLOCK_N⌉ times, input V ⌈O / BLOCK_M⌉ times, sign ⌈O / BLOCK_M⌉ ⌈I / BLOCK_N⌉ times.
     """
     factor, sign, input = factor.contiguous(), sign.contiguous(), input.contiguous()
     V, N, R, O = factor.shape
     I = input.shape[2]
     check_strides(O, I)
     dtype = accumulator(factor, sign, input)
-    parts = splits(triton.cdiv(O, 64) * triton.cdiv(I, 64), V * N)
+    parts = splits(cdiv(O, 64) * cdiv(I, 64), V * N)
     out = torch.empty((parts, O, I), dtype=dtype, device=factor.device)
-    weight_signed_sum_of_squares_fused_kernel[
-        lambda meta: (parts, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
-    ](factor, sign, input, out, N, R, O, I, V * N, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input))
+    weight_signed_sum_of_squares_fused_kernel[lambda meta: (parts, cdiv(O, meta["BLOCK_M"]), cdiv(I, meta["BLOCK_N"]))](
+        factor, sign, input, out, N, R, O, I, V * N, COMPUTE=triton_type(dtype), PRECISION=precision(factor, input)
+    )
     return out[0] if parts == 1 else out.sum(0)
 
 
@@ -644,16 +653,17 @@ def weight_signed_sum_of_squares_separated(input: Tensor, product: Tensor) -> Te
     """weight_signed_sum_of_squares[o, i] = Σ_{n,v} sign[v, n] (Σ_{r} factor[v, n, r, o] input[n, r, i])²
 
     input [N, I], product [N, O] -> [O, I].
+    It reads input ⌈O / BLOCK_M⌉ times, product ⌈I / BLOCK_N⌉ times.
     """
     input, product = input.contiguous(), product.contiguous()
     N, I = input.shape
     O = product.shape[1]
     check_strides(O, I)
     dtype = accumulator(input, product)
-    parts = splits(triton.cdiv(O, 64) * triton.cdiv(I, 64), triton.cdiv(N, 16))
+    parts = splits(cdiv(O, 64) * cdiv(I, 64), cdiv(N, 16))
     out = torch.empty((parts, O, I), dtype=dtype, device=input.device)
     weight_signed_sum_of_squares_separated_kernel[
-        lambda meta: (parts, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))
+        lambda meta: (parts, cdiv(O, meta["BLOCK_M"]), cdiv(I, meta["BLOCK_N"]))
     ](input, product, out, N, I, O, COMPUTE=triton_type(dtype), PRECISION=precision(product, input, squared=True))
     return out[0] if parts == 1 else out.sum(0)
 
@@ -708,15 +718,16 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor) -> Tensor:
     """weight_diagonal_sum[o, i] = Σ_{n,r} curvature[n, r, o] input[n, r, i]²
 
     curvature [N, R, O], input [N, R, I] -> [O, I].
+    It reads input ⌈O / BLOCK_M⌉ times, curvature ⌈I / BLOCK_N⌉ times.
     """
     curvature, input = curvature.contiguous(), input.contiguous()
     N, R, O = curvature.shape
     I = input.shape[2]
     check_strides(O, I)
     dtype = accumulator(curvature, input)
-    parts = splits(triton.cdiv(O, 64) * triton.cdiv(I, 64), triton.cdiv(N * R, 16))
+    parts = splits(cdiv(O, 64) * cdiv(I, 64), cdiv(N * R, 16))
     out = torch.empty((parts, O, I), dtype=dtype, device=input.device)
-    weight_diagonal_sum_kernel[lambda meta: (parts, triton.cdiv(O, meta["BLOCK_M"]), triton.cdiv(I, meta["BLOCK_N"]))](
+    weight_diagonal_sum_kernel[lambda meta: (parts, cdiv(O, meta["BLOCK_M"]), cdiv(I, meta["BLOCK_N"]))](
         curvature,
         input,
         out,
@@ -759,8 +770,8 @@ def bias_sample_squares(factor: Tensor) -> Tensor:
     V, N, R, O = factor.shape
     steps = V
     dtype = accumulator(factor)
-    lanes = triton.cdiv(O, REDUCE_LANES)
-    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
+    lanes = cdiv(O, REDUCE_LANES)
+    parts = splits(lanes * N, cdiv(steps, REDUCE_ROWS))
     out = torch.empty((parts, N, O), dtype=dtype, device=factor.device)
     bias_sample_squares_kernel[(N, lanes, parts)](
         factor, out, N, R, O, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
@@ -808,8 +819,8 @@ def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
     V, N, R, O = factor.shape
     steps = V
     dtype = accumulator(factor, sign)
-    lanes = triton.cdiv(O, REDUCE_LANES)
-    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
+    lanes = cdiv(O, REDUCE_LANES)
+    parts = splits(lanes * N, cdiv(steps, REDUCE_ROWS))
     out = torch.empty((parts, N, O), dtype=dtype, device=factor.device)
     bias_signed_sample_squares_kernel[(N, lanes, parts)](
         factor, sign, out, N, R, O, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
@@ -849,8 +860,8 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
     V, N, R, O = factor.shape
     steps = V
     dtype = accumulator(factor)
-    lanes = triton.cdiv(O, REDUCE_LANES)
-    parts = splits(lanes * N, triton.cdiv(steps, REDUCE_ROWS))
+    lanes = cdiv(O, REDUCE_LANES)
+    parts = splits(lanes * N, cdiv(steps, REDUCE_ROWS))
     out = torch.empty((N, lanes, parts), dtype=dtype, device=factor.device)
     bias_squared_norm_kernel[(N, lanes, parts)](
         factor, out, N, R, O, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
@@ -887,8 +898,8 @@ def bias_sum_of_squares(factor: Tensor) -> Tensor:
     V, N, R, O = factor.shape
     steps = V * N
     dtype = accumulator(factor)
-    lanes = triton.cdiv(O, REDUCE_LANES)
-    parts = splits(lanes, triton.cdiv(steps, REDUCE_ROWS))
+    lanes = cdiv(O, REDUCE_LANES)
+    parts = splits(lanes, cdiv(steps, REDUCE_ROWS))
     out = torch.empty((parts, O), dtype=dtype, device=factor.device)
     bias_sum_of_squares_kernel[(1, lanes, parts)](
         factor, out, R, O, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES
@@ -926,8 +937,8 @@ def bias_signed_sum_of_squares(factor: Tensor, sign: Tensor) -> Tensor:
     V, N, R, O = factor.shape
     steps = V * N
     dtype = accumulator(factor, sign)
-    lanes = triton.cdiv(O, REDUCE_LANES)
-    parts = splits(lanes, triton.cdiv(steps, REDUCE_ROWS))
+    lanes = cdiv(O, REDUCE_LANES)
+    parts = splits(lanes, cdiv(steps, REDUCE_ROWS))
     out = torch.empty((parts, O), dtype=dtype, device=factor.device)
     bias_signed_sum_of_squares_kernel[(1, lanes, parts)](
         factor, sign, out, R, O, steps, COMPUTE=triton_type(dtype), BLOCK_ROW=REDUCE_ROWS, BLOCK_LANE=REDUCE_LANES

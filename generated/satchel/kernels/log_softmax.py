@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layers import log_softmax as aten
-from ..runtime.triton_launch import accumulator, registers, resident, row_tile, splits, triton_type
+from ..runtime.triton_launch import accumulator, cdiv, registers, resident, row_tile, splits, triton_type
 
 
 @triton.jit
@@ -59,8 +59,8 @@ def vjp_resident(factor: Tensor, output: Tensor) -> Tensor:
     columns = V
     dtype = accumulator(factor, output)
     out = torch.empty((V, N, R, K, S), dtype=dtype, device=factor.device)
-    block, block_row, warps = row_tile(K, dtype)
-    blocks = triton.cdiv(rows, block_row)
+    block, block_row, warps = row_tile(K, S, dtype)
+    blocks = cdiv(rows, block_row)
     vjp_resident_kernel[(blocks, splits(blocks, columns))](
         factor,
         output,
@@ -129,8 +129,8 @@ def hessian_resident(delta: Tensor, tangent: Tensor, output: Tensor) -> Tensor:
     columns = V
     dtype = accumulator(delta, tangent, output)
     out = torch.empty((V, N, R, K, S), dtype=dtype, device=delta.device)
-    block, block_row, warps = row_tile(K, dtype)
-    blocks = triton.cdiv(rows, block_row)
+    block, block_row, warps = row_tile(K, S, dtype)
+    blocks = cdiv(rows, block_row)
     hessian_resident_kernel[(blocks, splits(blocks, columns))](
         delta,
         tangent,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, splits, triton_type
+from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, cdiv, splits, triton_type
 from ..runtime.triton_math import sigmoid, softplus, tanh
 
 
@@ -42,7 +42,7 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
     columns = V
     dtype = accumulator(factor, input)
     out = torch.empty((V, N, J), dtype=dtype, device=factor.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     vjp_kernel[(blocks, splits(blocks, columns))](
         factor, input, out, columns, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
@@ -72,7 +72,7 @@ def diagonal(curvature: Tensor, input: Tensor) -> Tensor:
     size = N * J
     dtype = accumulator(curvature, input)
     out = torch.empty((N, J), dtype=dtype, device=curvature.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     diagonal_kernel[(blocks, 1)](curvature, input, out, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK)
     return out
 
@@ -103,6 +103,6 @@ def residual(delta: Tensor, input: Tensor) -> Tensor:
     size = N * J
     dtype = accumulator(delta, input)
     out = torch.empty((N, J), dtype=dtype, device=delta.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     residual_kernel[(blocks, 1)](delta, input, out, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK)
     return out

@@ -12,27 +12,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, splits, triton_type
+from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, cdiv, splits, triton_type
 
 
 @triton.jit
 def vjp_kernel(
-    factor_ptr, input_ptr, weight_ptr, out_ptr, columns, size, N, C, S, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
+    factor_ptr, input_ptr, weight_ptr, out_ptr, columns, size, C, S, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """vjp[v, n, c, s] = (1 if input[n, c, s] > 0, else weight[c]) factor[v, n, c, s]"""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = lane < size - start
     element = start + lane
-    c = element // S
+    c = element // S % C
+    input = tl.load(input_ptr + start + lane, mask=inside, other=0).to(COMPUTE)
     weight = tl.load(weight_ptr + c, mask=inside, other=0).to(COMPUTE)
-    for index in range(tl.program_id(1), columns, tl.num_programs(1)):
-        column = tl.cast(index, tl.int64)
-        n = tl.cast(index % N, tl.int64)
-        base = column * size + start
+    fixed = tl.where(input > 0, 1.0, weight)
+    for v in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
+        base = v * size + start
         factor = tl.load(factor_ptr + base + lane, mask=inside, other=0).to(COMPUTE)
-        input = tl.load(input_ptr + n * C * S + start + lane, mask=inside, other=0).to(COMPUTE)
-        tl.store(out_ptr + base + lane, factor * tl.where(input > 0, 1.0, weight), mask=inside)
+        tl.store(out_ptr + base + lane, factor * fixed, mask=inside)
 
 
 def vjp(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
@@ -42,13 +41,13 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """
     factor, input, weight = factor.contiguous(), input.contiguous(), weight.contiguous()
     V, N, C, S = factor.shape
-    size = C * S
-    columns = V * N
+    size = N * C * S
+    columns = V
     dtype = accumulator(factor, input, weight)
     out = torch.empty((V, N, C, S), dtype=dtype, device=factor.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     vjp_kernel[(blocks, splits(blocks, columns))](
-        factor, input, weight, out, columns, size, N, C, S, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
+        factor, input, weight, out, columns, size, C, S, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
     return out
 
@@ -82,7 +81,7 @@ def diagonal(curvature: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     columns = N
     dtype = accumulator(curvature, input, weight)
     out = torch.empty((N, C, S), dtype=dtype, device=curvature.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     diagonal_kernel[(blocks, splits(blocks, columns))](
         curvature, input, weight, out, columns, size, S, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )

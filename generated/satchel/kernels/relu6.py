@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, splits, triton_type
+from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, cdiv, splits, triton_type
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def vjp(factor: Tensor, output: Tensor) -> Tensor:
     columns = V
     dtype = accumulator(factor, output)
     out = torch.empty((V, N, J), dtype=dtype, device=factor.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     vjp_kernel[(blocks, splits(blocks, columns))](
         factor, output, out, columns, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
@@ -68,6 +68,6 @@ def diagonal(curvature: Tensor, output: Tensor) -> Tensor:
     size = N * J
     dtype = accumulator(curvature, output)
     out = torch.empty((N, J), dtype=dtype, device=curvature.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     diagonal_kernel[(blocks, 1)](curvature, output, out, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK)
     return out

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layers import softmin as aten
-from ..runtime.triton_launch import accumulator, registers, resident, row_tile, splits, triton_type
+from ..runtime.triton_launch import accumulator, cdiv, registers, resident, row_tile, splits, triton_type
 
 
 @triton.jit
@@ -67,8 +67,8 @@ def vjp_resident(factor: Tensor, input: Tensor) -> Tensor:
     columns = V
     dtype = accumulator(factor, input)
     out = torch.empty((V, N, R, K, S), dtype=dtype, device=factor.device)
-    block, block_row, warps = row_tile(K, dtype)
-    blocks = triton.cdiv(rows, block_row)
+    block, block_row, warps = row_tile(K, S, dtype)
+    blocks = cdiv(rows, block_row)
     vjp_resident_kernel[(blocks, splits(blocks, columns))](
         factor,
         input,
@@ -148,8 +148,8 @@ def hessian_resident(delta: Tensor, tangent: Tensor, input: Tensor) -> Tensor:
     columns = V
     dtype = accumulator(delta, tangent, input)
     out = torch.empty((V, N, R, K, S), dtype=dtype, device=delta.device)
-    block, block_row, warps = row_tile(K, dtype)
-    blocks = triton.cdiv(rows, block_row)
+    block, block_row, warps = row_tile(K, S, dtype)
+    blocks = cdiv(rows, block_row)
     hessian_resident_kernel[(blocks, splits(blocks, columns))](
         delta,
         tangent,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, splits, triton_type
+from ..runtime.triton_launch import POINTWISE_BLOCK, accumulator, cdiv, splits, triton_type
 from ..runtime.triton_math import sigmoid
 
 
@@ -54,7 +54,7 @@ def vjp(factor: Tensor, input: Tensor, beta: float, threshold: float) -> Tensor:
     columns = V
     dtype = accumulator(factor, input)
     out = torch.empty((V, N, J), dtype=dtype, device=factor.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     vjp_kernel[(blocks, splits(blocks, columns))](
         factor, input, out, columns, size, beta, threshold, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
@@ -95,7 +95,7 @@ def diagonal(curvature: Tensor, input: Tensor, beta: float, threshold: float) ->
     size = N * J
     dtype = accumulator(curvature, input)
     out = torch.empty((N, J), dtype=dtype, device=curvature.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     diagonal_kernel[(blocks, 1)](
         curvature, input, out, size, beta, threshold, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
@@ -138,7 +138,7 @@ def residual(delta: Tensor, input: Tensor, beta: float, threshold: float) -> Ten
     size = N * J
     dtype = accumulator(delta, input)
     out = torch.empty((N, J), dtype=dtype, device=delta.device)
-    blocks = triton.cdiv(size, POINTWISE_BLOCK)
+    blocks = cdiv(size, POINTWISE_BLOCK)
     residual_kernel[(blocks, 1)](
         delta, input, out, size, beta, threshold, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )

@@ -71,6 +71,7 @@ def launcher(program: Program, code: Iterable[str], sizes: Mapping[str, str] | N
     return {
         "signature": launcher_signature(program),
         "shapes": f"{shapes} -> [{', '.join(out_shape(program))}].",
+        "reuse": program.reuse,
         "contiguous": f"{', '.join(tensors)} = {', '.join(f'{tensor}.contiguous()' for tensor in tensors)}",
         "extents": extents,
         "tensors": tensors,

@@ -129,7 +129,7 @@ def contraction(definition: str, program: Contraction) -> Context:
         "m_size": extents["m"], "n_size": extents["n"], "within": program.within,
         "check": f"check_{'spans' if plan.windowed else 'strides'}({', '.join(checked)})", "batch": batches,
         "grid": f"parts * {parenthesized(batches)}" if batch and split else batches if batch else "parts" if split else "1",
-        "split_steps": steps if step_groups else f"triton.cdiv({extents['k']}, 16)",
+        "split_steps": steps if step_groups else f"cdiv({extents['k']}, 16)",
         "precision": f"{a.tensor}, {b.tensor}" + (", squared=True" if a.square or b.square else ""),
         "sizes": (*sizes.values(), *geometry.values()),
         "reduced": "out[0] if parts == 1 else out.sum(0)" if split else "out",
@@ -162,8 +162,7 @@ def contraction(definition: str, program: Contraction) -> Context:
 def _planned(program: Contraction) -> Plan:
     """Who walks over what: an axis of the result lies along the operand that reads it; one that both read is a batch."""
     kept = (*program.out, *program.within)
-    last = kept[-1]  # the last axis across the tile
-    a, b = (program.a, program.b) if last in program.b.walked else (program.b, program.a)
+    a, b = program.sides
     role: dict[str, str] = {axis: "k" for axis in program.sums} | {axis: "step" for axis in program.accumulate}
     for axis in kept:
         role[axis] = {(True, False): "m", (False, True): "n", (True, True): "batch"}[axis in a.walked, axis in b.walked]

@@ -1,13 +1,11 @@
-"""Context of a pointwise kernel: blocks of elements, a loop over the leading axes that some operand lacks."""
+"""Context of a pointwise kernel: blocks of elements, a loop over leading axes; what lacks them is read once, before it."""
 
 from __future__ import annotations
 
-import itertools
-
 import sympy
 
-from ...lowering.programs import Pointwise
-from ..triton_axes import Group, Names, decode, plus, product, used
+from ...lowering.programs import Axes, Pointwise
+from ..triton_axes import Group, Names, decode, product, used
 from ..triton_expr import Lines, hoist
 from .context import (
     KERNEL_NAMES,
@@ -32,8 +30,7 @@ from .context import (
 def pointwise(definition: str, program: Pointwise) -> Context:
     names = Names(program, KERNEL_NAMES)
     out, expr = program.out, sympy.sympify(program.expr)
-    loop = tuple(itertools.takewhile(lambda axis: any(axis not in read.axes for read in program.reads), out))
-    loop = loop if len(loop) < len(out) else out[:-1]
+    loop = _looped(program)
     rest = out[len(loop) :]
     axes = {axis: names.index((axis,)) for axis in out}
     indexed = set(delta_axes(expr, out))
@@ -47,7 +44,7 @@ def pointwise(definition: str, program: Pointwise) -> Context:
         if read.axes == out and loop:
             where = "base + lane"
         elif inner == rest:
-            where = plus(flat_offset(read.axes, outer, axes, names), "start + lane")
+            where = "start + lane"
         else:
             where = flat_offset(read.axes, read.axes, axes, names)
             indexed |= set(inner)
@@ -98,3 +95,15 @@ def pointwise(definition: str, program: Pointwise) -> Context:
         "loop": loop_head(column, "columns", 1, divided(inside)),
         "launch": launch | {"operands": [p.removesuffix("_ptr") for p in used_pointers(program, code)]},
     }  # fmt: skip
+
+
+def _looped(program: Pointwise) -> Axes:
+    """The leading axes that some read lacks, while each read has all of them or none: one with a part would be read again."""
+    loop: Axes = ()
+    for axis in program.out[:-1]:
+        longer = {*loop, axis}
+        held = {len(longer & set(read.axes)) for read in program.reads}
+        if held == {len(longer)} or not held <= {0, len(longer)}:
+            break
+        loop = (*loop, axis)
+    return loop

@@ -85,7 +85,7 @@ def reduce(definition: str, program: Reduce) -> Context:
     shape = out_shape(program)
     batch_size = product(names.extents(batch)) if batch else "1"
     launch = launcher(program, [*shape, steps if stepped else "", batch_size, product(names.extents(lane))], sizes)
-    first = batch_size if stepped else f"triton.cdiv({batch_size}, REDUCE_ROWS)"
+    first = batch_size if stepped else f"cdiv({batch_size}, REDUCE_ROWS)"
     launch |= {
         "lane_size": product(names.extents(lane)), "programs": f"lanes * {parenthesized(batch_size)}" if batch else "lanes",
         "grid": f"{first}, lanes, {'parts' if stepped else '1'}",

@@ -155,9 +155,10 @@ def resident(definition: str, program: Resident) -> Context:
     sizes |= {extent: extent for extent in used(names.extents(program.out), code)}
     numbers = number_arguments(program, names)
     rows, size = product(names.extents(numbering)), product(names.extents(element))
+    stride = product(names.extents(program.after))
     launch = launcher(program, [rows, size, names.extent(column), *out_shape(program)], sizes)
     launch |= {
-        "rows": rows, "columns": names.extent(column), "size": size, "row_size": product(names.extents(row)),
+        "rows": rows, "columns": names.extent(column), "size": size, "row_size": product(names.extents(row)), "stride": stride,
         "out": tuple_code(out_shape(program)), "sizes": (*sizes.values(), *numbers.values()),
     }  # fmt: skip
     return {

@@ -1,4 +1,7 @@
-"""Context of a kernel that reduces along one axis in stages, then writes an expression of the stages."""
+"""Context of a kernel that reduces along one axis in stages, then writes an expression of the stages.
+
+A row that fits into registers is read once, before the stages; a longer one step by step, in each of them.
+"""
 
 from __future__ import annotations
 
@@ -66,10 +69,11 @@ def row(definition: str, program: Row) -> Context:
     )
     printer = printer_for(definition, program, names, axes, lines, stage_names)
 
-    def tile(expr: sympy.Expr) -> tuple[list[str], str]:
-        lines.statements = [line for read in per_tile if used_in(read, expr) for line in load(read, "inside")]
-        result = printer.statements(expr)
-        return lines.statements, result
+    def tile(expr: sympy.Expr) -> Context:
+        lines.statements = []
+        loads = [line for read in per_tile if used_in(read, expr) for line in load(read, "inside")]
+        value = printer.statements(expr)
+        return {"loads": loads, "statements": lines.statements, "value": value}
 
     lines.statements = []
     varying = compared | {*stage_names, *(read.symbol for read in in_use)}
@@ -78,17 +82,17 @@ def row(definition: str, program: Row) -> Context:
     stages: list[Context] = []
     parts: dict[str, sympy.Expr] = {}
     for stage in program.stages:
-        loops = _stage(stage.name, stage.kind, *tile(_replaced(stage.expr, parts)), lines)
+        loop = _stage(stage.name, stage.kind, tile(_replaced(stage.expr, parts)), lines)
         if stage.kind == "logsumexp":
-            peak, tail = loops[0]["name"], f"{stage.name}_tail"
+            peak, tail = loop["peak"], f"{stage.name}_tail"
             parts[stage.name] = sympy.Symbol(peak) + sympy.Symbol(tail)
             printer.values |= {peak: peak, tail: tail}
-        stages += loops
+        stages.append(loop)
     lines.statements = [line for read in per_column for line in load(read, "row_inside")]
     tiled = frozenset({read.symbol for read in per_tile} | {k})
     expr = hoist(_replaced(final, parts), tiled, hoisted_name(printer, lines))
     column_lines = lines.statements
-    statements, result = tile(expr)
+    result = tile(expr)
     decode_rows = decode("row", [(a,) for a in row_axes], single, index_names)
     before = [decode_rows[(axis,)] for axis in row_axes if axis in indexed] + before
     if columns and len(columns) > 1:
@@ -99,18 +103,26 @@ def row(definition: str, program: Row) -> Context:
         before_out, column_lines = column_lines, []
         if before_out:
             stages[-1]["after"] = [*stages[-1]["after"], *before_out]
-    code = [*before, *column_lines, *statements, result, out_offset, names.extent(k)]
-    code += [line for stage in stages for line in (*stage["statements"], stage["reduced"], *stage["after"])]
+    whole = [line for read in per_tile for line in load(read, "inside")]
+    code = [*before, *whole, *column_lines, *result["statements"], result["value"], out_offset, names.extent(k)]
+    code += [line for stage in stages for line in (*stage["statements"], *stage["updates"], *stage["after"])]
     extents = used([names.extent(axis) for axis in (*first.axes, *out)], code)
     sizes = {**({"columns": "columns"} if columns else {}), "rows": "rows", **{extent: extent for extent in extents}}
     rows, count = product(names.extents(row_axes)), product(names.extents(columns))
     launch = launcher(program, [rows, count if columns else "", *out_shape(program)], sizes)
-    launch |= {"rows": rows, "columns": count, "out": tuple_code(out_shape(program)), "floating": program.tensors}
+    stride = product(names.extents(first.axes[first.axes.index(k) + 1 :]))
+    launch |= {
+        "rows": rows,
+        "columns": count,
+        "row_size": names.extent(k),
+        "stride": stride,
+        "out": tuple_code(out_shape(program)),
+    }
     return {
         "name": program.name, "doc": program.doc, "pointers": pointers(program), "sizes": tuple(sizes), "k": axes[k],
-        "row_size": names.extent(k), "before": before, "stages": stages, "per_column": column_lines,
+        "row_size": names.extent(k), "before": before, "whole": whole, "stages": stages, "per_column": column_lines,
         "column": (axes[columns[0]] if len(columns) == 1 else "column") if columns else "",
-        "statements": statements, "result": result, "out_offset": out_offset, "launch": launch,
+        "result": result, "out_offset": out_offset, "launch": launch,
         "loop": loop_head(axes[columns[0]] if len(columns) == 1 else "column", "columns", 1, divided(column_lines))
         if columns else "",
     }  # fmt: skip
@@ -128,21 +140,26 @@ def _compared_only(read: Read, expressions: Iterable[sympy.Expr]) -> bool:
     return not any(used_in(read, expr) for expr in bare)
 
 
-def _stage(name: str, kind: str, statements: list[str], value: str, lines: Lines) -> list[Context]:
-    """The loops of one reduction over the row axis; a logsumexp is a maximum, then a sum of shifted exponentials."""
-    greatest = {"initial": 'float("-inf")', "statements": statements, "after": []}
-    highest = 'tl.max(tl.where(inside, {0}, float("-inf")), axis=0, keep_dims=True)'
+def _stage(name: str, kind: str, tile: Context, lines: Lines) -> Context:
+    """The loop of one reduction over the row axis: what it starts from, and what each tile adds.
+
+    A logsumexp is a maximum and a sum of exponentials shifted by it, which shrinks wherever the maximum rises.
+    """
+    value = tile["value"]
+    lowest = 'float("-inf")'
+    greatest = f"tl.max(tl.where(inside, {value}, {lowest}), axis=0, keep_dims=True)"
     if kind == "max":
-        return [greatest | {"name": name, "reduced": f"tl.maximum({name}, {highest.format(value)})"}]
+        return {**tile, "initial": {name: lowest}, "updates": [f"{name} = tl.maximum({name}, {greatest})"], "after": []}
     if kind == "sum":
-        update = f"{name} + tl.sum(tl.where(inside, {value}, 0.0), axis=0, keep_dims=True)"
-        return [{"name": name, "initial": "0.0", "statements": statements, "reduced": update, "after": []}]
-    peak, mass = lines.fresh(f"{name}_max"), lines.fresh(f"{name}_sum")
-    shifted = f"tl.exp({value} - {peak})" if value.isidentifier() else f"tl.exp(({value}) - {peak})"
-    return [
-        greatest | {"name": peak, "reduced": f"tl.maximum({peak}, {highest.format(value)})"},
-        {
-            "name": mass, "initial": "0.0", "statements": statements, "after": [f"{name}_tail = tl.log({mass})"],
-            "reduced": f"{mass} + tl.sum(tl.where(inside, {shifted}, 0.0), axis=0, keep_dims=True)",
-        },
-    ]  # fmt: skip
+        update = f"{name} = {name} + tl.sum(tl.where(inside, {value}, 0.0), axis=0, keep_dims=True)"
+        return {**tile, "initial": {name: "0.0"}, "updates": [update], "after": []}
+    peak, mass, higher, shift = (lines.fresh(f"{name}_{part}") for part in ("max", "sum", "higher", "shift"))
+    shifted = f"tl.exp({value if value.isidentifier() else f'({value})'} - {shift})"
+    updates = [
+        f"{higher} = tl.maximum({peak}, {greatest})",
+        f"{shift} = tl.where({higher} == {lowest}, 0.0, {higher})",
+        f"{mass} = {mass} * tl.exp({peak} - {shift}) + tl.sum(tl.where(inside, {shifted}, 0.0), axis=0, keep_dims=True)",
+        f"{peak} = {higher}",
+    ]
+    after = [f"{name}_tail = tl.log({mass})"]
+    return {**tile, "initial": {peak: lowest, mass: "0.0"}, "updates": updates, "after": after, "peak": peak}
