@@ -15,6 +15,7 @@ from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.squares import summed_squares
 from ..runtime.symmetric import gram
 
 
@@ -36,7 +37,7 @@ def weight_sample_squares_separated(factor: Tensor, input: Tensor, weight: Tenso
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
     return (
-        factor.squeeze(2).square().sum(0)[:, None, :]
+        summed_squares(factor.squeeze(2), 1)[:, None, :]
         * (
             torch.square(1 - (classes == padding_idx).to(factor.dtype))[:, None]
             * (input.squeeze(1)[:, None] == classes).to(factor.dtype).square().permute(1, 0)
@@ -174,7 +175,7 @@ def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tenso
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
     values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
-    total = factor.squeeze(2).square().sum(0)
+    total = summed_squares(factor.squeeze(2), 1)
     return torch.square(1 - (classes == padding_idx).to(factor.dtype))[:, None] * (values.T @ total)
 
 
@@ -279,7 +280,7 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor, weight: Ten
     cross = e.T @ values3
     drift = e.T @ a
     return (
-        centre[:, None].square() * d.square().sum(0) + 2 * centre[:, None] * cross + moment - drift.square() / N
+        centre[:, None].square() * summed_squares(d, 1) + 2 * centre[:, None] * cross + moment - drift.square() / N
     ).clamp(min=0)
 
 

@@ -15,6 +15,7 @@ from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.squares import summed_squares
 from ..runtime.symmetric import gram
 
 
@@ -33,7 +34,7 @@ def weight_sample_squares_separated(factor: Tensor, input: Tensor, weight: Tenso
     """Of one summand, the square of a product is a product of squares."""
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
-    return (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()[:, :, None] * factor.square().sum(0)[
+    return (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()[:, :, None] * summed_squares(factor, 1)[
         :, None, :
     ]
 
@@ -173,7 +174,7 @@ def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tenso
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
     values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
-    total = factor.square().sum(0)
+    total = summed_squares(factor, 1)
     return values.T @ total
 
 
@@ -274,7 +275,7 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor, weight: Ten
     cross = e.T @ values3
     drift = e.T @ a
     return (
-        centre[:, None].square() * d.square().sum(0) + 2 * centre[:, None] * cross + moment - drift.square() / N
+        centre[:, None].square() * summed_squares(d, 1) + 2 * centre[:, None] * cross + moment - drift.square() / N
     ).clamp(min=0)
 
 
