@@ -11,6 +11,7 @@ import torch
 from satchel.extensions.reductions import REDUCTIONS
 from satchel.runtime import cost, precision
 from satchel.runtime.blocks import Blockwise
+from satchel.runtime.squares import summed_squares
 from satchel.runtime.symmetric import gram
 from satchel_gen.calculus.evaluate import evaluate
 from satchel_gen.calculus.instantiate import Instance
@@ -76,7 +77,7 @@ def emitted(layer: Layer, rule: LoweredRule) -> dict[str, Any]:
     """The rule's functions, run as they are printed, after those of the pullbacks that it may reduce."""
     template = environment().from_string('{% from "functions.jinja" import function %}{{ function(f) }}')
     known: dict[str, Any] = {"torch": torch, "Tensor": torch.Tensor, "widened": precision.widened, **vars(cost)}
-    known |= {"REDUCTIONS": REDUCTIONS, "Blockwise": Blockwise, "gram": gram}
+    known |= {"REDUCTIONS": REDUCTIONS, "Blockwise": Blockwise, "gram": gram, "summed_squares": summed_squares}
     pull = lower_layer(layer).parameters.get(rule.name.removesuffix(f"_{rule.quantity}"), {}).get("per_sample")
     for one in [rule] if pull is None else [pull, rule]:
         for function in rule_functions(one):
