@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -52,8 +52,8 @@ def check(network: Network, agree: Agree) -> None:
 
 @DRAWN
 @given(data=st.data())
-def test_kernel_gradients_by_groups_are_those_of_windows(data: st.DataObject) -> None:
-    """Whatever the places are, also such that torch would find others: two ways, one for CPUs and one for GPUs."""
+def test_kernel_gradients_by_groups_and_by_products_are_those_of_windows(data: st.DataObject) -> None:
+    """Whatever the places are, also such that torch would find others: two ways for CPUs and one for GPUs."""
     rank = data.draw(st.integers(1, 3), "rank")
     places, taps, stride = (data.draw(numbers(rank, 1, high), name) for name, high in (("h", 4), ("a", 3), ("s", 3)))
     dilation, padding = data.draw(numbers(rank, 1, 2), "d"), data.draw(numbers(rank, 0, 2), "p")
@@ -64,6 +64,31 @@ def test_kernel_gradients_by_groups_are_those_of_windows(data: st.DataObject) ->
     x, factor = (torch.randn(shape, dtype=torch.float64) for shape in ((N, G, C, *spatial), (V, N, G, O, *places)))
     one, other = (way(x, factor, taps, stride, dilation, padding) for way in (windows._of_groups, windows._of_windows))
     torch.testing.assert_close(one, other)
+    single = windows._of_products(x.float(), factor.float(), taps, stride, dilation, padding)
+    torch.testing.assert_close(single, one.float(), rtol=1e-4, atol=1e-4)
+
+
+@DRAWN
+@given(data=st.data())
+def test_transposed_correlation_is_the_product_with_transposed_windows(data: st.DataObject) -> None:
+    """Whatever the places are, also more or fewer than torch would find."""
+    rank = data.draw(st.integers(1, 3), "rank")
+    places, taps, stride = (data.draw(numbers(rank, 1, high), name) for name, high in (("h", 4), ("a", 3), ("s", 3)))
+    dilation = data.draw(numbers(rank, 1, 2), "d")
+    reach = [d * (a - 1) for a, d in zip(taps, dilation, strict=True)]
+    padding = tuple(data.draw(st.integers(0, min(2, r)), "p") for r in reach)
+    more = data.draw(numbers(rank, -1, 4), "more")
+    least = [s * (h - 1) + r + 1 - 2 * p for h, s, r, p in zip(places, stride, reach, padding, strict=True)]
+    assume(min(least) > 0)  # a module has such places
+    spatial = [max(1, low + m) for low, m in zip(least, more, strict=True)]
+    V, N, G, C, O = data.draw(st.tuples(*[st.integers(1, 3)] * 5), "V, N, G, C, O")
+    factor = torch.randn(V, N, G, C, *places, dtype=torch.float64)
+    kernel = torch.randn(G, C, O, *taps, dtype=torch.float64)
+    patches = windows.transposed_windows(factor, spatial, taps, stride, dilation, padding)
+    want = torch.einsum("vngcua,gcoa->vngou", patches.flatten(4 + rank).flatten(4, 3 + rank), kernel.flatten(3))
+    for dtype in (torch.float64, torch.float32):
+        found = windows.correlate_transposed(factor.to(dtype), kernel.to(dtype), spatial, stride, dilation, padding)
+        torch.testing.assert_close(found.flatten(4), want.to(dtype), rtol=1e-4, atol=1e-4)
 
 
 @DRAWN

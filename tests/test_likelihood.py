@@ -51,7 +51,7 @@ def test_a_diagonal_hessian_gives_its_square_root(name):
     rng = np.random.default_rng(0)
     tensors = {"input": rng.normal(size=(2, 3)), "target": rng.normal(size=(2, 3))}
     extents = {"n": 2, "j": 3}
-    factor = evaluate([Term(found.exact_factor)], (*found.columns, n, j), tensors, extents)
+    factor = evaluate([Term(found.exact.value)], (*found.exact.columns, n, j), tensors, extents)
     target = torch.tensor(tensors["target"])
     hessian = torch.autograd.functional.hessian(lambda f: plain(f, target).sum(), torch.tensor(tensors["input"]))
     for one in range(2):

@@ -125,3 +125,14 @@ def test_switch_backend():
     assert torch._C._get_mkldnn_enabled() is before
     before = torch._C._get_cudnn_enabled()
     assert t.switch_backend("cudnn", before) is before
+
+
+def test_product():
+    a, b = torch.randn(4, 3), torch.randn(5, 3)
+    assert t.has_product(a, b) and not t.has_product(a, b.double())
+    torch.testing.assert_close(t.product(a, b), a @ b.mT)
+    torch.testing.assert_close(t.product(a[:1, ::2], b[:1, ::2]), a[:1, ::2] @ b[:1, ::2].mT)
+    a.requires_grad_()
+    assert not t.has_product(a, b)
+    with torch.no_grad():
+        assert t.has_product(a, b)

@@ -148,7 +148,9 @@ def _loss(loss: Loss, sizes: Mapping[str, int]) -> Iterator[Part]:
     yield Part("\nHessian at the data", heading=True)
     yield Part("  " + (" + ".join(map(render_term, derived.hessian)) or "0").replace("+ −", "− "))
     yield Part("\nExact factor, checked: S Sᵀ = ∇²ℓ", heading=True)
-    yield Part(f"  S = {render(derived.exact_factor)}")
+    yield Part(f"  S = {render(derived.exact.value)}")
+    if derived.exact.null is not None:
+        yield Part(f"  null vector over {derived.exact.mixed}: {render(derived.exact.null)}")
     yield Part("\nEmitted functions", heading=True)
     for rule in lowered.rules:
         yield Part(code(loss_function(rule)), code=True)

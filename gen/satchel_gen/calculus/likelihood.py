@@ -10,6 +10,7 @@ as the loss weights the data.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,20 +33,33 @@ Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
+class ExactFactor:
+    """S[*columns, n, *input], and the `height` that it takes a square root of.
+
+    null[n, *input] ≥ 0: a unit vector over the axis `mixed` that S maps to zero, Σ_k S[k, …] null[…, k, …] = 0; None where
+    no such vector is known. The columns of that axis come first.
+    """
+
+    columns: Axes
+    value: Expr
+    height: Expr
+    mixed: Index | None = None
+    null: Expr | None = None
+
+
+@dataclass(frozen=True)
 class Likelihood:
     """Derived quantities of a loss; all are elementwise in their axes and intermediates.
 
     gradient[n, *input]; exact_factor[*columns, n, *input], of no columns where the Hessian is zero; mc_factor[m, n, *input]
-    reads the drawn outcomes as `sampled`, and is None where there is no distribution. The factors are real where `height` and
-    the loss's weight are not negative. `fisher` says whether what the Monte-Carlo factor estimates is ∇²ℓ.
+    reads the drawn outcomes as `sampled`, and is None where there is no distribution. The factors are real where the exact
+    factor's height and the loss's weight are not negative. `fisher` says whether what the Monte-Carlo factor estimates is ∇²ℓ.
     """
 
     loss: Loss
     gradient: Expr
     hessian: tuple[Term, ...]
-    height: Expr
-    columns: Axes
-    exact_factor: Expr
+    exact: ExactFactor
     mc_factor: Expr | None
     draws: Index
     fisher: bool
@@ -63,10 +77,10 @@ def likelihood(loss: Loss) -> Likelihood:
         for derivative in total_derivative(part, str(loss.input.base), (axes[0], *twins), loss.statements, fresh)
     )
     hessian = _collected(derivatives)
-    columns, factor, height = _exact_factor(loss, hessian, axes[1:], twins)
+    exact = _exact_factor(loss, hessian, axes[1:], twins)
     mc_factor = _mc_factor(loss, draws, fresh)
     value = sympy.Add(*(part.factor for part in gradient))
-    found = Likelihood(loss, value, hessian, height, columns, factor, mc_factor, draws, False)
+    found = Likelihood(loss, value, hessian, exact, mc_factor, draws, False)
     tensors, extents = sample(loss, {t.name: 3 + k for k, t in enumerate(twins)})
     _verify(found, twins, tensors, extents)
     return replace(found, fisher=_is_fisher(found, twins, tensors, extents))
@@ -135,13 +149,13 @@ def _collected(parts: Any) -> tuple[Term, ...]:
     return tuple(Term(_simple(f), s, d) for (s, d), f in groups.items() if f != 0)
 
 
-def _exact_factor(loss: Loss, hessian: tuple[Term, ...], axes: Axes, twins: Axes) -> tuple[Axes, Expr, Expr]:
-    """S by structure, and what must not be negative in it. Blocks over other axes, in which the Hessian is
+def _exact_factor(loss: Loss, hessian: tuple[Term, ...], axes: Axes, twins: Axes) -> ExactFactor:
+    """S by structure. Blocks over other axes, in which the Hessian is
 
-    h δ_kk': √h δ_kv;  c (p_k δ_kk' − p_k p_k'), c the same for all k: √(c p_v) (δ_kv − p_k);  0: no columns.
+    h δ_kk': √h δ_kv;  c (p_k δ_kk' − p_k p_k'), c the same for all k: √(c p_v) (δ_kv − p_k), of null vector √p;  0: no columns.
     """
     if not hessian:
-        return (), sympy.Integer(0), sympy.Integer(0)
+        return ExactFactor((), sympy.Integer(0), sympy.Integer(0))
     partner = dict(zip(axes, twins, strict=True))
     diagonal = [t for t in hessian if len(t.deltas) == len(axes)]
     coupled = [t for t in hessian if len(t.deltas) < len(axes)]
@@ -149,7 +163,7 @@ def _exact_factor(loss: Loss, hessian: tuple[Term, ...], axes: Axes, twins: Axes
         raise _refusal(loss, hessian)
     height = diagonal[0].factor
     if not coupled:
-        return twins, sympy.sqrt(height) * sympy.Mul(*(Equal(partner[i], i) for i in axes)), height
+        return ExactFactor(twins, sympy.sqrt(height) * sympy.Mul(*(Equal(partner[i], i) for i in axes)), height)
     bound = {i for delta in coupled[0].deltas for i in delta}
     mixing = [i for i in axes if i not in bound]
     if len(mixing) != 1:
@@ -162,7 +176,9 @@ def _exact_factor(loss: Loss, hessian: tuple[Term, ...], axes: Axes, twins: Axes
     probability = height / scale
     blocks = sympy.Mul(*(Equal(partner[i], i) for i in axes if i != k))
     root = sympy.sqrt(scale) * sympy.sqrt(probability.xreplace({k: column}))
-    return twins, root * (Equal(column, k) - probability) * blocks, scale
+    columns = (column, *(twin for twin in twins if twin != column))
+    value = root * (Equal(column, k) - probability) * blocks
+    return ExactFactor(columns, value, scale, k, sympy.sqrt(probability))
 
 
 def _refusal(loss: Loss, hessian: tuple[Term, ...]) -> CalculusError:
@@ -212,15 +228,25 @@ def _drawn(where: sympy.Set, shape: Sequence[int], rng: np.random.Generator) -> 
 
 
 def _verify(found: Likelihood, twins: Axes, tensors: Arrays, extents: dict[str, int]) -> None:
-    """S Sᵀ = ∇²ℓ at random inputs and targets, to rounding."""
-    loss = found.loss
+    """S Sᵀ = ∇²ℓ, and S null = 0 with a unit vector, at random inputs and targets, to rounding."""
+    loss, exact = found.loss, found.exact
     axes = tuple(loss.input.indices)
-    factor = evaluate([Term(found.exact_factor)], (*found.columns, *axes), tensors, extents)
+    factor = evaluate([Term(exact.value)], (*exact.columns, *axes), tensors, extents)
     square = factor.reshape(-1, extents[loss.batch.name], _width(loss, extents))
     product = np.einsum("vna,vnb->nab", square, square)
     if not np.allclose(product, _hessian(found, twins, tensors, extents), rtol=1e-9, atol=1e-9):
+        raise CalculusError(f"{loss.source}: {loss.name}: the factor {exact.value} does not square to the Hessian")
+    if exact.mixed is None or exact.null is None:
+        return
+    null = evaluate([Term(exact.null)], axes, tensors, extents)
+    letters = dict(zip((*exact.columns, *axes), string.ascii_letters, strict=False))
+    summed = letters | {exact.mixed: letters[exact.columns[0]]}
+    spelled = ["".join(letters[i] for i in (*exact.columns, *axes)), "".join(summed[i] for i in axes)]
+    image = np.einsum(f"{','.join(spelled)}->{spelled[0][1:]}", factor, null)
+    norm = np.square(null).sum(axes.index(exact.mixed))
+    if not (np.allclose(image, 0, atol=1e-9) and np.allclose(norm, 1)):
         raise CalculusError(
-            f"{loss.source}: {loss.name}: the factor {found.exact_factor} does not square to the Hessian"
+            f"{loss.source}: {loss.name}: {exact.null} is no unit vector that {exact.value} maps to zero"
         )
 
 

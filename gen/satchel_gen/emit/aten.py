@@ -28,6 +28,14 @@ def _with_thresholds(node: Map) -> Map:
     return node
 
 
+def _squared(node: Node) -> Leaf | None:
+    """The tensor whose squares the node is."""
+    if not isinstance(node, Map) or len(node.children) != 1 or node.expr != node.reads[0] ** 2:
+        return None
+    (child,) = node.children
+    return child if isinstance(child, Leaf) and child.axes == node.axes else None
+
+
 @dataclass
 class Body:
     """The statements of one emitted function, with its local variables."""
@@ -56,6 +64,8 @@ class Body:
                 return self._map(node)
             case Reduce(child=child, over=over):
                 dims = [child.axes.index(i) for i in over]
+                if (squared := _squared(child)) is not None and dims == list(range(len(dims))):
+                    return f"summed_squares({self(squared)}, {len(dims)})"
                 text = self(child)
                 text = text if is_postfix(text) else f"({text})"
                 return f"{text}.sum({_tuple(dims)})"

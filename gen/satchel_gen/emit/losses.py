@@ -56,6 +56,8 @@ def loss_context(lowered: LoweredLoss, programs: Collection[Program]) -> LossCon
         return context(function, tuple(str(t.base) for t in rule.operands), (o.attribute for o in rule.numbers))
 
     rules = {rule.name: of(rule, loss_function(rule)) for rule in lowered.rules}
+    if lowered.null is not None:
+        rules["null"] = of(lowered.null, loss_function(lowered.null))
     known: dict[Expr, RuleContext] = {}
     for factor, rule in lowered.radicands.items():
         if rule.expr not in known:
@@ -103,6 +105,8 @@ def _loss_notes(lowered: LoweredLoss) -> Iterator[str]:
     loss, derived = lowered.loss, lowered.derived
     if not derived.hessian:
         yield "∇²ℓ = 0: the features of the exact Gauss-Newton matrix are zero."
+    if derived.exact.null is not None:
+        yield f"The exact factor maps a unit vector over {derived.exact.mixed} to zero, {render(derived.exact.null)}."
     if isinstance(loss.distribution, NoDistribution):
         yield f"No negative log-likelihood: {loss.distribution.reason}. Monte-Carlo features refuse it."
         return

@@ -39,18 +39,20 @@ class LoweredLoss:
     """`sample` gives the parameters that outcomes are drawn with; `divisors` are the reductions that depend on the targets.
 
     `radicands` are what the factors of these names take a square root of, where that is not known to be positive or zero.
+    `rules` may have kernels, all others are evaluated by torch.
     """
 
     loss: Loss
     derived: Likelihood
     rules: tuple[LossRule, ...]
+    null: LossRule | None
     sample: LossRule | None
     divisors: dict[str, LossRule]
     radicands: dict[str, LossRule]
 
     @property
     def columns(self) -> Axes:
-        return self.derived.columns
+        return self.derived.exact.columns
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -59,6 +61,7 @@ class LoweredLoss:
 
 def lower_loss(loss: Loss) -> LoweredLoss:
     derived = likelihood(loss)
+    exact = derived.exact
     axes = tuple(loss.input.indices)
     named = _intermediates(loss)
     sampled = IndexedBase("sampled")[(derived.draws, *loss.outcomes)]
@@ -71,13 +74,14 @@ def lower_loss(loss: Loss) -> LoweredLoss:
         read.add(str(loss.input.base))  # a constant factor still has the input's extents
         operands = tuple(t for t in (loss.input, loss.target, *loss.operands) if str(t.base) in read)
         numbers = tuple(sorted({o for value in values for o in value.atoms(Option)}, key=str))
-        columns = sum(i in (*derived.columns, derived.draws) for i in out)
+        columns = sum(i in (*exact.columns, derived.draws) for i in out)
         return LossRule(name, out, exprs, stages, explicit, operands, numbers, columns)
 
     rules = [
         rule("gradient", axes, derived.gradient),
-        rule("exact_factor", (*derived.columns, *axes), derived.exact_factor),
+        rule("exact_factor", (*exact.columns, *axes), exact.value),
     ]
+    null = None if exact.null is None else rule("null", axes, exact.null)
     sample = None
     if isinstance(loss.distribution, Distribution) and derived.mc_factor is not None:
         mixed = tuple(i for i in axes if i not in loss.outcomes)
@@ -89,13 +93,13 @@ def lower_loss(loss: Loss) -> LoweredLoss:
         if isinstance(divisor, IndexSum)
     }
 
-    roots = {"exact_factor": derived.height, "mc_factor": loss.weight if sample is not None else sympy.Integer(1)}
+    roots = {"exact_factor": exact.height, "mc_factor": loss.weight if sample is not None else sympy.Integer(1)}
     radicands = {
         factor: rule(f"{factor}_radicand", tuple(i for i in axes if i in index_atoms(root)), root)
         for factor, root in roots.items()
         if not _is_nonnegative(root, loss)
     }
-    return LoweredLoss(loss, derived, tuple(rules), sample, divisors, radicands)
+    return LoweredLoss(loss, derived, tuple(rules), null, sample, divisors, radicands)
 
 
 def _is_nonnegative(expr: Expr, loss: Loss) -> bool:

@@ -32,6 +32,7 @@ from .errors import (
 from .evaluate import evaluate
 from .flags import Flag, first_raised
 from .hessian import HessianSweep, residuals_of
+from .householder import independent
 from .mixed import parameter_terms
 from .plan import Place, Plan, Step
 from .quantities import summed
@@ -46,7 +47,7 @@ from .uses import PER_SAMPLE, Use
 #: Takes a quantity of a parameter, and the source that it comes from, and adds it to what is there.
 Accumulate: TypeAlias = Callable[[Tensor, Source, dict[Need, Tensor]], None]
 
-RESIDUAL, DIAGONAL, AVERAGED = Source("residual"), Source("diagonal"), Source("averaged")
+EXACT, RESIDUAL, DIAGONAL, AVERAGED = map(Source, ("exact", "residual", "diagonal", "averaged"))
 #: Kinds whose columns can be swept in ranges.
 STREAMED = ("exact", "mc", "residual")
 
@@ -92,9 +93,14 @@ class Start:
                 found.append((evaluate(undefined, definition, self.loss.operand), error))
         return found
 
-    def exact(self) -> Tensor:
-        """S [V, *edge], S Sᵀ = c g ∇²Σℓ."""
-        return self._factor(evaluate(self.definition.exact_factor, self.definition, self.loss.operand))
+    def exact(self, shown: bool) -> Tensor:
+        """S [V, *edge], S Sᵀ = c g ∇²Σℓ; without dependent columns, unless these are `shown` to the user."""
+        definition, operand = self.definition, self.loss.operand
+        factor = evaluate(definition.exact_factor, definition, operand)
+        if definition.null is not None and not shown:
+            null = evaluate(definition.null, definition, operand)
+            factor = independent(factor, null, definition.input_axes.index(definition.columns[0]))
+        return self._factor(factor)
 
     def monte_carlo(self, source: Source) -> Tensor:
         """[M, *edge], the scores at targets drawn from the loss's distribution."""
@@ -219,9 +225,10 @@ def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> Non
     shared = {parameter for parameter, places in plan.uses.items() if len(places) > 1}
     sources = demand.sources(plan.definitions)
     averaged = AVERAGED in sources
-    exact = start.exact() if averaged or Source("exact") in sources else None
+    shown = any(need.quantity == PER_SAMPLE for need in demand.needs(plan.definitions, EXACT))
+    exact = start.exact(shown) if averaged or EXACT in sources else None
     for source in sources:
-        if source.kind == "exact" and exact is not None:
+        if source == EXACT and exact is not None:
             _columns(start.edge, exact, plan, source, demand, shared, accumulate)
         elif source.kind == "mc":
             _columns(start.edge, start.monte_carlo(source), plan, source, demand, shared, accumulate)

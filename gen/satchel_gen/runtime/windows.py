@@ -6,11 +6,14 @@ The last axes of a tensor, one per stride, are read so. Windows are a strided vi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .torch_private import has_product, product
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -102,12 +105,16 @@ def correlate_transposed(
         s * (size - 1) + d * (count - 1) + 1
         for s, size, d, count in zip(stride, images.shape[-rank:], dilation, kernel.shape[-rank:], strict=True)
     ]
-    # Not torch's output_padding: it must be below the stride. What lies beyond is zero, or cut off.
-    full = _TRANSPOSED[rank](images, kernel.flatten(0, 1), None, stride, 0, 0, groups, dilation)
+    # torch cuts off as much at both ends, and adds less than a stride. What lies beyond is zero, or cut off.
+    added = [size + 2 * p - r for size, p, r in zip(places, padding, reached, strict=True)]
+    cut = [p if a < s else 0 for a, s, p in zip(added, stride, padding, strict=True)]
+    added = [max(0, a) if a < s else 0 for a, s in zip(added, stride, strict=True)]
+    found = _TRANSPOSED[rank](images, kernel.flatten(0, 1), None, stride, cut, added, groups, dilation)
     pads: list[int] = []
     for k in reversed(range(rank)):
-        pads += [-padding[k], places[k] + padding[k] - reached[k]]
-    found = F.pad(full, pads) if any(pads) else full
+        pads += [cut[k] - padding[k], places[k] + padding[k] + cut[k] - reached[k] - added[k]]
+    if any(pads):
+        found = F.pad(found, pads)
     return found.reshape(*tensor.shape[: -rank - 2], groups, kernel.shape[2], *places)
 
 
@@ -121,12 +128,13 @@ def kernel_gradients(
 ) -> Tensor:
     """[N, G, C, *spatial], [V, N, G, O, *places] → Σ_h factor[v, n, g, o, h] x[n, g, c, s·h + d·a − p] [V, N, G, O, C, *taps].
 
-    The gradients of a convolution's kernel, each sample and group by itself: on a CPU as one convolution of N·G groups, which reads
-    each element once where windows would be copied.
+    The gradients of a convolution's kernel, each sample and group by itself. On a CPU one column is a convolution of N·G groups, which
+    reads each element once where windows would be copied; they are for several.
     """
     if tensor.is_cuda or not factor.numel():
         return _of_windows(tensor, factor, taps, stride, dilation, padding)
-    return _of_groups(tensor, factor, taps, stride, dilation, padding)
+    several = len(factor) > 1 and has_product(factor, tensor)
+    return (_of_products if several else _of_groups)(tensor, factor, taps, stride, dilation, padding)
 
 
 def _of_windows(
@@ -141,6 +149,27 @@ def _of_windows(
     patches = windows(tensor, places, taps, stride, dilation, padding).flatten(3, 2 + len(places)).flatten(4)
     found = torch.einsum("ngcha,vngoh->vngoca", patches, factor.flatten(4))
     return found.reshape(*found.shape[:-1], *taps)
+
+
+def _of_products(
+    tensor: Tensor,
+    factor: Tensor,
+    taps: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    V, N, G, O, *places = factor.shape
+    C, T = tensor.shape[2], prod(places)
+    patches = windows(tensor, places, taps, stride, dilation, padding)
+    by_tap = patches.movedim(tuple(range(-len(taps), 0)), tuple(range(3, 3 + len(taps))))  # [N, G, C, *taps, *places]
+    found = [
+        product(factor[:, n, g].reshape(V * O, T), by_tap[n, g].reshape(C * prod(taps), T)).view(V, O, C, *taps)
+        for n in range(N)
+        for g in range(G)
+    ]
+    joined = found[0][None] if len(found) == 1 else torch.stack(found)
+    return joined.unflatten(0, (N, G)).movedim(2, 0)
 
 
 def _of_groups(

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ..runtime.rules import Reduction
+from ..runtime.squares import summed_squares
 from ..runtime.symmetric import gram
 
 
 def sample_squares(per_sample: Tensor) -> Tensor:
     """sample_squares[n, p] = Σ_{v} per_sample[v, n, p]²."""
-    return (per_sample.flatten(2).square().sum(0)).reshape(per_sample.shape[1:])
+    return (summed_squares(per_sample.flatten(2), 1)).reshape(per_sample.shape[1:])
 
 
 def signed_sample_squares(per_sample: Tensor, sign: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def squared_norm(per_sample: Tensor) -> Tensor:
 
 def sum_of_squares(per_sample: Tensor) -> Tensor:
     """sum_of_squares[p] = Σ_{v,n} per_sample[v, n, p]²."""
-    return (per_sample.flatten(2).square().sum((0, 1))).reshape(per_sample.shape[2:])
+    return (summed_squares(per_sample.flatten(2), 2)).reshape(per_sample.shape[2:])
 
 
 def signed_sum_of_squares(per_sample: Tensor, sign: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..runtime.squares import summed_squares
 from ..runtime.triton_launch import (
     GRAM_TILES,
     MATRIX_TILES,
@@ -949,7 +950,7 @@ def bias_signed_sum_of_squares(factor: Tensor, sign: Tensor) -> Tensor:
 def weight_sample_squares(factor: Tensor, input: Tensor) -> Tensor:
     """weight_sample_squares[n, o, i] = Σ_{v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²"""
     if factor.shape[2] == 1:
-        return input.squeeze(1).square()[:, None, :] * factor.squeeze(2).square().sum(0)[:, :, None]
+        return input.squeeze(1).square()[:, None, :] * summed_squares(factor.squeeze(2), 1)[:, :, None]
     return weight_sample_squares_fused(factor, input)
 
 
@@ -973,7 +974,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor) -> Tensor:
 def weight_sum_of_squares(factor: Tensor, input: Tensor) -> Tensor:
     """weight_sum_of_squares[o, i] = Σ_{n,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²"""
     if factor.shape[2] == 1:
-        product = factor.squeeze(2).square().sum(0)
+        product = summed_squares(factor.squeeze(2), 1)
         return weight_sum_of_squares_separated(input.squeeze(1), product)
     return weight_sum_of_squares_fused(factor, input)
 

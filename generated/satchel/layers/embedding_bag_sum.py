@@ -17,6 +17,7 @@ from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.squares import summed_squares
 from ..runtime.symmetric import gram
 
 
@@ -35,7 +36,7 @@ def weight_sample_squares_separated(factor: Tensor, input: Tensor, weight: Tenso
     """Of one summand, the square of a product is a product of squares."""
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
-    return (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()[:, :, None] * factor.square().sum(0)[
+    return (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()[:, :, None] * summed_squares(factor, 1)[
         :, None, :
     ]
 
@@ -175,7 +176,7 @@ def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tenso
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
     values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
-    total = factor.square().sum(0)
+    total = summed_squares(factor, 1)
     return values.T @ total
 
 
@@ -277,7 +278,7 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor, weight: Ten
     values3 = a * d
     cross = shift.T @ values3
     drift = e.T @ share
-    return (centre[:, None].square() * d.square().sum(0) + cross + moment - drift.square()).clamp(min=0)
+    return (centre[:, None].square() * summed_squares(d, 1) + cross + moment - drift.square()).clamp(min=0)
 
 
 @cheapest

@@ -17,6 +17,7 @@ from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, NodeCall, Rule
+from ..runtime.squares import summed_squares
 from ..runtime.symmetric import gram
 
 
@@ -67,7 +68,7 @@ def weight_per_sample(factor: Tensor, input: Tensor) -> Tensor:
 
 def weight_sample_squares_separated(factor: Tensor, input: Tensor) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    return input.squeeze(1).square()[:, None, :] * factor.squeeze(2).square().sum(0)[:, :, None]
+    return input.squeeze(1).square()[:, None, :] * summed_squares(factor.squeeze(2), 1)[:, :, None]
 
 
 @cheapest
@@ -189,7 +190,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor) -> tuple[Program, ...]:
 
 def weight_sum_of_squares_separated(factor: Tensor, input: Tensor) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    total = factor.squeeze(2).square().sum(0)
+    total = summed_squares(factor.squeeze(2), 1)
     values = input.squeeze(1).square()
     return total.T @ values
 
@@ -283,7 +284,7 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor) -> Tensor:
     values3 = a * d
     cross = values3.T @ shift
     drift = share.T @ e
-    return (centre.square() * d.square().sum(0)[:, None] + cross + moment - drift.square()).clamp(min=0)
+    return (centre.square() * summed_squares(d, 1)[:, None] + cross + moment - drift.square()).clamp(min=0)
 
 
 @cheapest

@@ -6,6 +6,7 @@
     total[n, r] = Σ_{k} [k = target[n, r]]
     loss[n, r] = lse[n, r] total[n, r] − (Σ_{k} [k = target[n, r]] input[n, k, r])
 
+The exact factor maps a unit vector over k to zero, √(exp(input[n, k, r] − lse[n, r])).
 Monte-Carlo features estimate the Fisher of Categorical(exp(input[n, k, r] − lse[n, r])), weighted by total[n, r], which is ∇²ℓ.
 """
 
@@ -75,6 +76,16 @@ def mc_factor(sampled: Tensor, input: Tensor, target: Tensor) -> Tensor:
 
 
 @widened
+def null(input: Tensor) -> Tensor:
+    """null[n, k, r] = √probabilities[n, k, r]
+
+    input [N, K, R] → [N, K, R]
+    """
+    probabilities = torch.softmax(input, 1)
+    return torch.sqrt(probabilities)
+
+
+@widened
 def mean_divisor(input: Tensor, target: Tensor) -> Tensor:
     """mean_divisor = Σ_{n,r} total[n, r]
 
@@ -112,6 +123,7 @@ LOSS = Loss(
     gradient=Rule(gradient, ("input", "target"), kernel="gradient"),
     exact_factor=Rule(exact_factor, ("input", "target"), kernel="exact_factor"),
     mc_factor=Rule(mc_factor, ("input", "target"), kernel="mc_factor"),
+    null=Rule(null, ("input",)),
     sample=Rule(sample, ("input",)),
     reductions={
         "mean": Rule(mean_divisor, ("input", "target")),

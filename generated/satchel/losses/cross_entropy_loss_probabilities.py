@@ -7,6 +7,7 @@
     loss[n, r] = lse[n, r] total[n, r] − (Σ_{k} (label_smoothing / K + (1 − label_smoothing) target[n, k, r])
         input[n, k, r] weight[k])
 
+The exact factor maps a unit vector over k to zero, √(exp(input[n, k, r] − lse[n, r])).
 Monte-Carlo features estimate the Fisher of Categorical(exp(input[n, k, r] − lse[n, r])), weighted by total[n, r], which is ∇²ℓ.
 """
 
@@ -72,6 +73,16 @@ def mc_factor(sampled: Tensor, input: Tensor, target: Tensor, weight: Tensor, la
 
 
 @widened
+def null(input: Tensor) -> Tensor:
+    """null[n, k, r] = √probabilities[n, k, r]
+
+    input [N, K, R] → [N, K, R]
+    """
+    probabilities = torch.softmax(input, 1)
+    return torch.sqrt(probabilities)
+
+
+@widened
 def exact_factor_undefined(input: Tensor, target: Tensor, weight: Tensor, label_smoothing: float) -> Tensor:
     """any total[n, r] < 0
 
@@ -108,6 +119,7 @@ LOSS = Loss(
     gradient=Rule(gradient, ("input", "target", "weight", "label_smoothing")),
     exact_factor=Rule(exact_factor, ("input", "target", "weight", "label_smoothing")),
     mc_factor=Rule(mc_factor, ("input", "target", "weight", "label_smoothing")),
+    null=Rule(null, ("input",)),
     exact_factor_undefined=Rule(exact_factor_undefined, ("input", "target", "weight", "label_smoothing")),
     mc_factor_undefined=Rule(exact_factor_undefined, ("input", "target", "weight", "label_smoothing")),
     sample=Rule(sample, ("input",)),

@@ -8,6 +8,7 @@
     loss[n, r] = lse[n, r] total[n, r] − (Σ_{k} (label_smoothing / K + (1 − label_smoothing) [k = target[n, r]])
         counted[n, r] input[n, k, r] weight[k])
 
+The exact factor maps a unit vector over k to zero, √(exp(input[n, k, r] − lse[n, r])).
 Monte-Carlo features estimate the Fisher of Categorical(exp(input[n, k, r] − lse[n, r])), weighted by total[n, r], which is ∇²ℓ.
 """
 
@@ -105,6 +106,16 @@ def mc_factor(
 
 
 @widened
+def null(input: Tensor) -> Tensor:
+    """null[n, k, r] = √probabilities[n, k, r]
+
+    input [N, K, R] → [N, K, R]
+    """
+    probabilities = torch.softmax(input, 1)
+    return torch.sqrt(probabilities)
+
+
+@widened
 def exact_factor_undefined(
     input: Tensor, target: Tensor, weight: Tensor, ignore_index: int, label_smoothing: float
 ) -> Tensor:
@@ -167,6 +178,7 @@ LOSS = Loss(
     gradient=Rule(gradient, ("input", "target", "weight", "ignore_index", "label_smoothing")),
     exact_factor=Rule(exact_factor, ("input", "target", "weight", "ignore_index", "label_smoothing")),
     mc_factor=Rule(mc_factor, ("input", "target", "weight", "ignore_index", "label_smoothing")),
+    null=Rule(null, ("input",)),
     exact_factor_undefined=Rule(
         exact_factor_undefined, ("input", "target", "weight", "ignore_index", "label_smoothing")
     ),

@@ -36,7 +36,7 @@ class _Total:
         else:
             value = self.reduction.function(pullbacks, *(signs if self.reduction.signed else ()))
         key = first if over == "columns" else 0
-        self.parts[key] = self.parts[key] + value if key in self.parts else value
+        self.parts[key] = self.parts[key].add_(value) if key in self.parts else value
 
     def _merged(self, pullbacks: Tensor, first: int) -> Tensor:
         """What a block adds to the squared deviations (Chan, Golub and LeVeque, 1979, eq. 2.1)."""

@@ -69,6 +69,8 @@ class Program:
 
 
 machine = Machine()
+#: Columns of a sample that are taken together where a cache does not hold them, but as many do.
+_TOGETHER = 4
 _forced: list[str] = []
 _recordings: list[list[tuple[Program, ...]]] = []
 
@@ -150,6 +152,8 @@ def blocks(columns: int, samples: int, each: int) -> Iterator[tuple[slice, slice
 
 
 def _block_shape(columns: int, samples: int, each: int) -> tuple[int, int]:
-    room = max(1, machine.cache_elements // max(1, each))
-    long = min(samples, room) or 1
-    return min(columns, max(1, room // long)) or 1, long
+    """Columns first: they share what is made of a sample, which pays for a few that leave the nearest cache."""
+    room = machine.cache_elements // max(1, each)
+    few = min(_TOGETHER, _TOGETHER * machine.cache_elements // max(1, each))
+    wide = min(columns, max(1, few, room)) or 1
+    return wide, max(1, min(samples, room // wide))

@@ -159,6 +159,7 @@ class Loss:
 
     gradient:      () → ∂/∂f Σℓ [*input]
     exact_factor:  () → S [V, *input] with S Sᵀ = ∂²(Σℓ)/∂f²
+    null:          () → u [*input] ≥ 0, a unit vector over the first axis of the columns, that S maps to zero; None: there is none
     sample:        (mc_samples, generator) → ŷ [M, *outcomes]; None, and why, where the loss is no likelihood
     mc_factor:     (ŷ) → √weight · score(ŷ_m) / √M [M, *input], of the distribution that ŷ is drawn from
     …_undefined:   () → whether what that factor is the square root of is negative; None: it cannot be
@@ -178,6 +179,7 @@ class Loss:
     gradient: Rule
     exact_factor: Rule
     reductions: Mapping[str, Rule | tuple[str, ...]]
+    null: Rule | None = None
     sample: Rule | None = None
     mc_factor: Rule | None = None
     exact_factor_undefined: Rule | None = None
