@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from satchel.runtime.quantities import quantities
 from torch import Tensor, nn
 
 import satchel
@@ -14,6 +13,7 @@ from cases import drawn
 from conftest import DEFINITIONS, module_class
 from satchel import extend
 from satchel.runtime.evaluate import evaluate
+from satchel.runtime.quantities import quantities
 from satchel.runtime.record import layer_record
 from satchel.runtime.uses import Use
 

@@ -12,6 +12,7 @@ import torch
 from satchel.extensions.reductions import REDUCTIONS
 from satchel.runtime import cost, precision
 from satchel.runtime.blocks import Blockwise
+from satchel.runtime.matmul import matmul
 from satchel.runtime.squares import summed_squares
 from satchel.runtime.symmetric import gram
 from satchel_gen.calculus.evaluate import evaluate
@@ -84,7 +85,13 @@ def emitted(layer: Layer, rule: LoweredRule) -> dict[str, Any]:
         "widened": precision.widened,
         **vars(cost),
     }
-    known |= {"REDUCTIONS": REDUCTIONS, "Blockwise": Blockwise, "gram": gram, "summed_squares": summed_squares}
+    known |= {
+        "REDUCTIONS": REDUCTIONS,
+        "Blockwise": Blockwise,
+        "gram": gram,
+        "matmul": matmul,
+        "summed_squares": summed_squares,
+    }
     pull = lower_layer(layer).parameters.get(rule.name.removesuffix(f"_{rule.quantity}"), {}).get("per_sample")
     for one in [rule] if pull is None else [pull, rule]:
         for function in rule_functions(one):

@@ -306,16 +306,16 @@ class Body:
             product = f"{self._operand(left)} * {self._operand(right)}"
             return f"({product}).sum({_tuple([a.index(i) for i in over])})"
         if not batch and len(over) == 1 and len(columns) == 1 and out == (*rows, *columns) and a == (*rows, *over):
-            return f"{self._operand(left)} @ {self._operand(right)}{'' if b == (*over, *columns) else '.T'}"
+            return f"matmul({self(left)}, {self._operand(right)}{'' if b == (*over, *columns) else '.T'})"
         if _is_grouped(left, right, over, out):
             first, second = (self._flattened(part, len(over)) for part in (left, right))
-            return f"gram({first})" if first == second else f"{first}.T @ {second}"
+            return f"gram({first})" if first == second else f"matmul({first}.T, {second})"
         if len(over) == 1 and len(columns) == 1 and rows and b[:-2] == batch and out[-2:] == (rows[-1], columns[0]):
             lead = a[:-2]
             if lead == out[:-2] and lead[len(lead) - len(batch) :] == batch:
                 first = self._operand(left) + ("" if a[-2:] == (rows[-1], *over) else ".transpose(-2, -1)")
                 second = self._operand(right) + ("" if b[-2:] == (*over, *columns) else ".transpose(-2, -1)")
-                return f"{first} @ {second}"
+                return f"{first} @ {second}" if batch else f"matmul({first}, {second})"
         return None
 
     def _gram_rows(self, node: Contract) -> str | None:

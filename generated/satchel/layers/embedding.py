@@ -15,6 +15,7 @@ from torch import Tensor
 from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
+from ..runtime.matmul import matmul
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 from ..runtime.squares import summed_squares
@@ -138,9 +139,9 @@ def weight_squared_norm_separated(factor: Tensor, input: Tensor, weight: Tensor,
     """Of one summand, the square of a product is a product of squares."""
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
-    return factor.squeeze(2).square().sum((0, 2)) * (
-        torch.square(1 - (classes == padding_idx).to(factor.dtype))
-        @ (input.squeeze(1)[:, None] == classes).to(factor.dtype).square().T
+    return factor.squeeze(2).square().sum((0, 2)) * matmul(
+        torch.square(1 - (classes == padding_idx).to(factor.dtype)),
+        (input.squeeze(1)[:, None] == classes).to(factor.dtype).square().T,
     )
 
 
@@ -178,7 +179,7 @@ def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tenso
     classes = torch.arange(K, device=factor.device)
     values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
     total = summed_squares(factor.squeeze(2), 1)
-    return torch.square(1 - (classes == padding_idx).to(factor.dtype))[:, None] * (values.T @ total)
+    return torch.square(1 - (classes == padding_idx).to(factor.dtype))[:, None] * matmul(values.T, total)
 
 
 @cheapest
@@ -217,7 +218,7 @@ def weight_signed_sum_of_squares_separated(
     classes = torch.arange(K, device=factor.device)
     values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
     product = torch.einsum("vnd,vn->nd", factor.squeeze(2).square(), sign)
-    return torch.square(1 - (classes == padding_idx).to(factor.dtype))[:, None] * (values.T @ product)
+    return torch.square(1 - (classes == padding_idx).to(factor.dtype))[:, None] * matmul(values.T, product)
 
 
 @cheapest
@@ -260,8 +261,8 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor, weight: Tensor, paddin
     K = weight.shape[0]
     classes = torch.arange(K, device=curvature.device)
     values = (input[:, :, None] == classes).to(curvature.dtype).square()
-    return torch.square(1 - (classes == padding_idx).to(curvature.dtype))[:, None] * (
-        values.flatten(0, 1).T @ curvature.flatten(0, 1)
+    return torch.square(1 - (classes == padding_idx).to(curvature.dtype))[:, None] * matmul(
+        values.flatten(0, 1).T, curvature.flatten(0, 1)
     )
 
 
@@ -279,10 +280,10 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor, weight: Ten
     shift = 2 * centre * e
     values = e.square()
     values2 = a.square()
-    moment = values.T @ values2
+    moment = matmul(values.T, values2)
     values3 = a * d
-    cross = shift.T @ values3
-    drift = e.T @ share
+    cross = matmul(shift.T, values3)
+    drift = matmul(e.T, share)
     return (centre[:, None].square() * summed_squares(d, 1) + cross + moment - drift.square()).clamp(min=0)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
+from ..runtime.matmul import matmul
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 from ..runtime.squares import summed_squares
@@ -195,7 +196,7 @@ def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tenso
     classes = torch.arange(K, device=factor.device)
     values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
     total = summed_squares(factor, 1)
-    return values.T @ total / (R**2)
+    return matmul(values.T, total) / (R**2)
 
 
 @cheapest
@@ -234,7 +235,7 @@ def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: 
     classes = torch.arange(K, device=factor.device)
     values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
     product = torch.einsum("vnd,vn->nd", factor.square(), sign)
-    return values.T @ product / (R**2)
+    return matmul(values.T, product) / (R**2)
 
 
 @cheapest
@@ -295,10 +296,10 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor, weight: Ten
     shift = 2 * centre * e
     values = e.square()
     values2 = a.square()
-    moment = values.T @ values2
+    moment = matmul(values.T, values2)
     values3 = a * d
-    cross = shift.T @ values3
-    drift = e.T @ share
+    cross = matmul(shift.T, values3)
+    drift = matmul(e.T, share)
     return (centre[:, None].square() * summed_squares(d, 1) + cross + moment - drift.square()).clamp(min=0)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
+from ..runtime.matmul import matmul
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, NodeCall, Rule
 from ..runtime.squares import summed_squares
@@ -27,7 +28,7 @@ def vjp(factor: Tensor, weight: Tensor) -> Tensor:
 
     factor [V, N, R, O], weight [O, I] → [V, N, R, I]
     """
-    return factor @ weight
+    return matmul(factor, weight)
 
 
 @widened
@@ -36,7 +37,7 @@ def diagonal(curvature: Tensor, weight: Tensor) -> Tensor:
 
     curvature [N, R, O], weight [O, I] → [N, R, I]
     """
-    return curvature @ weight.square()
+    return matmul(curvature, weight.square())
 
 
 @widened
@@ -45,7 +46,7 @@ def mean_vjp(rows: Tensor, weight: Tensor) -> Tensor:
 
     rows [E, R, O], weight [O, I] → [E, R, I]
     """
-    return rows @ weight
+    return matmul(rows, weight)
 
 
 @widened
@@ -192,7 +193,7 @@ def weight_sum_of_squares_separated(factor: Tensor, input: Tensor) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
     total = summed_squares(factor.squeeze(2), 1)
     values = input.squeeze(1).square()
-    return total.T @ values
+    return matmul(total.T, values)
 
 
 @cheapest
@@ -227,7 +228,7 @@ def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: 
     """Of one summand, the square of a product is a product of squares."""
     product = torch.einsum("vno,vn->no", factor.squeeze(2).square(), sign)
     values = input.squeeze(1).square()
-    return product.T @ values
+    return matmul(product.T, values)
 
 
 @cheapest
@@ -265,7 +266,7 @@ def weight_diagonal_sum(curvature: Tensor, input: Tensor) -> Tensor:
     curvature [N, R, O], input [N, R, I] → [O, I]
     """
     values = input.square()
-    return curvature.flatten(0, 1).T @ values.flatten(0, 1)
+    return matmul(curvature.flatten(0, 1).T, values.flatten(0, 1))
 
 
 def weight_squared_deviations_centred(factor: Tensor, input: Tensor) -> Tensor:
@@ -280,10 +281,10 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor) -> Tensor:
     shift = 2 * centre * e
     values = a.square()
     values2 = e.square()
-    moment = values.T @ values2
+    moment = matmul(values.T, values2)
     values3 = a * d
-    cross = values3.T @ shift
-    drift = share.T @ e
+    cross = matmul(values3.T, shift)
+    drift = matmul(share.T, e)
     return (centre.square() * summed_squares(d, 1)[:, None] + cross + moment - drift.square()).clamp(min=0)
 
 

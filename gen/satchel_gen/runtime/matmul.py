@@ -1,0 +1,26 @@
+"""Products with a matrix. On CPUs by oneDNN where that pays: MKL's, which `torch.mm` calls, take twice as long on processors that are
+not Intel's.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .torch_private import has_product, product
+
+#: Operations of a product below which a call of oneDNN costs more than it saves, and those that pay for an element that is copied.
+_LARGE = 1 << 20
+_PER_COPY = 100
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """A B [*, L] of A [*, K] and a matrix B [K, L]."""
+    K, L = right.shape
+    work = left.numel() * L
+    if work < _LARGE or left.is_cuda:
+        return left @ right
+    # oneDNN reads rows of A and columns of B.
+    copied = (0 if left.is_contiguous() else left.numel()) + (0 if right.mT.is_contiguous() else K * L)
+    if work < _PER_COPY * copied or not has_product(left, right):
+        return left @ right
+    return product(left.reshape(-1, K), right.mT).reshape(*left.shape[:-1], L)

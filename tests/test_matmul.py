@@ -1,0 +1,52 @@
+"""Products of matrices by whichever library is faster: the same numbers as torch's."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from satchel.runtime import torch_private
+from satchel.runtime.matmul import matmul
+from satchel.runtime.symmetric import gram
+
+#: Rows, inner and columns: too small for oneDNN, thin, and large enough even where both operands are copied.
+SIZES = [(3, 4, 5), (300, 128, 2), (130, 200, 150), (0, 4, 5), (7, 0, 5)]
+
+
+def drawn(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("M,K,L", SIZES)
+def test_matmul(M: int, K: int, L: int, transposed: tuple[bool, bool], dtype: torch.dtype) -> None:
+    left = drawn(K, M, dtype=dtype).mT if transposed[0] else drawn(M, K, dtype=dtype)
+    right = drawn(L, K, dtype=dtype).mT if transposed[1] else drawn(K, L, dtype=dtype)
+    expected = (left.double() @ right.double()).to(dtype)
+    torch.testing.assert_close(matmul(left, right), expected, rtol=1e-4, atol=1e-4 * max(1, K) ** 0.5)
+    if M and not transposed[0]:
+        torch.testing.assert_close(matmul(left.unflatten(0, (1, 1, M)), right)[0, 0], matmul(left, right))
+
+
+def test_large_products_are_onednns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless they are differentiated."""
+    calls = []
+    original = torch_private.product
+    monkeypatch.setattr("satchel.runtime.matmul.product", lambda *given: calls.append(1) or original(*given))
+    left, right = drawn(130, 200, dtype=torch.float32), drawn(200, 150, dtype=torch.float32)
+    matmul(left, right)
+    assert len(calls) == torch_private.has_product(left, right)
+    calls.clear()
+    matmul(left, right.requires_grad_()).sum().backward()
+    assert not calls
+    torch.testing.assert_close(right.grad, left.sum(0)[:, None].expand(200, 150), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("K,D", [(5, 3), (40, 300), (300, 300), (300, 257), (0, 300)])
+def test_gram(K: int, D: int, dtype: torch.dtype) -> None:
+    """Narrow, at once, and in strips, the last of which may be short."""
+    rows = drawn(K, D, dtype=dtype)
+    expected = (rows.double().mT @ rows.double() / 7).to(dtype)
+    torch.testing.assert_close(gram(rows, 7), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gram(rows, 7), gram(rows, 7).mT, rtol=1e-4, atol=1e-4)
