@@ -53,10 +53,13 @@ def test_writing_again_changes_nothing_and_removes_what_is_no_longer_generated(f
 def test_a_stale_package_fails_with_the_difference(tmp_path):
     run("generate", "--out", str(tmp_path))
     path = tmp_path / "satchel" / "layers" / "linear.py"
-    path.write_text(path.read_text().replace("factor @ weight", "factor @ (2 * weight)"))
+    path.write_text(path.read_text().replace("matmul(factor, weight)", "matmul(factor, 2 * weight)"))
     result = run("check", "--out", str(tmp_path))
     assert result.returncode == 1
-    assert "-    return factor @ (2 * weight)" in result.stdout and "+    return factor @ weight" in result.stdout
+    assert (
+        "-    return matmul(factor, 2 * weight)" in result.stdout
+        and "+    return matmul(factor, weight)" in result.stdout
+    )
     assert "make generate" in result.stdout
 
 

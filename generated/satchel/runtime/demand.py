@@ -54,10 +54,8 @@ class Demand:
         return self._by_layer[layer]
 
     def needs(self, layers: Iterable[Layer], source: Source) -> tuple[Need, ...]:
-        first, *others = layers
-        found = self.of(first).get(source, ())
-        more = chain.from_iterable(self.of(layer).get(source, ()) for layer in others)
-        return tuple(dict.fromkeys((*found, *more))) if others else found
+        found = [self.of(layer).get(source, ()) for layer in layers]
+        return found[0] if len(found) == 1 else tuple(dict.fromkeys(chain.from_iterable(found)))
 
     def serving(self, layer: Layer, parameter: str) -> tuple[Extension, ...]:
         """The features that have a value for a parameter."""
