@@ -28,7 +28,8 @@ class Machine:
 class Program:
     """One way to compute a rule: its floating-point operations, the elements of operands and result, and operations called.
 
-    `scratch` elements are moved through intermediates: through cache where the largest of these, of `peak` elements, fits.
+    `scratch` elements are moved through intermediates: through cache where the largest of these, of `peak` elements, fits. Where
+    that is not said they are taken to be as large as the operands and the result.
     """
 
     function: Callable[..., Tensor]
@@ -52,7 +53,7 @@ class Program:
     @cached_property
     def seconds(self) -> float:
         """The predicted time."""
-        cached = 0 < self.peak <= machine.cache_elements
+        cached = (self.peak or self.elements) <= machine.cache_elements
         return (
             self.flops / machine.flops_per_second
             + self.elements / machine.elements_per_second
