@@ -51,11 +51,13 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
 
 def machine() -> dict[str, Any]:
     """Operations and bytes per second, elapsed and of all threads' CPU time: the best of several tries."""
+    from satchel.runtime.torch_private import has_product, product
+
     a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
     products = [partial(torch.mm, a, b, out=torch.empty(1536, 1536))]
-    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # oneDNN's, which satchel calls
-        products.append(partial(torch.ops.mkldnn._linear_pointwise, a, b, None, "none", [], ""))
-    measured = [_rate(product, 2 * 1536**3) for product in products]
+    if has_product(a, b):
+        products.append(partial(product, a, b))
+    measured = [_rate(run, 2 * 1536**3) for run in products]
     rates: dict[str, Any] = {"flops": {clock: max(rate[clock] for rate in measured) for clock in measured[0]}}
     rates["bytes"] = {}
     for size in SIZES:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from math import exp, inf, isinf, log
 from typing import Any
 
-from report import bound_ratio, table_line, value
+from report import bound_ratio, peers, table_line, value
 from targets import BACKPACK, BEST_PEER, TARGETS
 
 HEAD = ["network", "features", "satchel", "BackPACK", "best peer", "bound", "target", "MB"]
@@ -17,17 +17,17 @@ def overview(results: dict[str, Any], clock: str = "cpu") -> str:
     lines = [table_line(HEAD), table_line(["---"] * len(HEAD))]
     for network, cells in results["networks"].items():
         for cell, found in cells.items():
-            ours, peers = value(found.get("satchel", {}), clock), _peers(found, clock)
-            best = min(peers, key=lambda name: peers[name], default="")
-            least = min(_peers(found, "memory").values(), default=inf)
+            ours, others = value(found.get("satchel", {}), clock), peers(found, clock)
+            best = min(others, key=lambda name: others[name], default="")
+            least = min(peers(found, "memory").values(), default=inf)
             target = TARGETS.get(network, {}).get(cell)
             lines.append(
                 table_line([
                     network,
                     cell,
-                    f"**{_number(ours)}**" if ours <= peers.get(best, inf) and not isinf(ours) else _number(ours),
-                    _number(peers.get("backpack", inf)),
-                    "–" if isinf(peers.get(best, inf)) else f"{_number(peers[best])} ({best})",
+                    f"**{_number(ours)}**" if ours <= others.get(best, inf) and not isinf(ours) else _number(ours),
+                    _number(others.get("backpack", inf)),
+                    "–" if isinf(others.get(best, inf)) else f"{_number(others[best])} ({best})",
                     bound_ratio(found, clock),
                     "–" if target is None else f"{target:g}{' ✓' if ours <= target else ''}",
                     f"{_megabytes(value(found.get('satchel', {}), 'memory'))} / {_megabytes(least)}",
@@ -39,19 +39,15 @@ def overview(results: dict[str, Any], clock: str = "cpu") -> str:
 def summary(results: dict[str, Any], clock: str = "cpu") -> Iterator[str]:
     """In how many cells no peer is faster, and the geometric means."""
     cells = [found for network in results["networks"].values() for found in network.values()]
-    ours = [(value(found.get("satchel", {}), clock), _peers(found, clock)) for found in cells]
-    ours = [(mine, peers) for mine, peers in ours if not isinf(mine)]
-    beside = [(mine, min(peers.values())) for mine, peers in ours if not isinf(min(peers.values(), default=inf))]
-    backpack = [(mine, peers["backpack"]) for mine, peers in ours if not isinf(peers.get("backpack", inf))]
+    ours = [(value(found.get("satchel", {}), clock), peers(found, clock)) for found in cells]
+    ours = [(mine, others) for mine, others in ours if not isinf(mine)]
+    beside = [(mine, min(others.values())) for mine, others in ours if not isinf(min(others.values(), default=inf))]
+    backpack = [(mine, others["backpack"]) for mine, others in ours if not isinf(others.get("backpack", inf))]
     yield f"No peer is faster in {sum(mine <= best for mine, best in beside)} of the {len(beside)} cells that one has."
     for what, pairs, target in (("the best peer's", beside, BEST_PEER), ("BackPACK's", backpack, BACKPACK)):
         if pairs:
             mean = exp(sum(log(mine / other) for mine, other in pairs) / len(pairs))
             yield f"Geometric mean of the ratio to {what} over {len(pairs)} cells: {mean:.2f} (target {target:g})."
-
-
-def _peers(found: dict[str, Any], clock: str) -> dict[str, float]:
-    return {name: value(cell, clock) for name, cell in found.items() if name != "satchel"}
 
 
 def _megabytes(amount: float) -> str:

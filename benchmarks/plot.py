@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from report import lower_bound, value
+from report import lower_bound, peers, value
 
 STYLES: dict[str, dict[str, Any]] = {
     "satchel": {"marker": "o", "color": "#1f5fa8", "zorder": 3},
@@ -41,10 +41,9 @@ def draw(results: dict[str, Any], path: Path, clock: str = "cpu") -> None:
 def _panel(axis: Any, network: str, cells: dict[str, Any], clock: str) -> None:
     series: dict[str, list[tuple[float, int]]] = {name: [] for name in STYLES}
     for row, found in enumerate(cells.values()):
-        others = [value(numbers, clock) for name, numbers in found.items() if name != "satchel"]
         numbers = {
             "satchel": value(found.get("satchel", {}), clock),
-            "best of the others": min(others, default=float("inf")),
+            "best of the others": min(peers(found, clock).values(), default=float("inf")),
             "lower bound": lower_bound(found, clock) or float("inf"),
         }
         for name, number in numbers.items():

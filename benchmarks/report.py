@@ -84,6 +84,11 @@ def value(found: Cell, what: str) -> float:
     return float(found[what]["extra_mb" if what == "memory" else "ratio"])
 
 
+def peers(found: dict[str, Cell], what: str) -> dict[str, float]:
+    """The numbers of a cell that satchel is compared with."""
+    return {name: value(cell, what) for name, cell in found.items() if name != "satchel"}
+
+
 def bound_ratio(found: dict[str, Cell], clock: str) -> str:
     ratio = lower_bound(found, clock)
     return "–" if ratio is None else f"{ratio:.2f}"

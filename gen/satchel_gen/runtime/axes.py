@@ -155,7 +155,7 @@ class Batch:
         split = tensor.reshape(*before, self.samples, self.outer, -1, *tensor.shape[lead + 2 :])
         return split.movedim(lead, lead + 1).reshape(*before, *shape)
 
-    @lru_cache(maxsize=1 << 12)  # noqa: B019
+    @lru_cache(maxsize=1 << 12)  # noqa: B019 (a batch is a value)
     def placed(self, layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """Canonical shape of a layer's tensor; None where the batch cannot be where this says."""
         found = self.canonical_shape(layout, shape)

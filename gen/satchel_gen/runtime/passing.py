@@ -16,7 +16,7 @@ from .errors import NodeFailed
 from .plan import Step
 from .record import Edge
 from .rules import registry
-from .torch_private import COLUMNWISE, is_python_function, node_outputs
+from .torch_private import COLUMNWISE, is_python_function, node_output_shape, node_outputs
 
 
 def pull(step: Step, columns: Mapping[int, Tensor]) -> dict[Edge, Tensor]:
@@ -89,7 +89,7 @@ def _fit(result: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor:
 def edge_shape(edge: Edge) -> tuple[int, ...]:
     """Shape of the gradient that an edge carries."""
     node, output_nr = edge
-    return node_outputs(node)[output_nr][0]
+    return node_output_shape(node, output_nr)
 
 
 def features(shape: Sequence[int], samples: int) -> int:

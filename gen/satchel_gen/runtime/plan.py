@@ -14,7 +14,7 @@ from torch.autograd.graph import Node
 from .calls import ByRules, Call
 from .record import Edge, Mark, Record, entries, layer_record
 from .rules import Layer
-from .torch_private import is_accumulator, leaf_of, node_outputs
+from .torch_private import is_accumulator, leaf_of, node_output_shape, node_outputs
 from .uses import Use
 from .wanted import Wanted
 
@@ -167,7 +167,7 @@ class Plan:
 
 def _numel(edge: Edge) -> int:
     node, output_nr = edge
-    return prod(node_outputs(node)[output_nr][0])
+    return prod(node_output_shape(node, output_nr))
 
 
 def walk(start: Iterable[Edge], wanted: Wanted) -> Plan:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, update_wrapper
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -121,7 +122,9 @@ class cheapest:
         return ranked if name is None else tuple(program for program in ranked if program.name == name) or ranked
 
     def _rank(self, _: Machine, *operands: Any) -> tuple[Program, ...]:
-        return tuple(sorted((program for program in self.programs(*operands) if program.valid), key=_seconds))
+        return tuple(
+            sorted((program for program in self.programs(*operands) if program.valid), key=attrgetter("seconds"))
+        )
 
     def __call__(self, *operands: Any) -> Tensor:
         best, *_ = self.ranked(*operands)
@@ -132,10 +135,6 @@ class _Shaped(NamedTuple):
     """What costs depend on."""
 
     shape: tuple[int, ...]
-
-
-def _seconds(program: Program) -> float:
-    return program.seconds
 
 
 def block_count(columns: int, samples: int, each: int) -> int:
