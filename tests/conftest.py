@@ -102,6 +102,9 @@ class Pass:
         named = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         return {name: comparable(feature, getattr(p, feature.field)) for name, p in named.items()}
 
+    def gradients(self) -> dict[str, Any]:
+        return {name: p.grad for name, p in self.network.named_parameters() if p.requires_grad}
+
 
 def comparable(feature: Any, value: Any) -> Any:
     """A field as the reference gives it: a square root V [V, N, *p] is only fixed up to a rotation of its columns, Σ_v V Vᵀ is not."""

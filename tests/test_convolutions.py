@@ -13,6 +13,7 @@ from cases import Case, Network, Wired, projection
 from conftest import FEATURES, Agree, Pass, is_sampled
 from satchel.registry import REGISTRY
 from satchel.runtime import window_gram, windows
+from satchel.runtime.place_gram import place_gram
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -48,12 +49,13 @@ def check(network: Network, agree: Agree) -> None:
     done = Pass(case, torch.float64, "aten", *(feature() for feature in EXACT))
     for feature in EXACT:
         agree(done.fields(feature), {name: reference.field(feature.__name__, name) for name in reference.parameters})
+    agree(done.gradients(), {name: g.sum(0) for name, g in reference.gradients.items()})
 
 
 @DRAWN
 @given(data=st.data())
 def test_kernel_gradients_by_groups_and_by_products_are_those_of_windows(data: st.DataObject) -> None:
-    """Whatever the places are, also such that torch would find others: two ways for CPUs and one for GPUs."""
+    """Whatever the places are, also such that torch would find others: three ways for CPUs and one for GPUs."""
     rank = data.draw(st.integers(1, 3), "rank")
     places, taps, stride = (data.draw(numbers(rank, 1, high), name) for name, high in (("h", 4), ("a", 3), ("s", 3)))
     dilation, padding = data.draw(numbers(rank, 1, 2), "d"), data.draw(numbers(rank, 0, 2), "p")
@@ -66,6 +68,31 @@ def test_kernel_gradients_by_groups_and_by_products_are_those_of_windows(data: s
     torch.testing.assert_close(one, other)
     single = windows._of_products(x.float(), factor.float(), taps, stride, dilation, padding)
     torch.testing.assert_close(single, one.float(), rtol=1e-4, atol=1e-4)
+    room = torch.full((V, N + 1, *one.shape[2:]), torch.nan, dtype=torch.float64)
+    for v in range(V):
+        batched = windows._of_batches(x, factor[v : v + 1], taps, stride, dilation, padding, None)
+        torch.testing.assert_close(batched, one[v : v + 1])
+        windows.kernel_gradients(x, factor[v : v + 1], taps, stride, dilation, padding, out=room[v : v + 1, :N])
+    torch.testing.assert_close(room[:, :N], one)
+    assert room[:, N:].isnan().all()
+
+
+@DRAWN
+@given(data=st.data())
+def test_products_of_windows_at_two_places_are_those_of_the_windows(data: st.DataObject) -> None:
+    rank = data.draw(st.integers(1, 3), "rank")
+    places, taps, stride = (data.draw(numbers(rank, 1, high), name) for name, high in (("h", 4), ("a", 3), ("s", 3)))
+    dilation, padding = data.draw(numbers(rank, 1, 2), "d"), data.draw(numbers(rank, 0, 2), "p")
+    more = data.draw(numbers(rank, -1, 3), "more")
+    N, G, C = data.draw(st.tuples(*[st.integers(1, 3)] * 3), "N, G, C")
+    geometry = zip(places, taps, stride, dilation, padding, more, strict=True)
+    x = torch.randn(
+        N, G, C, *(max(1, s * (h - 1) + d * (a - 1) + 1 - 2 * p + m) for h, a, s, d, p, m in geometry)
+    ).double()
+    patches = windows.windows(x, places, taps, stride, dilation, padding).flatten(3 + rank).flatten(3, 2 + rank)
+    want = torch.einsum("ngcha,ngcHa->nghH", patches, patches)
+    found = place_gram(x, places, taps, stride, dilation, padding)
+    torch.testing.assert_close(found.flatten(2, 1 + rank).flatten(3), want)
 
 
 @DRAWN

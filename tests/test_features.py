@@ -18,7 +18,7 @@ from networks import NETWORKS
 from satchel import backpack, extend, extensions
 from satchel.layers import linear
 from satchel.registry import REGISTRY
-from satchel.runtime import averaged, curvature, quantities, residual, sweep, uses
+from satchel.runtime import averaged, cost, curvature, quantities, residual, sweep, uses
 from satchel.runtime.cost import forced
 
 EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
@@ -96,8 +96,7 @@ def test_field_on_backends(
 def test_gradient_is_untouched(network: Network, loss: Any, reduction: str, agree: Agree) -> None:
     case = Case(network, loss, reduction)
     done = Pass(case, torch.float64, "aten", *(feature() for feature in FEATURES))
-    gradients = {name: p.grad for name, p in done.network.named_parameters() if p.requires_grad}
-    agree(gradients, {name: g.sum(0) for name, g in case.reference().gradients.items()})
+    agree(done.gradients(), {name: g.sum(0) for name, g in case.reference().gradients.items()})
 
 
 @by_name("frozen_first", "frozen_middle", "frozen_last", "frozen_some")
@@ -264,6 +263,19 @@ def test_variance_does_not_cancel(positions: int, ratio: float, agree: Agree) ->
         # A product of ratio² is rounded to 6e-8 of itself before its mean is taken off; operands are centred before they meet.
         rounding = 1e-5 if program == "centred" else 1e-6 * ratio
         agree({"variance": found}, wanted, tolerance=max(rounding, 1e-5))
+
+
+@pytest.mark.parametrize("outlier", [0.0, 1e2, 1e6])
+def test_variance_in_blocks_when_the_first_is_far_off(outlier: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean that begins far from the others costs no digits."""
+    monkeypatch.setattr(cost, "machine", cost.Machine(cache_elements=1))  # a sample for a block
+    generator = torch.Generator().manual_seed(0)
+    factor, x = (torch.randn(shape, generator=generator) for shape in ((1, 64, 7, 6), (64, 7, 5)))
+    factor[:, 0] += outlier
+    individual = factor[0].double().transpose(-2, -1) @ x.double()
+    with forced("blockwise"):
+        found = linear.weight_squared_deviations(factor, x) / 64
+    torch.testing.assert_close(found.double(), individual.var(0, correction=0), rtol=1e-5, atol=0)
 
 
 def test_variance_of_equal_gradients_is_zero_and_never_negative() -> None:

@@ -11,7 +11,22 @@ import sympy
 from sympy import Expr
 
 from ..calculus.terms import CalculusError
-from ..lowering.plan import Add, Axes, Contract, Leaf, Map, Node, Permute, Reduce, Scaled, Window, extent_symbol
+from ..lowering.plan import (
+    Add,
+    Axes,
+    Contract,
+    Leaf,
+    Map,
+    Node,
+    Permute,
+    Products,
+    Reduce,
+    Scaled,
+    Window,
+    extent_symbol,
+    is_place_gram,
+    is_transposed,
+)
 from ..notation import After, Equal, Extent, Index, Option
 from .aten_expr import AtenPrinter, is_postfix, repeated, threshold
 
@@ -44,6 +59,8 @@ class Body:
     lines: list[str] = field(default_factory=list)
     extents: set[sympy.Symbol] = field(default_factory=set)
     renamed: dict[str, str] = field(default_factory=dict)  # tensor → the expression that stands for it here
+    result: Node | None = None  # what is written to `out` where the operation can do that
+    writes: bool = False
 
     def local(self, name: str, text: str) -> str:
         """A local variable for `text`; the same text is computed once."""
@@ -55,6 +72,13 @@ class Body:
         unique = name if name not in taken else next(f"{name}{k}" for k in range(2, 99) if f"{name}{k}" not in taken)
         self.lines.append(f"{unique} = {text}")
         return unique
+
+    def _out(self, node: Node) -> str:
+        """Where an operation writes, if it gives the result."""
+        if node is not self.result:
+            return ""
+        self.writes = True
+        return ", out=out"
 
     def __call__(self, node: Node) -> str:
         match node:
@@ -75,6 +99,8 @@ class Body:
                 return self._scaled(child, coefficient)
             case Contract():
                 return self._contract(node)
+            case Products():
+                return self._products(node)
             case Add():
                 return self._add(node)
 
@@ -138,7 +164,7 @@ class Body:
 
     def _geometry(self, found: Sequence[Window]) -> tuple[bool, list[str]]:
         """Stride, dilation and padding, and whether the windows are those of the transposed access."""
-        transposed = any(w.divisor != 1 for w in found) or all(w.reach.could_extract_minus_sign() for w in found)
+        transposed = is_transposed(found)
         sign = -1 if transposed else 1
         parts = [(w.divisor if transposed else w.step, sign * w.reach, -sign * w.offset) for w in found]
         return transposed, [self._numbers([part[k] for part in parts]) for k in range(3)]
@@ -191,7 +217,9 @@ class Body:
             if factor.axes != (columns, *lead, out, *places) or node.axes != (columns, *lead, *kernel, *taps):
                 continue
             arguments = [self._stored(image), self._leaf(factor), self._sizes(taps), *geometry]
-            return f"{'transposed_' if transposed else ''}kernel_gradients({', '.join(arguments)})"
+            if transposed:
+                return f"transposed_kernel_gradients({', '.join(arguments)})"
+            return f"kernel_gradients({', '.join(arguments)}{self._out(node)})"
         return None
 
     def _window_gram(self, node: Contract) -> str | None:
@@ -210,6 +238,15 @@ class Body:
             return None
         arguments = [self._stored(one), self._sizes(places), self._sizes(taps), *geometry]
         return f"window_gram({', '.join(arguments)})"
+
+    def _place_gram(self, node: Contract) -> str | None:
+        """A product of the windows of a tensor with those at other places, summed over taps and channels."""
+        image = node.left
+        if not is_place_gram(node) or not isinstance(image, Leaf):
+            return None
+        _, geometry = self._geometry(image.windows)
+        places, taps = (self._sizes([getattr(w, kind) for w in image.windows]) for kind in ("place", "tap"))
+        return f"place_gram({', '.join([self._stored(image), places, taps, *geometry])})"
 
     def _operand(self, node: Node) -> str:
         """A node that a method is called on, or that is used more than once: parenthesised or named."""
@@ -284,19 +321,31 @@ class Body:
         return text if "None" not in places else f"{text}[{', '.join(places)}]"
 
     def _contract(self, node: Contract) -> str:
-        convolution = self._correlation(node) or self._kernel_gradients(node) or self._window_gram(node)
+        printers = (self._correlation, self._kernel_gradients, self._window_gram, self._place_gram)
+        convolution = next((text for printer in printers if (text := printer(node)) is not None), None)
         if convolution is not None:
             return convolution
         for left, right in ((node.left, node.right), (node.right, node.left)):
-            text = self._matmul(left, right, node.over, node.axes)
+            text = self._matmul(left, right, node)
             if text is not None:
                 return text
-        letters = _letters((*node.left.axes, *node.right.axes))
-        spec = ["".join(letters[i] for i in axes) for axes in (node.left.axes, node.right.axes, node.axes)]
-        return f'torch.einsum("{spec[0]},{spec[1]}->{spec[2]}", {self(node.left)}, {self(node.right)})'
+        spec = _spec(node.left.axes, node.right.axes, node.axes)
+        return f'torch.einsum("{spec}", {self(node.left)}, {self(node.right)})'
 
-    def _matmul(self, left: Node, right: Node, over: Axes, out: Axes) -> str | None:
-        a, b = left.axes, right.axes
+    def _products(self, node: Products) -> str:
+        """A product of matrices, where the operands share no other axis and have one of their own each."""
+        stacked = []
+        for operands in zip(*node.pairs, strict=True):
+            texts = [self(part) if node.over in part.axes else f"{self._operand(part)}[None]" for part in operands]
+            stacked.append((operands[0].axes, f"torch.cat(({', '.join(texts)}))"))
+        for (left, first), (right, second) in (stacked, reversed(stacked)):
+            if len(left) == len(right) == 2 and node.axes == (left[1], right[1]):
+                return f"matmul({first}.T, {second})"
+        (left, first), (right, second) = stacked
+        return f'torch.einsum("{_spec(left, right, node.axes)}", {first}, {second})'
+
+    def _matmul(self, left: Node, right: Node, node: Contract) -> str | None:
+        a, b, over, out = left.axes, right.axes, node.over, node.axes
         batch = tuple(i for i in a if i in b and i not in over)
         rows = tuple(i for i in a if i not in b)
         columns = tuple(i for i in b if i not in a)
@@ -315,7 +364,7 @@ class Body:
             if lead == out[:-2] and lead[len(lead) - len(batch) :] == batch:
                 first = self._operand(left) + ("" if a[-2:] == (rows[-1], *over) else ".transpose(-2, -1)")
                 second = self._operand(right) + ("" if b[-2:] == (*over, *columns) else ".transpose(-2, -1)")
-                return f"{first} @ {second}" if batch else f"matmul({first}, {second})"
+                return f"matmul({first}, {second}{self._out(node)})"
         return None
 
     def _gram_rows(self, node: Contract) -> str | None:
@@ -346,6 +395,13 @@ def _tuple(dims: Sequence[int]) -> str:
 
 def _sequence(parts: Sequence[str]) -> str:
     return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+
+
+def _spec(left: Axes, right: Axes, out: Axes) -> str:
+    """What einsum takes."""
+    letters = _letters((*left, *right))
+    first, second, third = ("".join(letters[i] for i in axes) for axes in (left, right, out))
+    return f"{first},{second}->{third}"
 
 
 def _letters(axes: Axes) -> dict[Index, str]:

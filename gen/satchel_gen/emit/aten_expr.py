@@ -45,7 +45,12 @@ class AtenPrinter(StrPrinter):
     _print_sin = _print_cos = _print_Function
 
     def _print_Add(self, expr: sympy.Add) -> str:
-        """Positive parts first: `input - lse`."""
+        """Positive parts first: `input - lse`; one operation for a tensor less another's squares."""
+        for read in expr.args if len(expr.args) == 2 else ():
+            base, exponent = (read - expr).as_base_exp()
+            if exponent == 2 and read in self.names and base in self.names:
+                first, second = self._print(read), self._print(base)
+                return f"torch.addcmul({first}, {second}, {second}, value=-1)"
         negative = [part for part in expr.args if part.could_extract_minus_sign()]
         text = " + ".join(self.parenthesize(part, 40) for part in expr.args if part not in negative)
         for part in negative:
@@ -101,7 +106,9 @@ class AtenPrinter(StrPrinter):
         bound, value = expr.args
         if not bound.is_number:
             raise CalculusError(f"the ATen printer knows a maximum with a number only, not {expr}")
-        return f"({self._print(value)}).clamp(min={self._print(bound)})"
+        # What is computed for this may be changed.
+        text, place = self._print(value), "" if value in self.names else "_"
+        return f"{text if is_postfix(text) else f'({text})'}.clamp{place}(min={self._print(bound)})"
 
     def _print_Piecewise(self, expr: sympy.Piecewise) -> str:
         *cases, (otherwise, always) = expr.args

@@ -19,6 +19,7 @@ class RuleContext:
     operands: tuple[str, ...]
     kernel: str | None
     lead: int | None = None
+    writes: bool = False
 
 
 class Stated:

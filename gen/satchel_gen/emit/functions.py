@@ -12,6 +12,7 @@ from ..calculus.derive import Statement
 from ..calculus.instantiate import Formula
 from ..calculus.terms import CalculusError, Term, terms
 from ..definitions.distributions import Distribution
+from ..definitions.quantities import PER_SAMPLE
 from ..formula import render, render_formula, wrapped
 from ..lowering.composed import Stage
 from ..lowering.losses import LossRule, LoweredLoss
@@ -51,10 +52,12 @@ class Function:
     choices: tuple[Choice, ...] = ()
     entry: bool = True
     numbers: Mapping[str, str] = field(default_factory=dict)
+    writes: bool = False  # to `out`, where that is given
 
     @property
     def signature(self) -> str:
-        return signature(self.arguments, self.numbers)
+        given = signature(self.arguments, self.numbers)
+        return f"{given}, out: Tensor | None = None" if self.writes else given
 
     @property
     def body(self) -> tuple[object, ...]:
@@ -95,7 +98,7 @@ def rule_functions(rule: LoweredRule) -> list[Function]:
 
 def _straight(rule: LoweredRule, formula: str, shapes: str) -> Function:
     (variant,), arguments, groups = rule.variants, rule.arguments, rule.formula.groups
-    body = Body(dict(arguments))
+    body = Body(dict(arguments), result=variant.tree if rule.quantity == PER_SAMPLE.name else None)
     _emit_stages(body, rule)
     text = result(body, variant)
     if any(len(group) != 1 for group in groups):
@@ -103,7 +106,8 @@ def _straight(rule: LoweredRule, formula: str, shapes: str) -> Function:
     if rule.formula.blocks:
         text = f"{text if text.endswith(')') and text.startswith('(') else f'({text})'}.squeeze(0)"
     lines = unpack_extents(body.extents, arguments, rule.shapes) + body.lines
-    return Function(rule.name, formula, shapes, tuple(arguments), tuple(lines), text)
+    note = "Written to `out` where that is given." if body.writes else ""
+    return Function(rule.name, formula, shapes, tuple(arguments), tuple(lines), text, note, writes=body.writes)
 
 
 def result(body: Body, variant: Variant) -> str:

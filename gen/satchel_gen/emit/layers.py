@@ -66,7 +66,9 @@ def layer_context(lowered: LoweredLayer, kernels: Collection[KernelRule]) -> Lay
             known[entry.body] = entry.name
             functions.extend(emitted)
         operands = (*rule.operands, *rule.numbers)
-        return RuleContext(known[entry.body], operands, rule.name if rule.name in fused else None, rule.lead)
+        return RuleContext(
+            known[entry.body], operands, rule.name if rule.name in fused else None, rule.lead, entry.writes
+        )
 
     passes = {name: context(rule) for name, rule in lowered.passes.items()}
     parameters = {

@@ -2,8 +2,8 @@
 
 - *blockwise*: the product T in blocks of samples that stay in cache, whose deviations are merged.
 - *centred*: where T = a b is a product without a sum. With the means ā, b̄ over n, d = a − ā and e = b − b̄,
-  T − ā b̄ = a e + b̄ d, so that Σ_n (T − mean T)² = Σ a² e² + Σ (a d) (2 b̄ e) + b̄² Σ d² − (Σ a e / √N)²: three products, of small
-  terms. What scales them is in their operands, which are smaller than the result.
+  T − ā b̄ = a e + b̄ d, so that Σ_n (T − mean T)² = Σ a² e² + Σ (a d) (2 b̄ e) + (Σ d²) b̄² − (Σ a e / √N)²: the first three as one
+  product. What scales them is in their operands, which are smaller than the result.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sympy import IndexedBase, Max, sqrt
 from ..calculus.instantiate import Formula
 from ..calculus.terms import Term
 from ..notation import Access, Extent, Index, index_atoms, reads
-from .plan import Axes, Leaf, Map, Node, Reduce, Scaled, leaf, plan
+from .plan import Axes, Leaf, Map, Node, Products, Reduce, Scaled, leaf, plan
 from .squares import Variant, inner_axes, no_larger_than_an_operand, square_of
 
 
@@ -57,8 +57,13 @@ def _centred(product: Term, n: Index, axes: Axes) -> Variant | None:
     left, right = IndexedBase("a")[(n, *first)], IndexedBase("b")[(n, *second)]
     centre = IndexedBase("centre")[tuple(second)]
     d, e = IndexedBase("d")[(n, *first)], IndexedBase("e")[(n, *second)]
-    share, shift = IndexedBase("share")[(n, *first)], IndexedBase("shift")[(n, *second)]
+    share = IndexedBase("share")[(n, *first)]
     over = frozenset({n})
+    pairs = (
+        (plan(Term(left**2), (n, *first)), plan(Term(e**2), (n, *second))),
+        (plan(Term(left * d), (n, *first)), plan(Term(2 * centre * e), (n, *second))),
+        (plan(Term(d**2, over), tuple(first)), plan(Term(centre**2), tuple(second))),
+    )
     named = {
         "a": plan(Term(a), (n, *first), dropped),
         "b": plan(Term(b), (n, *second), dropped),
@@ -66,18 +71,14 @@ def _centred(product: Term, n: Index, axes: Axes) -> Variant | None:
         "d": _minus(leaf(left), _mean_over(n, Reduce(leaf(left), (n,), tuple(first)))),
         "e": _minus(leaf(right), leaf(centre)),
         "share": plan(Term(left / sqrt(Extent(n))), (n, *first)),
-        "shift": Map(2 * centre * e, (centre, e), (leaf(centre), leaf(e)), (n, *second)),
-        "moment": plan(Term(left**2 * e**2, over), axes),
-        "cross": plan(Term(left * d * shift, over), axes),
+        "total": Products(pairs, n, axes),
         "drift": plan(Term(share * e, over), axes),
     }
-    moment, cross, drift = (IndexedBase(name)[axes] for name in ("moment", "cross", "drift"))
-    spread = IndexedBase("spread")[tuple(first)]
-    slots = (moment, cross, drift, centre, spread)
-    nodes = (*map(leaf, slots[:-1]), plan(Term(d**2, over), tuple(first)))
+    slots = tuple(IndexedBase(name)[axes] for name in ("total", "drift"))
+    total, drift = slots
     # Where the deviations cancel to nothing, rounding leaves either sign.
-    expr = Max(0, moment + cross + centre**2 * spread - drift**2)
-    return Variant("centred", Map(expr, slots, nodes, axes), unit, named=tuple(named.items()))
+    expr = Max(0, total - drift**2)
+    return Variant("centred", Map(expr, slots, (leaf(total), leaf(drift)), axes), unit, named=tuple(named.items()))
 
 
 def _minus(node: Node, mean: Node) -> Node:

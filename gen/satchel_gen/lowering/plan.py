@@ -85,6 +85,16 @@ class Contract:
 
 
 @dataclass(frozen=True)
+class Products:
+    """Σ over pairs of operands of their products over one axis, as one product of all that are stacked along it. A pair that lacks
+    the axis is one row."""
+
+    pairs: tuple[tuple[Node, Node], ...]
+    over: Index
+    axes: Axes
+
+
+@dataclass(frozen=True)
 class Permute:
     """The same elements with axes in another order."""
 
@@ -112,7 +122,24 @@ class Scaled:
         return self.child.axes
 
 
-Node = Leaf | Map | Reduce | Contract | Permute | Scaled | Add
+def is_transposed(windows: Sequence[Window]) -> bool:
+    """Whether the windows are those of the transposed access."""
+    return any(w.divisor != 1 for w in windows) or all(w.reach.could_extract_minus_sign() for w in windows)
+
+
+def is_place_gram(node: Contract) -> bool:
+    """Whether windows of a tensor meet themselves at other places, summed over the taps: then its elements' products are shared."""
+    one, other = node.left, node.right
+    if not (isinstance(one, Leaf) and isinstance(other, Leaf)) or not one.windows or one.name != other.name:
+        return False
+    taps, places = ([getattr(w, kind) for w in one.windows] for kind in ("tap", "place"))
+    apart = [w.place for w in other.windows]
+    own = tuple(i for i in one.axes if i not in (*places, *taps) and i not in node.over)
+    met = set(places).isdisjoint(apart) and set(taps) <= set(node.over) and taps == [w.tap for w in other.windows]
+    return met and not is_transposed(one.windows) and node.axes == (*own, *places, *apart)
+
+
+Node = Leaf | Map | Reduce | Contract | Products | Permute | Scaled | Add
 
 
 def children(node: Node) -> tuple[Node, ...]:
@@ -123,6 +150,8 @@ def children(node: Node) -> tuple[Node, ...]:
             return parts
         case Contract(left=left, right=right):
             return (left, right)
+        case Products(pairs=pairs):
+            return tuple(itertools.chain.from_iterable(pairs))
         case Reduce(child=child) | Scaled(child=child) | Permute(child=child):
             return (child,)
 
@@ -130,8 +159,16 @@ def children(node: Node) -> tuple[Node, ...]:
 def flops(node: Node) -> Expr:
     """Floating-point operations: 2 per multiply-add, one per element of a map or sum."""
     match node:
+        case Contract(left=Leaf(stored=stored, windows=windows)) if is_place_gram(node):
+            pairs, lead = (
+                size(w.axis for w in windows) ** 2,
+                size(i for i in stored if i not in [w.axis for w in windows]),
+            )
+            own = 2 * lead * pairs + size(w.tap for w in windows) * size(node.axes)
         case Contract(left=left, right=right):
             own = 2 * size(dict.fromkeys((*left.axes, *right.axes)))
+        case Products(pairs=pairs):
+            own = sum((2 * size(dict.fromkeys((*left.axes, *right.axes))) for left, right in pairs), sympy.Integer(0))
         case Map():
             own = size(node.axes)
         case Add(parts=parts):
@@ -146,7 +183,12 @@ def flops(node: Node) -> Expr:
 def elements_moved(node: Node) -> Expr:
     """Elements read and written, each operation reading its operands and writing its result."""
     own = sympy.Integer(0)
-    if not isinstance(node, Leaf | Permute | Scaled):
+    if isinstance(node, Contract) and is_place_gram(node):
+        assert isinstance(node.left, Leaf)
+        axes, taps = ([getattr(w, kind) for w in node.left.windows] for kind in ("axis", "tap"))
+        lead = [i for i in node.left.stored if i not in axes and i not in node.over]
+        own = size(node.left.stored) + 2 * size(lead) * size(axes) ** 2 + 2 * size(taps) * size(node.axes)
+    elif not isinstance(node, Leaf | Permute | Scaled):
         own = size(node.axes) + sum((size(child.axes) for child in children(node)), sympy.Integer(0))
     return own + sum((elements_moved(child) for child in children(node)), sympy.Integer(0))
 

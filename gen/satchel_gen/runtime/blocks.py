@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -15,6 +17,11 @@ from torch import Tensor
 from .cost import blocks
 from .memory import empty
 from .rules import Reduction
+from .squares import summed_squares
+
+#: Σ_{v,n} T, the gradient where T are individual ones.
+SUM = "sum"
+SUMMED = Reduction("per_sample", partial(torch.sum, dim=(0, 1)))
 
 
 class _Total:
@@ -23,35 +30,49 @@ class _Total:
     def __init__(self, reduction: Reduction) -> None:
         self.reduction = reduction
         self.parts: dict[int, Tensor] = {}
-        self.count = 0
-        self.mean: Tensor | None = None
 
     def add(self, pullbacks: Tensor, signs: tuple[Tensor, ...], first: int) -> None:
         """`first`: the first sample of the block."""
-        over = self.reduction.over
-        if over == "deviations":
-            value = self._merged(pullbacks, first)
-        else:
-            value = self.reduction.function(pullbacks, *(signs if self.reduction.signed else ()))
-        key = first if over == "columns" else 0
+        value = self.reduction.function(pullbacks, *(signs if self.reduction.signed else ()))
+        key = first if self.reduction.over == "columns" else 0
         self.parts[key] = self.parts[key].add_(value) if key in self.parts else value
-
-    def _merged(self, pullbacks: Tensor, first: int) -> Tensor:
-        """What a block adds to the squared deviations (Chan, Golub and LeVeque, 1979, eq. 2.1)."""
-        count, mean = pullbacks.shape[1], pullbacks.mean(1)
-        value = self.reduction.function(pullbacks) if count > 1 else torch.zeros_like(mean[0])
-        if first == 0 or self.mean is None:
-            self.count, self.mean = count, mean
-            return value
-        total, distance = self.count + count, mean - self.mean
-        value = value + distance.square().sum(0) * (self.count * count / total)
-        self.count, self.mean = total, self.mean + distance * (count / total)
-        return value
 
     @property
     def value(self) -> Tensor:
         parts = list(self.parts.values())
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class _Deviations:
+    """Σ_{v,n} (T − mean_n T)². With d = T − K, K the mean of the n samples before a block of m, the block adds
+    Σ d² − (Σ d)² / (n + m), and Σ d / (n + m) to the mean (West, 1979)."""
+
+    def __init__(self) -> None:
+        self.squares: Tensor | None = None
+        self.means: list[Tensor] = []  # of one range of columns after the other
+        self.count = 0
+
+    def add(self, pullbacks: Tensor, signs: tuple[Tensor, ...], first: int) -> None:
+        """`first`: the first sample of the block."""
+        if first == 0:
+            self.means.append(pullbacks.sum(1) / max(pullbacks.shape[1], 1))
+        mean, self.count = self.means[-1], max(first + pullbacks.shape[1], 1)
+        distances = pullbacks - mean[:, None]
+        squares, drift = summed_squares(distances, 2), distances.sum(1)
+        self.squares = squares if self.squares is None else self.squares.add_(squares)
+        for column in drift:
+            self.squares.addcmul_(column, column, value=-1 / self.count)
+        mean.add_(drift, alpha=1 / self.count)
+
+    @property
+    def value(self) -> Tensor:
+        assert self.squares is not None
+        return self.squares.clamp_(min=0)  # where the samples agree, rounding leaves either sign
+
+    @property
+    def sum(self) -> Tensor:
+        """Σ_{v,n} T."""
+        return self.count * reduce(add, (mean.sum(0) for mean in self.means))
 
 
 def in_blocks(
@@ -63,23 +84,36 @@ def in_blocks(
     signs: Sequence[Tensor] = (),
     by_sample: int = 1,
     keep: bool = False,
+    writes: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Several quantities of the same pullbacks; and these, if they are to be kept.
 
-    pull: T of a factor [V, N, *output] and operands, the first `by_sample` of which are [N, …]. each: elements of one pullback.
+    pull: T of a factor [V, N, *output] and operands, the first `by_sample` of which are [N, …], written to `out` if it `writes`.
+    each: elements of one pullback. keep: whether T is returned, too.
     """
     V, N = factor.shape[:2]
-    totals = {name: _Total(reduction) for name, reduction in reductions.items()}
+    totals: dict[str, _Total | _Deviations] = {
+        name: _Deviations() if reduction.over == "deviations" else _Total(reduction)
+        for name, reduction in reductions.items()
+    }
+    deviations = next((total for total in totals.values() if isinstance(total, _Deviations)), None)
+    if deviations is not None and SUM in totals:
+        del totals[SUM]
     kept: Tensor | None = None
     for columns, samples in blocks(V, N, each):
         own = [operand[samples] for operand in operands[:by_sample]]
-        pullbacks = pull(factor[columns, samples], *own, *operands[by_sample:])
+        into = {} if kept is None or not writes else {"out": kept[columns, samples]}
+        pullbacks = pull(factor[columns, samples], *own, *operands[by_sample:], **into)
         for total in totals.values():
             total.add(pullbacks, tuple(some[columns, samples] for some in signs), samples.start)
         if keep:
             kept = empty((V, N, *pullbacks.shape[2:]), like=pullbacks) if kept is None else kept
-            kept[columns, samples] = pullbacks
-    return {name: total.value for name, total in totals.items()}, kept
+            if not into:
+                kept[columns, samples] = pullbacks
+    found = {name: total.value for name, total in totals.items()}
+    if deviations is not None and SUM in reductions:  # they have it
+        found[SUM] = deviations.sum
+    return found, kept
 
 
 @dataclass(frozen=True)

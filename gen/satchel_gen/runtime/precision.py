@@ -16,16 +16,16 @@ def widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function` with every floating operand in one dtype, float32 or wider (mixed dtypes occur under autocast)."""
 
     @wraps(function)
-    def call(*operands: Any) -> Tensor:
+    def call(*operands: Any, **out: Tensor) -> Tensor:
         tensors = [operand for operand in operands if isinstance(operand, Tensor)]
         first = tensors[0].dtype
         if first not in _HALF and all(tensor.dtype == first for tensor in tensors):
-            return function(*operands)
+            return function(*operands, **out)
         common = torch.float32
         for tensor in tensors:
             if tensor.is_floating_point():
                 common = torch.promote_types(common, tensor.dtype)
-        return function(*(_to(common, operand) for operand in operands))
+        return function(*(_to(common, operand) for operand in operands), **out)
 
     return call
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .blocks import Blockwise, in_blocks
+from .blocks import SUM, SUMMED, Blockwise, in_blocks
 from .cost import Program, cheapest
 from .errors import SharedByKinds
 from .evaluate import evaluate, uses_kernel
@@ -26,12 +26,16 @@ from .uses import PER_SAMPLE, Use, alike, joinable, joined, shaped
 def quantities(
     uses: Sequence[Use], names: Iterable[str], *extra: Tensor, differentiable: bool = False
 ) -> dict[str, Tensor]:
-    """The quantities `names` of one parameter; `extra` is what their rules take after the factor."""
+    """The quantities `names` of one parameter; `extra` is what their rules take after the factor.
+
+    `SUM` is there where blocks of individual pullbacks serve the other quantities, too: otherwise autograd computes it as fast.
+    """
     if len(uses) > 1 and not joinable(uses):
         return _totalled(uses, [name for name in names if all(use.offers(name) for use in uses)], extra, differentiable)
     use = uses[0] if len(uses) == 1 else joined(uses)
     rules = {name: use.rules[name] for name in names if name in use.rules}
-    found = {} if differentiable or use.factor is None else _cheapest(use, rules, extra)
+    found = {} if differentiable or use.factor is None else _cheapest(use, rules, extra, SUM in names)
+    total = found.pop(SUM, None)
     for name, rule in rules.items():
         if name not in found and rule.aten in use.memo:
             found[name] = use.memo[rule.aten]
@@ -40,7 +44,8 @@ def quantities(
             found[name] = evaluate(rule, use.layer, use.operand, *given, differentiable=differentiable)
             if not rule.operands:
                 use.memo[rule.aten] = found[name]
-    return {name: shaped(rules[name], use, value) for name, value in found.items()}
+    values = {name: shaped(rules[name], use, value) for name, value in found.items()}
+    return values if total is None else values | {SUM: total.reshape(use.record.parameter(use.name).shape)}
 
 
 def _totalled(
@@ -76,7 +81,7 @@ def _given(use: Use, name: str, extra: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return own if name == PER_SAMPLE else (*own, *extra)
 
 
-def _cheapest(use: Use, rules: Mapping[str, Rule], extra: Sequence[Tensor]) -> dict[str, Tensor]:
+def _cheapest(use: Use, rules: Mapping[str, Rule], extra: Sequence[Tensor], summed: bool) -> dict[str, Tensor]:
     """What has several programs, by its cheapest; and individual pullbacks, where blocks of them serve that, too."""
     values: dict[str, list[Any]] = {}
     choices: dict[str, tuple[Program, ...]] = {}
@@ -84,16 +89,25 @@ def _cheapest(use: Use, rules: Mapping[str, Rule], extra: Sequence[Tensor]) -> d
         if isinstance(rule.aten, cheapest):
             own = [*_given(use, name, extra), *map(use.operand, rule.operands)]
             if not uses_kernel(rule, own):
-                values[name], choices[name] = own, rule.aten.ranked(*own)
+                ranked = rule.aten.ranked(*own)
+                values[name], choices[name] = own, tuple(sorted(ranked, key=_beside_gradient)) if summed else ranked
     if not choices and PER_SAMPLE not in rules:
         return {}
-    found = _in_blocks(use, rules, extra, choices)
+    found = _in_blocks(use, rules, extra, choices, summed)
     rest = {name: best for name, (best, *_) in choices.items() if name not in found}
     return found | {name: best.run(*values[name]) for name, best in rest.items()}
 
 
+def _beside_gradient(program: Program) -> float:
+    return program.seconds_beside_gradient if isinstance(program.function, Blockwise) else program.seconds
+
+
 def _in_blocks(
-    use: Use, rules: Mapping[str, Rule], extra: Sequence[Tensor], choices: Mapping[str, Sequence[Program]]
+    use: Use,
+    rules: Mapping[str, Rule],
+    extra: Sequence[Tensor],
+    choices: Mapping[str, Sequence[Program]],
+    summed: bool,
 ) -> dict[str, Tensor]:
     """What is cheapest by blocks of the same individual pullbacks, and these where they are asked for."""
     assert use.factor is not None
@@ -109,16 +123,18 @@ def _in_blocks(
     ]
     each = use.record.parameter(use.name).numel()
     stored = each * prod(use.factor.shape[:2]) * use.factor.element_size()
-    if len(together) + keep < 2 and not (keep and stored >= FRESH):
+    if len(together) + keep + summed < 2 and not (keep and stored >= FRESH):
         return {}
+    reductions = {name: registry().reductions[name] for name in together}
     found, kept = in_blocks(
         rule.aten,
-        {name: registry().reductions[name] for name in together},
+        reductions | ({SUM: SUMMED} if summed else {}),
         use.factor,
         [use.operand(name) for name in rule.operands],
         each,
         extra,
         by_sample=sum(name in ("input", "output") for name in rule.operands),
         keep=keep,
+        writes=rule.writes,
     )
     return found if kept is None else found | {PER_SAMPLE: kept}

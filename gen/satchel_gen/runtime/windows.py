@@ -15,8 +15,27 @@ from torch import Tensor
 
 from .torch_private import has_product, product
 
+#: Places of a kernel up to which batched products are faster than groups.
+_FEW = 64
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def padded(
+    tensor: Tensor,
+    places: Sequence[int],
+    taps: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """[*lead, *spatial] with zeros wherever a window reaches out of it."""
+    rank = len(places)
+    pads: list[int] = []
+    for k in reversed(range(rank)):
+        reached = stride[k] * (places[k] - 1) + dilation[k] * (taps[k] - 1) + 1
+        pads += [padding[k], max(0, reached - padding[k] - tensor.shape[k - rank])]
+    return F.pad(tensor, pads) if any(pads) else tensor
 
 
 def windows(
@@ -29,20 +48,16 @@ def windows(
 ) -> Tensor:
     """[*lead, *spatial] → x[…, s·h + d·a − p] [*lead, *places, *taps]."""
     rank = len(places)
-    pads: list[int] = []
-    for k in reversed(range(rank)):
-        reached = stride[k] * (places[k] - 1) + dilation[k] * (taps[k] - 1) + 1
-        pads += [padding[k], max(0, reached - padding[k] - tensor.shape[k - rank])]
-    padded = F.pad(tensor, pads) if any(pads) else tensor
-    lead, steps = padded.stride()[:-rank], padded.stride()[-rank:]
-    return padded.as_strided(
+    whole = padded(tensor, places, taps, stride, dilation, padding)
+    lead, steps = whole.stride()[:-rank], whole.stride()[-rank:]
+    return whole.as_strided(
         (*tensor.shape[:-rank], *places, *taps),
         (
             *lead,
             *(step * s for step, s in zip(steps, stride, strict=True)),
             *(step * d for step, d in zip(steps, dilation, strict=True)),
         ),
-        padded.storage_offset(),
+        whole.storage_offset(),
     )
 
 
@@ -125,16 +140,23 @@ def kernel_gradients(
     stride: Sequence[int],
     dilation: Sequence[int],
     padding: Sequence[int],
+    out: Tensor | None = None,
 ) -> Tensor:
     """[N, G, C, *spatial], [V, N, G, O, *places] → Σ_h factor[v, n, g, o, h] x[n, g, c, s·h + d·a − p] [V, N, G, O, C, *taps].
 
     The gradients of a convolution's kernel, each sample and group by itself. On a CPU one column is a convolution of N·G groups, which
-    reads each element once where windows would be copied; they are for several.
+    reads each element once where windows would be copied; they are for several, and for few places. Written to `out` where that is
+    given.
     """
     if tensor.is_cuda or not factor.numel():
-        return _of_windows(tensor, factor, taps, stride, dilation, padding)
-    several = len(factor) > 1 and has_product(factor, tensor)
-    return (_of_products if several else _of_groups)(tensor, factor, taps, stride, dilation, padding)
+        found = _of_windows(tensor, factor, taps, stride, dilation, padding)
+    elif len(factor) == 1 and prod(factor.shape[4:]) <= _FEW:
+        return _of_batches(tensor, factor, taps, stride, dilation, padding, out)
+    elif len(factor) > 1 and has_product(factor, tensor):
+        found = _of_products(tensor, factor, taps, stride, dilation, padding)
+    else:
+        found = _of_groups(tensor, factor, taps, stride, dilation, padding)
+    return found if out is None else out.copy_(found)
 
 
 def _of_windows(
@@ -151,6 +173,28 @@ def _of_windows(
     return found.reshape(*found.shape[:-1], *taps)
 
 
+def _of_batches(
+    tensor: Tensor,
+    factor: Tensor,
+    taps: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    out: Tensor | None,
+) -> Tensor:
+    _, N, G, O, *places = factor.shape
+    C, T = tensor.shape[2], prod(places)
+    rows = _by_tap(windows(tensor, places, taps, stride, dilation, padding), len(taps)).reshape(N * G, -1, T)
+    into = None if out is None else out.view(N * G, O, -1)
+    found = torch.bmm(factor.reshape(N * G, O, T), rows.mT, out=into)
+    return found.view(1, N, G, O, C, *taps)
+
+
+def _by_tap(patches: Tensor, rank: int) -> Tensor:
+    """[N, G, C, *places, *taps] → [N, G, C, *taps, *places]."""
+    return patches.movedim(tuple(range(-rank, 0)), tuple(range(3, 3 + rank)))
+
+
 def _of_products(
     tensor: Tensor,
     factor: Tensor,
@@ -161,8 +205,7 @@ def _of_products(
 ) -> Tensor:
     V, N, G, O, *places = factor.shape
     C, T = tensor.shape[2], prod(places)
-    patches = windows(tensor, places, taps, stride, dilation, padding)
-    by_tap = patches.movedim(tuple(range(-len(taps), 0)), tuple(range(3, 3 + len(taps))))  # [N, G, C, *taps, *places]
+    by_tap = _by_tap(windows(tensor, places, taps, stride, dilation, padding), len(taps))
     found = [
         product(factor[:, n, g].reshape(V * O, T), by_tap[n, g].reshape(C * prod(taps), T)).view(V, O, C, *taps)
         for n in range(N)

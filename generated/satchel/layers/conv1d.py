@@ -14,6 +14,7 @@ from torch import Tensor
 from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
+from ..runtime.place_gram import place_gram
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 from ..runtime.window_gram import window_gram
@@ -50,14 +51,15 @@ def weight_per_sample(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
+    out: Tensor | None = None,
 ) -> Tensor:
     """weight_per_sample[v, n, g, o, c, kw] = Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] −
         padding[0]]
 
-    factor [V, N, G, O, W], input [N, G, C, IW] → [V, N, G, O, C, KW]
+    factor [V, N, G, O, W], input [N, G, C, IW] → [V, N, G, O, C, KW]. Written to `out` where that is given.
     """
     KW = weight_shape[3]
-    return kernel_gradients(input, factor, (KW,), stride, dilation, padding)
+    return kernel_gradients(input, factor, (KW,), stride, dilation, padding, out=out)
 
 
 @cheapest
@@ -150,9 +152,8 @@ def weight_squared_norm_gram(
     """By the Gram matrices of both operands."""
     W = factor.shape[4]
     KW = weight_shape[3]
-    patches = windows(input, (W,), (KW,), stride, dilation, padding)
     return (
-        torch.einsum("ngcwa,ngcWa->ngwW", patches, patches) * torch.einsum("vngow,vngoW->ngwW", factor, factor)
+        place_gram(input, (W,), (KW,), stride, dilation, padding) * torch.einsum("vngow,vngoW->ngwW", factor, factor)
     ).sum((1, 2, 3))
 
 
@@ -184,9 +185,9 @@ def weight_squared_norm(
         ),
         Program(
             weight_squared_norm_gram,
-            flops=2 * G * N * W**2 + 2 * C * G * KW * N * W**2 + 2 * G * N * O * V * W**2,
+            flops=2 * G * N * W**2 + G * KW * N * W**2 + 2 * C * G * N * IW**2 + 2 * G * N * O * V * W**2,
             elements=N + C * G * IW * N + G * N * O * V * W,
-            scratch=4 * G * N * W**2 - C * G * IW * N + G * N * O * V * W + 2 * C * G * KW * N * W,
+            scratch=2 * G * N * IW**2 + 3 * G * N * W**2 + 2 * G * KW * N * W**2 + G * N * O * V * W,
             calls=3,
         ),
     )
@@ -556,7 +557,9 @@ LAYER = Layer(
     positional=False,
     parameters={
         "weight": {
-            "per_sample": Rule(weight_per_sample, ("input", "weight_shape", "dilation", "padding", "stride"), lead=2),
+            "per_sample": Rule(
+                weight_per_sample, ("input", "weight_shape", "dilation", "padding", "stride"), lead=2, writes=True
+            ),
             "sample_squares": Rule(
                 weight_sample_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1
             ),

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
+from ..runtime.place_gram import place_gram
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 from ..runtime.window_gram import window_gram
@@ -51,14 +52,15 @@ def weight_per_sample(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
+    out: Tensor | None = None,
 ) -> Tensor:
     """weight_per_sample[v, n, g, o, c, kh, kw] = Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh
         dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]]
 
-    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [V, N, G, O, C, KH, KW]
+    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [V, N, G, O, C, KH, KW]. Written to `out` where that is given.
     """
     *_, KH, KW = weight_shape
-    return kernel_gradients(input, factor, (KH, KW), stride, dilation, padding)
+    return kernel_gradients(input, factor, (KH, KW), stride, dilation, padding, out=out)
 
 
 @cheapest
@@ -151,9 +153,8 @@ def weight_squared_norm_gram(
     """By the Gram matrices of both operands."""
     *_, H, W = factor.shape
     *_, KH, KW = weight_shape
-    patches = windows(input, (H, W), (KH, KW), stride, dilation, padding)
     return (
-        torch.einsum("ngchwab,ngcHWab->nghwHW", patches, patches)
+        place_gram(input, (H, W), (KH, KW), stride, dilation, padding)
         * torch.einsum("vngohw,vngoHW->nghwHW", factor, factor)
     ).sum((1, 2, 3, 4, 5))
 
@@ -186,12 +187,15 @@ def weight_squared_norm(
         ),
         Program(
             weight_squared_norm_gram,
-            flops=2 * G * N * H**2 * W**2 + 2 * G * N * O * V * H**2 * W**2 + 2 * C * G * KH * KW * N * H**2 * W**2,
+            flops=2 * G * N * H**2 * W**2
+            + 2 * C * G * N * IH**2 * IW**2
+            + G * KH * KW * N * H**2 * W**2
+            + 2 * G * N * O * V * H**2 * W**2,
             elements=N + C * G * IH * IW * N + G * H * N * O * V * W,
-            scratch=4 * G * N * H**2 * W**2
-            - C * G * IH * IW * N
+            scratch=2 * G * N * IH**2 * IW**2
+            + 3 * G * N * H**2 * W**2
             + G * H * N * O * V * W
-            + 2 * C * G * H * KH * KW * N * W,
+            + 2 * G * KH * KW * N * H**2 * W**2,
             calls=3,
         ),
     )
@@ -574,7 +578,9 @@ LAYER = Layer(
     positional=False,
     parameters={
         "weight": {
-            "per_sample": Rule(weight_per_sample, ("input", "weight_shape", "dilation", "padding", "stride"), lead=2),
+            "per_sample": Rule(
+                weight_per_sample, ("input", "weight_shape", "dilation", "padding", "stride"), lead=2, writes=True
+            ),
             "sample_squares": Rule(
                 weight_sample_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1
             ),

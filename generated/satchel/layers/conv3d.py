@@ -15,6 +15,7 @@ from torch import Tensor
 from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
+from ..runtime.place_gram import place_gram
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 from ..runtime.window_gram import window_gram
@@ -52,15 +53,16 @@ def weight_per_sample(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
+    out: Tensor | None = None,
 ) -> Tensor:
     """weight_per_sample[v, n, g, o, c, kd, kh, kw] = Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, d stride[0]
         + kd dilation[0] − padding[0], h stride[1] + kh dilation[1] − padding[1], kw dilation[2] + w stride[2] −
         padding[2]]
 
-    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [V, N, G, O, C, KD, KH, KW]
+    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [V, N, G, O, C, KD, KH, KW]. Written to `out` where that is given.
     """
     *_, KD, KH, KW = weight_shape
-    return kernel_gradients(input, factor, (KD, KH, KW), stride, dilation, padding)
+    return kernel_gradients(input, factor, (KD, KH, KW), stride, dilation, padding, out=out)
 
 
 @cheapest
@@ -160,12 +162,11 @@ def weight_squared_norm_gram(
     """By the Gram matrices of both operands."""
     *_, D, H, W = factor.shape
     *_, KD, KH, KW = weight_shape
-    patches = windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
     return torch.einsum(
         "vngodhw,ngvodhw->n",
         factor,
         torch.einsum(
-            "vngoDHW,ngdhwDHW->ngvodhw", factor, torch.einsum("ngcdhwabe,ngcDHWabe->ngdhwDHW", patches, patches)
+            "vngoDHW,ngdhwDHW->ngvodhw", factor, place_gram(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
         ),
     )
 
@@ -201,14 +202,15 @@ def weight_squared_norm(
         ),
         Program(
             weight_squared_norm_gram,
-            flops=2 * D * G * H * N * O * V * W
+            flops=2 * C * G * N * ID**2 * IH**2 * IW**2
+            + 2 * D * G * H * N * O * V * W
             + 2 * G * N * O * V * D**2 * H**2 * W**2
-            + 2 * C * G * KD * KH * KW * N * D**2 * H**2 * W**2,
+            + G * KD * KH * KW * N * D**2 * H**2 * W**2,
             elements=N + C * G * ID * IH * IW * N + D * G * H * N * O * V * W,
-            scratch=2 * G * N * D**2 * H**2 * W**2
-            - C * G * ID * IH * IW * N
+            scratch=G * N * D**2 * H**2 * W**2
+            + 2 * G * N * ID**2 * IH**2 * IW**2
             + 3 * D * G * H * N * O * V * W
-            + 2 * C * D * G * H * KD * KH * KW * N * W,
+            + 2 * G * KD * KH * KW * N * D**2 * H**2 * W**2,
             calls=3,
         ),
     )
@@ -609,7 +611,9 @@ LAYER = Layer(
     positional=False,
     parameters={
         "weight": {
-            "per_sample": Rule(weight_per_sample, ("input", "weight_shape", "dilation", "padding", "stride"), lead=2),
+            "per_sample": Rule(
+                weight_per_sample, ("input", "weight_shape", "dilation", "padding", "stride"), lead=2, writes=True
+            ),
             "sample_squares": Rule(
                 weight_sample_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1
             ),

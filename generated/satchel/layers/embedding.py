@@ -130,8 +130,8 @@ def weight_sample_diagonal(curvature: Tensor, input: Tensor, weight: Tensor, pad
     """
     K = weight.shape[0]
     classes = torch.arange(K, device=curvature.device)
-    return torch.square(1 - (classes == padding_idx).to(curvature.dtype))[:, None] * (
-        (input[:, :, None] == classes).to(curvature.dtype).square().transpose(-2, -1) @ curvature
+    return torch.square(1 - (classes == padding_idx).to(curvature.dtype))[:, None] * matmul(
+        (input[:, :, None] == classes).to(curvature.dtype).square().transpose(-2, -1), curvature
     )
 
 
@@ -277,14 +277,12 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor, weight: Ten
     d = a - (a.sum(0) / N)
     e = b - centre
     share = a / math.sqrt(N)
-    shift = 2 * centre * e
-    values = e.square()
-    values2 = a.square()
-    moment = matmul(values.T, values2)
-    values3 = a * d
-    cross = matmul(shift.T, values3)
+    total = matmul(
+        torch.cat((e.square(), 2 * centre * e, centre.square()[None])).T,
+        torch.cat((a.square(), a * d, summed_squares(d, 1)[None])),
+    )
     drift = matmul(e.T, share)
-    return (centre[:, None].square() * summed_squares(d, 1) + cross + moment - drift.square()).clamp(min=0)
+    return torch.addcmul(total, drift, drift, value=-1).clamp_(min=0)
 
 
 @cheapest
@@ -299,9 +297,9 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor, pad
     return (
         Program(
             weight_squared_deviations_centred,
-            flops=K + D * K + 6 * D * N + 6 * K * N + 6 * D * K * N,
+            flops=2 * K + 3 * D * K + 6 * D * N + 6 * K * N + 6 * D * K * N,
             elements=D * K + N * R + D * N * R * V,
-            scratch=N + 4 * D + 6 * K - N * R + 6 * D * K + 13 * K * N + 14 * D * N - D * N * R * V,
+            scratch=N + 4 * D + 8 * K - N * R + 4 * D * K + 13 * K * N + 14 * D * N - D * N * R * V,
             calls=17,
             valid=R == 1 and V == 1,
         ),

@@ -59,12 +59,12 @@ def sandwich(averaged: Tensor, weight: Tensor) -> Tensor:
 
 
 @widened
-def weight_per_sample(factor: Tensor, input: Tensor) -> Tensor:
+def weight_per_sample(factor: Tensor, input: Tensor, out: Tensor | None = None) -> Tensor:
     """weight_per_sample[v, n, o, i] = Σ_{r} factor[v, n, r, o] input[n, r, i]
 
-    factor [V, N, R, O], input [N, R, I] → [V, N, O, I]
+    factor [V, N, R, O], input [N, R, I] → [V, N, O, I]. Written to `out` where that is given.
     """
-    return factor.transpose(-2, -1) @ input
+    return matmul(factor.transpose(-2, -1), input, out=out)
 
 
 def weight_sample_squares_separated(factor: Tensor, input: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def weight_sample_diagonal(curvature: Tensor, input: Tensor) -> Tensor:
 
     curvature [N, R, O], input [N, R, I] → [N, O, I]
     """
-    return curvature.transpose(-2, -1) @ input.square()
+    return matmul(curvature.transpose(-2, -1), input.square())
 
 
 def weight_squared_norm_separated(factor: Tensor, input: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def weight_squared_norm_separated(factor: Tensor, input: Tensor) -> Tensor:
 
 def weight_squared_norm_gram(factor: Tensor, input: Tensor) -> Tensor:
     """By the Gram matrices of both operands."""
-    return (torch.einsum("vnro,vnRo->nrR", factor, factor) * (input @ input.transpose(-2, -1))).sum((1, 2))
+    return (torch.einsum("vnro,vnRo->nrR", factor, factor) * matmul(input, input.transpose(-2, -1))).sum((1, 2))
 
 
 @cheapest
@@ -278,14 +278,12 @@ def weight_squared_deviations_centred(factor: Tensor, input: Tensor) -> Tensor:
     d = a - (a.sum(0) / N)
     e = b - centre
     share = a / math.sqrt(N)
-    shift = 2 * centre * e
-    values = a.square()
-    values2 = e.square()
-    moment = matmul(values.T, values2)
-    values3 = a * d
-    cross = matmul(values3.T, shift)
+    total = matmul(
+        torch.cat((a.square(), a * d, summed_squares(d, 1)[None])).T,
+        torch.cat((e.square(), 2 * centre * e, centre.square()[None])),
+    )
     drift = matmul(share.T, e)
-    return (centre.square() * summed_squares(d, 1)[:, None] + cross + moment - drift.square()).clamp(min=0)
+    return torch.addcmul(total, drift, drift, value=-1).clamp_(min=0)
 
 
 @cheapest
@@ -299,9 +297,9 @@ def weight_squared_deviations(factor: Tensor, input: Tensor) -> tuple[Program, .
     return (
         Program(
             weight_squared_deviations_centred,
-            flops=I * O + 4 * I * N + 6 * N * O + 6 * I * N * O,
+            flops=I + 3 * I * O + 4 * I * N + 6 * N * O + 6 * I * N * O,
             elements=I * O + I * N * R + N * O * R * V,
-            scratch=4 * I + 4 * O + 6 * I * O + 10 * I * N + 14 * N * O - I * N * R - N * O * R * V,
+            scratch=4 * O + 6 * I + 4 * I * O + 10 * I * N + 14 * N * O - I * N * R - N * O * R * V,
             calls=14,
             valid=R == 1 and V == 1,
         ),
@@ -497,7 +495,7 @@ LAYER = Layer(
     positional=True,
     parameters={
         "weight": {
-            "per_sample": Rule(weight_per_sample, ("input",), lead=2),
+            "per_sample": Rule(weight_per_sample, ("input",), lead=2, writes=True),
             "sample_squares": Rule(weight_sample_squares, ("input",), kernel="weight_sample_squares", lead=1),
             "signed_sample_squares": Rule(
                 weight_signed_sample_squares, ("input",), kernel="weight_signed_sample_squares", lead=1

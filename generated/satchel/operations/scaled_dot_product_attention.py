@@ -60,7 +60,7 @@ def hessian_query(
     S = key.shape[2]
     scores = (
         scale * torch.einsum("nhsd,nhgtd->nhgts", key, query)
-        + (mask).clamp(min=-1e30)
+        + mask.clamp(min=-1e30)
         - 1e30 * (torch.arange(S, device=mask.device) > torch.arange(T, device=mask.device)[:, None]) * is_causal
     )
     weights = torch.softmax(scores, 4)
@@ -131,7 +131,7 @@ def hessian_key(
     S = key.shape[2]
     scores = (
         scale * torch.einsum("nhsd,nhgtd->nhgts", key, query)
-        + (mask).clamp(min=-1e30)
+        + mask.clamp(min=-1e30)
         - 1e30 * (torch.arange(S, device=mask.device) > torch.arange(T, device=mask.device)[:, None]) * is_causal
     )
     weights = torch.softmax(scores, 4)
@@ -189,7 +189,7 @@ def hessian_value(
     S = key.shape[2]
     scores = (
         scale * torch.einsum("nhsd,nhgtd->nhgts", key, query)
-        + (mask).clamp(min=-1e30)
+        + mask.clamp(min=-1e30)
         - 1e30 * (torch.arange(S, device=mask.device) > torch.arange(T, device=mask.device)[:, None]) * is_causal
     )
     weights = torch.softmax(scores, 4)

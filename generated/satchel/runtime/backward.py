@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from . import curvature, survey
+from . import curvature, spared, survey
 from .context import active, backpack
 from .demand import CURVATURE
 from .errors import BatchAxisLost, FieldMissing, LossIncomplete, LossNotExtended, UnitUnknown
@@ -38,21 +38,21 @@ from .torch_private import (
 from .wanted import Wanted
 
 
-def arrive(entries: Sequence[Entry], gradients: tuple[Tensor | None, ...]) -> None:
-    """The backward is about to run a node on which forward passes left `entries`."""
+def arrive(entries: Sequence[Entry], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+    """The backward is about to run a node on which forward passes left `entries`; the gradients it is to take, if not these."""
     context = active()
     if context is not None and any(not isinstance(entry, LossRecord) for entry in entries):
         context.reached = True
     if context is None or (not context.extensions and context.extension_hook is None):
         if not keeps_graph():
             _release(entries)
-        return
+        return None
     task = graph_task()
     if task not in context.passes:
         context.passes[task] = Pass(context, task)
     device = next((gradient.device.type for gradient in gradients if gradient is not None), "cpu")
     with without_autocast(device):
-        context.passes[task].arrive(entries, gradients)
+        return context.passes[task].arrive(entries, gradients)
 
 
 def _release(entries: Sequence[Entry]) -> None:
@@ -79,25 +79,31 @@ class Pass:
         self.wanted = Wanted()
         self.calls: dict[Node, Step] = {}
         self.hooked: set[int] = set()
+        self.shared: set[int] = set()
         self.handles: list[Any] = []
         at_end_of_backward(self.end)
 
     # ------------------------------------------------------------------------------------------------ nodes that run
 
-    def arrive(self, entries: Sequence[Entry], gradients: tuple[Tensor | None, ...]) -> None:
+    def arrive(
+        self, entries: Sequence[Entry], gradients: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...] | None:
         losses = [entry for entry in entries if isinstance(entry, LossRecord)]
         for loss in losses:
             self._loss(loss, gradients[loss.output_nr])
         if not losses:
             self._below_no_loss(entries)
             self._calls(current_node(), gradients)
+        taken: tuple[Tensor, ...] | None = None
         for entry in reversed(entries):
             if isinstance(entry, Record) and (wanted := self.wanted.of(entry)):
                 self._layer(entry, wanted, gradients[entry.output_nr])
+                taken = self._spared(entry, wanted, gradients)
             else:
                 self._hook(entry)
                 if not self.keep:
                     _release([entry])
+        return taken
 
     def _loss(self, loss: LossRecord, gradient: Tensor | None) -> None:
         """Walk below a loss, and start curvature."""
@@ -158,6 +164,7 @@ class Pass:
         self.surveyed |= plan.nodes
         plan, self.samples, flags = survey.check(plan, self.context, start, samples, marks)
         self.flags += flags
+        self.shared |= {key for key, places in plan.uses.items() if len(places) > 1}
         for call in plan.calls:
             self.expected.update({id(parameter): call.record for parameter in call.parameters.values()})
         for step in plan.steps:
@@ -184,6 +191,19 @@ class Pass:
             any_parameter = next(iter(wanted.values()))
             delta = any_parameter.new_zeros(record.output_shape)
         self._use(record, wanted, record.at_output(delta[None], lead=1))
+
+    def _spared(
+        self, record: Record, wanted: Mapping[str, Tensor], gradients: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, ...] | None:
+        """δ with the gradient of the layer's kernel, where a feature computes the individual ones."""
+        kernel, (delta, *others) = wanted.get(spared.KERNEL), gradients
+        if kernel is None or delta is None or others or id(kernel) in self.shared:
+            return None
+        if not spared.may_be_given(record, kernel, delta):
+            return None
+        self._refuse_flagged()
+        gradient = self.harvest.gradient(kernel)
+        return None if gradient is None else (spared.given(delta, gradient),)
 
     def _use(self, record: Record, parameters: Mapping[str, Tensor], factor: Tensor | None) -> None:
         for name, parameter in parameters.items():
@@ -301,6 +321,7 @@ class Pass:
         self.calls.clear()
         self.wanted.clear()
         self.inner.clear()
+        self.shared.clear()
         self.promised.clear()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from .blocks import SUM
 from .demand import RESIDUALS, Demand, Source
 from .errors import FieldMissing
 from .extension import Extension
@@ -21,6 +22,7 @@ from .subsampling import quantities_of
 from .uses import PER_SAMPLE, Use
 
 GRADIENT, INPUT = Source("gradient"), Source("input")
+_SUM = Need("gradient", SUM)
 
 
 class Harvest:
@@ -32,6 +34,7 @@ class Harvest:
         self._uses: dict[int, list[Use]] = {}
         self._curvature: dict[int, dict[tuple[Source, Need], list[Tensor]]] = {}
         self._owner = Owner()
+        self._ahead: dict[int, tuple[Use, dict[Need, Tensor]]] = {}
 
     @property
     def pending(self) -> Collection[int]:
@@ -55,6 +58,18 @@ class Harvest:
             else:
                 parts.append(tensor)
 
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """Σ_n g_n of the parameter's first use, if individual gradients are computed for what is asked of δ: these are kept then."""
+        (use,) = self._uses[id(parameter)]
+        needs = self.demand.needs([use.layer], GRADIENT)
+        if not needs or use.factor is None:
+            return None
+        self._free(parameter, self.serving([use]))
+        found = quantities_of([use], (*needs, _SUM))
+        total = found.pop(_SUM, None)
+        self._ahead[id(parameter)] = use, found
+        return total
+
     def reap(self, key: int, unit: float | None) -> list[Use]:
         """Set the fields of a parameter; its uses."""
         parameter, uses, swept = self._parameters.pop(key), self._uses.pop(key), self._curvature.pop(key, {})
@@ -63,13 +78,14 @@ class Harvest:
             extension.check(samples)
         results = {key: parts[0] if len(parts) == 1 else torch.cat(parts) for key, parts in swept.items()}
         features = self.serving(uses)
-        for extension in features:  # nothing can be refused any more, and their memory may serve again
-            vars(parameter).pop(extension.field, None)
+        self._free(parameter, features)
         graph = torch.is_grad_enabled()  # create_graph=True
         with grad_mode(graph and self.demand.differentiable):
-            results |= self._found(uses, GRADIENT)
+            use, ahead = self._ahead.pop(key, (None, {}))
+            found = ahead if uses == [use] else self._found(uses, GRADIENT)
+            results |= {(GRADIENT, need): tensor for need, tensor in found.items()}
         with grad_mode(False):
-            results |= self._found(uses, INPUT)
+            results |= {(INPUT, need): tensor for need, tensor in self._found(uses, INPUT).items()}
         sizes = Sizes(samples, unit)
         lent = {memory_of(tensor) for tensor in (parameter, *(tensor for use in uses for tensor in use.tensors))}
         fields: list[Tensor] = []
@@ -85,19 +101,25 @@ class Harvest:
         first, *others = [self.demand.serving(use.layer, use.name) for use in uses]
         return tuple(e for e in first if all(e in other for other in others)) if others else first
 
+    @staticmethod
+    def _free(parameter: Tensor, features: Sequence[Extension]) -> None:
+        """Nothing can be refused any more: the memory of the fields of the pass before may serve again."""
+        for extension in features:
+            vars(parameter).pop(extension.field, None)
+
     def clear(self) -> None:
         self._parameters.clear()
         self._uses.clear()
+        self._ahead.clear()
         self._curvature.clear()
 
-    def _found(self, uses: Sequence[Use], source: Source) -> dict[tuple[Source, Need], Tensor]:
+    def _found(self, uses: Sequence[Use], source: Source) -> dict[Need, Tensor]:
         """What needs no sweep."""
         needs = self.demand.needs([use.layer for use in uses], source)
         if not needs:
             return {}
         own = uses if source is GRADIENT else [Use(use.record, use.name) for use in uses]
-        found = quantities_of(own, needs, differentiable=torch.is_grad_enabled())
-        return {(source, need): tensor for need, tensor in found.items()}
+        return quantities_of(own, needs, differentiable=torch.is_grad_enabled())
 
     def _asked(
         self, extension: Extension, uses: Sequence[Use], results: dict[tuple[Source, Need], Tensor]

@@ -6,6 +6,7 @@ not Intel's.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .torch_private import has_product, product
@@ -15,8 +16,15 @@ _LARGE = 1 << 20
 _PER_COPY = 100
 
 
-def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """A B [*, L] of A [*, K] and a matrix B [K, L]."""
+def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """A B [*, L] of A [*, K] and a matrix B [K, L], or matrices [*, K, L]; written to `out` where that is given."""
+    if left.shape[-1] == 1:  # of a column and a row: as a product of matrices that takes several times as long
+        return torch.mul(left, right, out=out)
+    found = left @ right if right.ndim > 2 else _with_matrix(left, right)
+    return found if out is None else out.copy_(found)
+
+
+def _with_matrix(left: Tensor, right: Tensor) -> Tensor:
     K, L = right.shape
     work = left.numel() * L
     if work < _LARGE or left.is_cuda:

@@ -161,8 +161,8 @@ class _Arrival:
     def __init__(self, present: list[Entry]) -> None:
         self.present = present
 
-    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        arrive(self.present, gradients)
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+        return arrive(self.present, gradients)
 
 
 def _attach(node: Node, entry: Entry) -> None:

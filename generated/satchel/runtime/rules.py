@@ -28,13 +28,15 @@ class Rule:
     """One formula as programs: `aten` everywhere, `kernel` in the definition's Triton module where that fuses more.
 
     `operands` are appended as positional arguments after the explicit ones: "input", "output", "target", the name of a
-    parameter, a buffer or an option. `lead`: the value is [*lead axes, *parameter], flattened as its axes are.
+    parameter, a buffer or an option. `lead`: the value is [*lead axes, *parameter], flattened as its axes are. `writes`: whether
+    `aten` writes its value to a tensor `out`, where that is given.
     """
 
     aten: Callable[..., Tensor]
     operands: tuple[str, ...] = ()
     kernel: str | None = None
     lead: int | None = None
+    writes: bool = False
 
 
 @dataclass(frozen=True)
