@@ -174,6 +174,13 @@ def test_available(line: str, files: Any, groups: Any, expected: int, tmp_path: 
     assert available.available(torch.device("cpu")) == expected
 
 
+def test_old_kernels_do_not_tell_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"/proc/meminfo": "MemTotal: 100 kB\nMemFree: 5 kB\nSwapFree: 2 kB\n", "/proc/self/cgroup": ""}
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path: said[str(path)] if str(path) in said else read(path))
+    assert available.available(torch.device("cpu")) is None
+
+
 def test_what_is_not_told_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> str:
         raise PermissionError(path)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from satchel.runtime import torch_private
+from satchel.runtime import symmetric, torch_private
 from satchel.runtime.matmul import matmul
 from satchel.runtime.symmetric import gram
 
@@ -50,3 +50,30 @@ def test_gram(K: int, D: int, dtype: torch.dtype) -> None:
     expected = (rows.double().mT @ rows.double() / 7).to(dtype)
     torch.testing.assert_close(gram(rows, 7), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gram(rows, 7), gram(rows, 7).mT, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("at_once", [1, 50, 1 << 20])
+@pytest.mark.parametrize(
+    "lead,kept", [((2, 3), (2, 5)), ((4,), (1, 5)), ((1, 7), (5,)), ((0, 3), (2, 5)), ((300,), (70,))]
+)
+def test_summed_gram(
+    lead: tuple[int, ...], kept: tuple[int, ...], at_once: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One matrix or several, at once and in parts, contiguous or not."""
+    monkeypatch.setattr(symmetric, "_TOGETHER", at_once)
+    tensor = drawn(*lead, *kept, 6, dtype=dtype)
+    expected = torch.einsum("n...dk,n...ek->...de", *[tensor.double().flatten(0, len(lead) - 1)] * 2).to(dtype)
+    torch.testing.assert_close(symmetric.summed_gram(tensor, len(lead)), expected, rtol=1e-4, atol=1e-4)
+    strided = tensor.mT.contiguous().mT
+    torch.testing.assert_close(symmetric.summed_gram(strided, len(lead)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_products_of_columns_and_rows() -> None:
+    """Where the inner extent is 1, also written to a place."""
+    left, right = drawn(2, 3, 4, 1, dtype=torch.float64), drawn(3, 1, 5, dtype=torch.float64)
+    out = torch.zeros(2, 4, 4, 5, dtype=torch.float64)
+    found = matmul(left, right, out=out[:, 1:])
+    torch.testing.assert_close(found, left @ right)
+    torch.testing.assert_close(out[:, 1:], left @ right)
+    assert not out[:, 0].any()

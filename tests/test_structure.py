@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,7 @@ import pytest
 import torch
 
 from satchel.extensions.reductions import REDUCTIONS
-from satchel.runtime import cost, precision
-from satchel.runtime.blocks import Blockwise
-from satchel.runtime.matmul import matmul
-from satchel.runtime.squares import summed_squares
-from satchel.runtime.symmetric import gram
+from satchel.runtime import cost
 from satchel_gen.calculus.evaluate import evaluate
 from satchel_gen.calculus.instantiate import Instance
 from satchel_gen.definitions import Layer, Statement, Sum, indices, tensors
@@ -78,20 +73,9 @@ RULES = [(layer, rule) for layer in LAYERS for rule in lower_layer(layer).rules]
 def emitted(layer: Layer, rule: LoweredRule) -> dict[str, Any]:
     """The rule's functions, run as they are printed, after those of the pullbacks that it may reduce."""
     template = environment().from_string('{% from "functions.jinja" import function %}{{ function(f) }}')
-    known: dict[str, Any] = {
-        "torch": torch,
-        "math": math,
-        "Tensor": torch.Tensor,
-        "widened": precision.widened,
-        **vars(cost),
-    }
-    known |= {
-        "REDUCTIONS": REDUCTIONS,
-        "Blockwise": Blockwise,
-        "gram": gram,
-        "matmul": matmul,
-        "summed_squares": summed_squares,
-    }
+    imports = environment().from_string('{% from "functions.jinja" import imports %}{{ imports() }}')
+    known: dict[str, Any] = {"__package__": "satchel.layers"}
+    exec(imports.render(), known)
     pull = lower_layer(layer).parameters.get(rule.name.removesuffix(f"_{rule.quantity}"), {}).get("per_sample")
     for one in [rule] if pull is None else [pull, rule]:
         for function in rule_functions(one):

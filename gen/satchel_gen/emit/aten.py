@@ -248,6 +248,20 @@ class Body:
         places, taps = (self._sizes([getattr(w, kind) for w in image.windows]) for kind in ("place", "tap"))
         return f"place_gram({', '.join([self._stored(image), places, taps, *geometry])})"
 
+    def _summed_gram(self, node: Contract) -> str | None:
+        """A product of a tensor with itself, summed over its first and its last axes."""
+        one, other, kept = node.left, node.right, len(node.axes) - 1
+        if not isinstance(one, Leaf) or not isinstance(other, Leaf) or one.name != other.name or one.windows:
+            return None
+        lead = next((k for k, axis in enumerate(one.axes) if axis not in node.over), 0)
+        if not lead or set(node.over) != {*one.axes[:lead], *one.axes[lead + kept :]} or len(one.axes) == lead + kept:
+            return None
+        twin = (*one.axes[: lead + kept - 1], node.axes[-1], *one.axes[lead + kept :])
+        if node.axes[:-1] != one.axes[lead : lead + kept] or other.axes != twin:
+            return None
+        text = self._leaf(one)
+        return f"summed_gram({text if len(one.axes) == lead + kept + 1 else f'{text}.flatten({lead + kept})'}, {lead})"
+
     def _operand(self, node: Node) -> str:
         """A node that a method is called on, or that is used more than once: parenthesised or named."""
         text = self(node)
@@ -256,7 +270,7 @@ class Body:
         return f"({text})"
 
     def _map(self, node: Map) -> str:
-        node = _with_thresholds(node)
+        given, node = node, _with_thresholds(node)
         names: dict[Expr, str] = {}
         like = self._like(node)
         for read, child in zip(node.reads, node.children, strict=True):
@@ -278,7 +292,9 @@ class Body:
         for call in repeated(node.expr):
             if call not in names:
                 names[call] = self.local(call.func.__name__, AtenPrinter(names, like).doprint(call))
-        return AtenPrinter(names, like).doprint(node.expr)
+        text = AtenPrinter(names, like).doprint(node.expr)
+        whole = text.startswith("above(") and is_postfix(text)
+        return f"{text[:-1]}{self._out(given)})" if whole else text
 
     def _like(self, node: Map) -> str:
         """A tensor whose dtype a mask takes: not one of the integers that it compares."""
@@ -321,7 +337,7 @@ class Body:
         return text if "None" not in places else f"{text}[{', '.join(places)}]"
 
     def _contract(self, node: Contract) -> str:
-        printers = (self._correlation, self._kernel_gradients, self._window_gram, self._place_gram)
+        printers = (self._correlation, self._kernel_gradients, self._window_gram, self._place_gram, self._summed_gram)
         convolution = next((text for printer in printers if (text := printer(node)) is not None), None)
         if convolution is not None:
             return convolution

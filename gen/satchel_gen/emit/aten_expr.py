@@ -62,7 +62,7 @@ class AtenPrinter(StrPrinter):
         for part in expr.args:
             above, rest = threshold(part), sympy.Mul(*(other for other in expr.args if other is not part))
             if above is not None and above.lhs in self.names and rest.atoms(sympy.Indexed):
-                return f"torch.ops.aten.threshold_backward({self._print(rest)}, {self._print(above.lhs)}, {above.rhs})"
+                return f"above({self._print(rest)}, {self._print(above.lhs)}, {above.rhs})"
         return super()._print_Mul(expr)
 
     def _print_Mod(self, expr: Expr) -> str:

@@ -12,7 +12,7 @@ from ..calculus.derive import Statement
 from ..calculus.instantiate import Formula
 from ..calculus.terms import CalculusError, Term, terms
 from ..definitions.distributions import Distribution
-from ..definitions.quantities import PER_SAMPLE
+from ..definitions.quantities import PER_SAMPLE, VJP
 from ..formula import render, render_formula, wrapped
 from ..lowering.composed import Stage
 from ..lowering.losses import LossRule, LoweredLoss
@@ -98,7 +98,7 @@ def rule_functions(rule: LoweredRule) -> list[Function]:
 
 def _straight(rule: LoweredRule, formula: str, shapes: str) -> Function:
     (variant,), arguments, groups = rule.variants, rule.arguments, rule.formula.groups
-    body = Body(dict(arguments), result=variant.tree if rule.quantity == PER_SAMPLE.name else None)
+    body = Body(dict(arguments), result=variant.tree if rule.quantity in _WRITTEN else None)
     _emit_stages(body, rule)
     text = result(body, variant)
     if any(len(group) != 1 for group in groups):
@@ -184,6 +184,8 @@ def _emit_chain(body: Body, stages: Sequence[Stage], last: Formula) -> None:
         body.lines.append(f"{stage.name} = {text}")
 
 
+#: What may be written to memory that is there: results of their own, and columns in the place of those above.
+_WRITTEN = (PER_SAMPLE.name, VJP.name)
 NOTES = {
     "separated": "Of one summand, the square of a product is a product of squares.",
     "gram": "By the Gram matrices of both operands.",

@@ -1,6 +1,9 @@
-"""Products of a matrix with its own transpose: no more than the upper half of them, in strips."""
+"""Products of matrices with their own transpose: of one no more than the upper half, in strips; of many summed."""
 
 from __future__ import annotations
+
+from functools import reduce
+from operator import add
 
 from torch import Tensor
 
@@ -8,13 +11,15 @@ from .matmul import matmul
 
 #: Rows of a strip: fewer make narrow products, more compute more of the lower half.
 _STRIP = 128
+#: Elements that are copied next to each other, for one product instead of many: as many as caches hold.
+_TOGETHER = 1 << 20
 
 
 def gram(rows: Tensor, over: int = 1) -> Tensor:
     """AᵀA / over [D, D] of A [K, D]."""
     size = rows.shape[1]
     if rows.is_cuda or size < 2 * _STRIP:
-        return rows.mT @ rows / over
+        return matmul(rows.mT, rows) / over
     columns = rows.mT.contiguous()
     scaled = columns / over
     if len(rows) < 2 * _STRIP:  # the lower half is computed faster than copied
@@ -25,3 +30,20 @@ def gram(rows: Tensor, over: int = 1) -> Tensor:
         result[first:end, first:] = matmul(scaled[first:end], columns[first:].mT)
         result[end:, first:end] = result[first:end, end:].mT
     return result
+
+
+def summed_gram(tensor: Tensor, lead: int) -> Tensor:
+    """Σ A Aᵀ [*, D, D] of matrices A [*lead, *, D, K], over the first axes, so many."""
+    matrices = tensor.flatten(0, lead - 1)
+    each = matrices[:1].numel()
+    size = len(matrices) if tensor.is_cuda else max(1, _TOGETHER // max(each, 1))
+    return reduce(add, (_of_rows(some.movedim(0, -2)) for some in matrices.split(max(size, 1))))
+
+
+def _of_rows(tensor: Tensor) -> Tensor:
+    """B Bᵀ [*, D, D] of [*, D, N, K] as B [*, D, N K]."""
+    rows = tensor.flatten(-2)
+    if rows.shape[:-2].numel() == 1:
+        matrix = rows.reshape(rows.shape[-2:])
+        return matmul(matrix, matrix.mT).reshape(*rows.shape[:-1], len(matrix))
+    return rows @ rows.mT

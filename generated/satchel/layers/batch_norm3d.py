@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.symmetric import gram
+from ..runtime.symmetric import gram, summed_gram
 
 
 @widened
@@ -323,7 +323,7 @@ def bias_output_factor_expand(factor: Tensor) -> Tensor:
 
     factor [V, N, C, S] → [C, C]
     """
-    return torch.einsum("vncs,vnCs->cC", factor, factor)
+    return summed_gram(factor, 2)
 
 
 @widened

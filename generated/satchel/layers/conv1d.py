@@ -17,6 +17,7 @@ from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.place_gram import place_gram
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import summed_gram
 from ..runtime.window_gram import window_gram
 from ..runtime.windows import (
     correlate_transposed,
@@ -316,7 +317,7 @@ def weight_output_factor_expand(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, W] → [G, O, O]
     """
-    return (torch.einsum("vngow,vngOw->goO", factor, factor)).squeeze(0)
+    return (summed_gram(factor, 2)).squeeze(0)
 
 
 @widened

@@ -16,6 +16,7 @@ from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.symmetric import summed_gram
 from ..runtime.windows import (
     correlate,
     transposed_kernel_gradients,
@@ -314,7 +315,7 @@ def weight_output_factor_expand(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, W] → [G, O, O]
     """
-    return (torch.einsum("vngow,vngOw->goO", factor, factor)).squeeze(0)
+    return (summed_gram(factor, 2)).squeeze(0)
 
 
 @widened

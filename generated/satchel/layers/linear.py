@@ -19,7 +19,7 @@ from ..runtime.matmul import matmul
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, NodeCall, Rule
 from ..runtime.squares import summed_squares
-from ..runtime.symmetric import gram
+from ..runtime.symmetric import gram, summed_gram
 
 
 @widened
@@ -151,7 +151,7 @@ def weight_squared_norm_separated(factor: Tensor, input: Tensor) -> Tensor:
 
 def weight_squared_norm_gram(factor: Tensor, input: Tensor) -> Tensor:
     """By the Gram matrices of both operands."""
-    return (torch.einsum("vnro,vnRo->nrR", factor, factor) * matmul(input, input.transpose(-2, -1))).sum((1, 2))
+    return (summed_gram(factor, 1) * matmul(input, input.transpose(-2, -1))).sum((1, 2))
 
 
 @cheapest

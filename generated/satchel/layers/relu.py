@@ -10,18 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.masks import above
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 from ..runtime.symmetric import gram
 
 
 @widened
-def vjp(factor: Tensor, output: Tensor) -> Tensor:
+def vjp(factor: Tensor, output: Tensor, out: Tensor | None = None) -> Tensor:
     """vjp[v, n, j] = (1 if output[n, j] > 0, else 0) factor[v, n, j]
 
-    factor [V, N, J], output [N, J] → [V, N, J]
+    factor [V, N, J], output [N, J] → [V, N, J]. Written to `out` where that is given.
     """
-    return torch.ops.aten.threshold_backward(factor, output, 0)
+    return above(factor, output, 0, out=out)
 
 
 @widened
@@ -30,7 +31,7 @@ def diagonal(curvature: Tensor, output: Tensor) -> Tensor:
 
     curvature [N, J], output [N, J] → [N, J]
     """
-    return torch.ops.aten.threshold_backward(curvature, output, 0)
+    return above(curvature, output, 0)
 
 
 @widened
@@ -61,7 +62,7 @@ LAYER = Layer(
     kernels="relu",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("output",), kernel="vjp"),
+    vjp=Rule(vjp, ("output",), kernel="vjp", writes=True),
     diagonal=Rule(diagonal, ("output",), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("output",)),
     sandwich=Rule(sandwich, ("output",)),

@@ -32,7 +32,8 @@ def available(device: torch.device) -> int | None:
 
 def _of_system() -> Iterator[int]:
     said = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    yield sum(int(said[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree") if name in said)
+    if "MemAvailable" in said:  # kernels before 3.14 do not tell
+        yield sum(int(said[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree") if name in said)
 
 
 def _of_groups() -> Iterator[int]:

@@ -18,12 +18,17 @@ _PACKAGE = __name__.rsplit(".", 2)[0]
 
 
 def evaluate(
-    rule: Rule, definition: Layer | Loss, operand: Callable[[str], Any], *arguments: Any, differentiable: bool = False
+    rule: Rule,
+    definition: Layer | Loss,
+    operand: Callable[[str], Any],
+    *arguments: Any,
+    differentiable: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The rule's value; `operand` gives an operand by name. Only the ATen program is differentiable."""
+    """The rule's value; `operand` gives an operand by name. Only the ATen program is differentiable, and writes to `out`."""
     values = [*arguments, *map(operand, rule.operands)]
     if rule.kernel is None or differentiable or not uses_kernel(rule, values):
-        return rule.aten(*values)
+        return rule.aten(*values) if out is None else rule.aten(*values, out=out)
     return getattr(import_module(f"{_PACKAGE}.kernels.{definition.kernels}"), rule.kernel)(*values)
 
 

@@ -212,7 +212,7 @@ class HessianSweep:
                 continue
             for call in step.calls:
                 gathered.visit(call, call.factor(columns), signs)
-            add(live, pass_step(step, columns))
+            add(live, pass_step(step, columns, last=True))
         gathered.finish()
 
     # --------------------------------------------------------------------------------------------------- matrices

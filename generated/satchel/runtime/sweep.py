@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 
+import torch
 from torch import Tensor
 
 from .calls import Call
@@ -18,9 +19,12 @@ from .memory import FRESH
 from .passing import edge_shape, pull
 from .plan import Plan, Step
 from .record import Edge
+from .torch_private import held_elsewhere
 
 #: Bytes of columns at a step from which on fewer at a time are faster: they stay in cache, and `malloc` reuses their memory.
 AT_ONCE = FRESH // 2
+#: What rules compute in its own precision.
+_WRITTEN = (torch.float32, torch.float64)
 
 
 def sweep(
@@ -54,7 +58,7 @@ def _descend(
             return
         for call in step.calls:
             visit(call, call.factor(columns))
-        add(live, pass_step(step, columns))
+        add(live, pass_step(step, columns, last=True))
 
 
 def _fewer(step: Step, columns: Mapping[int, Tensor], at_once: int | None) -> int | None:
@@ -67,8 +71,8 @@ def _fewer(step: Step, columns: Mapping[int, Tensor], at_once: int | None) -> in
     return max(1, at_once // each)
 
 
-def pass_step(step: Step, columns: Mapping[int, Tensor]) -> dict[Edge, Tensor]:
-    """Columns [V, *output] by output number → Jᵀ of them [V, *input] by edge."""
+def pass_step(step: Step, columns: dict[int, Tensor], last: bool = False) -> dict[Edge, Tensor]:
+    """Columns [V, *output] by output number → Jᵀ of them [V, *input] by edge. last: nobody needs them again in `columns`."""
     record = step.record
     if not step.inputs:
         return {}
@@ -77,8 +81,12 @@ def pass_step(step: Step, columns: Mapping[int, Tensor]) -> dict[Edge, Tensor]:
     layer = record.definition
     if layer.vjp is None:  # the input is not differentiable
         return {}
-    factor = record.at_output(columns[record.output_nr], lead=1)
-    passed = record.at_input(evaluate(layer.vjp, layer, record.operand, factor), lead=1)
+    # Detached from the tensor that it may be a view of, which would hold its memory.
+    own = columns.pop(record.output_nr).detach() if last else columns[record.output_nr]
+    spent = last and layer.vjp.writes and own.dtype in _WRITTEN and not held_elsewhere(own)
+    factor = record.at_output(own, lead=1)
+    passed = evaluate(layer.vjp, layer, record.operand, factor, out=factor if spent else None)
+    passed = record.at_input(passed, lead=1)
     return {edge: at_edge(passed, edge, lead=1) for _, edge in step.inputs}
 
 
