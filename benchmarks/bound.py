@@ -113,9 +113,9 @@ def counted(value: Any, found: list[Work]) -> Any:
 def _noting(function: Callable[..., Tensor], found: list[Work]) -> Callable[..., Tensor]:
     from satchel.runtime import cost
 
-    def noting(*operands: Any) -> Tensor:
+    def noting(*operands: Any, **out: Tensor) -> Tensor:
         with cost.recorded() as choices, FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
-            result = function(*operands)
+            result = function(*operands, **out)
         if choices:
             programs = choices[0]
             flops, elements = min(p.flops for p in programs), min(p.elements for p in programs)
