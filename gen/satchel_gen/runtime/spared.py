@@ -59,8 +59,8 @@ def _plain(value: Any) -> Any:
 
 def may_be_given(record: Record, kernel: Tensor, delta: Tensor) -> bool:
     """Whether the node that is about to run is a convolution that adds to the gradient of `kernel`, nothing else, and is not
-    differentiated."""
-    if record.definition.operation != _NODE or torch.is_grad_enabled() or type(delta) is not Tensor:
+    differentiated. On a CPU: elsewhere blocks that fit into its caches are small, and autograd's own product costs little."""
+    if record.definition.operation != _NODE or torch.is_grad_enabled() or type(delta) is not Tensor or delta.is_cuda:
         return False
     return delta.dtype == kernel.dtype and current_node().next_functions[_PLACE][0] is accumulator(kernel)
 
