@@ -162,7 +162,7 @@ class Pass:
         self.surveyed |= plan.nodes
         plan, self.samples, flags = survey.check(plan, self.context, start, samples, marks)
         self.flags += flags
-        self.shared |= {key for key, places in plan.uses.items() if len(places) > 1}
+        self.shared |= plan.tied
         for call in plan.calls:
             self.expected.update({id(parameter): call.record for parameter in call.parameters.values()})
         for step in plan.steps:

@@ -5,7 +5,7 @@ Nothing has been freed yet below the loss, and no parameter has got a field: wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, partial
 from math import inf, prod
 from typing import Any, TypeAlias
@@ -222,18 +222,17 @@ def _mixed_without_rule(plan: Plan, places: Sequence[Place]) -> Use | None:
 
 def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> None:
     """All sweeps that start at one loss."""
-    shared = {parameter for parameter, places in plan.uses.items() if len(places) > 1}
     sources = demand.sources(plan.definitions)
     averaged = AVERAGED in sources
     shown = any(need.quantity == PER_SAMPLE for need in demand.needs(plan.definitions, EXACT))
     exact = start.exact(shown) if averaged or EXACT in sources else None
     for source in sources:
         if source == EXACT and exact is not None:
-            _columns(start.edge, exact, plan, source, demand, shared, accumulate)
+            _columns(start.edge, exact, plan, source, demand, accumulate)
         elif source.kind == "mc":
-            _columns(start.edge, start.monte_carlo(source), plan, source, demand, shared, accumulate)
+            _columns(start.edge, start.monte_carlo(source), plan, source, demand, accumulate)
     if RESIDUAL in sources or DIAGONAL in sources:
-        _residual(start, plan, demand, shared, accumulate)
+        _residual(start, plan, demand, accumulate)
     if averaged and exact is not None:
 
         def visit(parameter: Tensor, pairs: Sequence[Pair]) -> None:
@@ -243,18 +242,16 @@ def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> Non
         sweep_averaged(plan, start.edge, start_of(exact, start.samples), start.samples, visit)
 
 
-def _columns(
-    edge: Edge, factor: Tensor, plan: Plan, source: Source, demand: Demand, shared: set[int], accumulate: Accumulate
-) -> None:
+def _columns(edge: Edge, factor: Tensor, plan: Plan, source: Source, demand: Demand, accumulate: Accumulate) -> None:
     """Sweep a factor, in ranges of its columns that stay below the memory limit."""
     most = current().matrix_bytes // max(plan.column_bytes(factor.element_size()), 1) if len(factor) > 1 else 1
     for columns in chunks(factor, most):
-        gathered = _Gathered(source, demand, shared, accumulate)
-        sweep(plan, {edge: columns}, gathered.visit, None if shared else AT_ONCE)
+        gathered = _Gathered(source, demand, plan.tied, accumulate)
+        sweep(plan, {edge: columns}, gathered.visit, None if plan.tied else AT_ONCE)
         gathered.finish()
 
 
-def _residual(start: Start, plan: Plan, demand: Demand, shared: set[int], accumulate: Accumulate) -> None:
+def _residual(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> None:
     """Sweep what the steps themselves add to the curvature."""
 
     def visit_diagonal(call: Call, diagonal: Tensor) -> None:
@@ -265,7 +262,7 @@ def _residual(start: Start, plan: Plan, demand: Demand, shared: set[int], accumu
 
     delta = start.gradient()
     residuals, at_uses = residuals_of(plan, {start.edge: delta}, start.samples)
-    gather = partial(_Gathered, RESIDUAL, demand, shared, accumulate)
+    gather = partial(_Gathered, RESIDUAL, demand, plan.tied, accumulate)
     limit, itemsize = current().matrix_bytes, delta.element_size()
     HessianSweep(plan, residuals, start.samples, gather, visit_diagonal, limit, itemsize).run()
     reductions = registry().reductions
@@ -281,7 +278,7 @@ def _residual(start: Start, plan: Plan, demand: Demand, shared: set[int], accumu
 class _Gathered:
     """Turns columns of one space into quantities of parameters; those of a shared parameter once all its uses are in."""
 
-    def __init__(self, source: Source, demand: Demand, shared: set[int], accumulate: Accumulate) -> None:
+    def __init__(self, source: Source, demand: Demand, shared: Collection[int], accumulate: Accumulate) -> None:
         self.source, self.demand, self.shared, self.accumulate = source, demand, shared, accumulate
         self.waiting: dict[int, tuple[Tensor, list[Use], tuple[Tensor, ...]]] = {}
 

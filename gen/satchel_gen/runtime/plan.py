@@ -119,6 +119,11 @@ class Plan:
         return found
 
     @cached_property
+    def tied(self) -> frozenset[int]:
+        """Ids of the parameters with several uses."""
+        return frozenset(key for key, places in self.uses.items() if len(places) > 1)
+
+    @cached_property
     def shared(self) -> frozenset[Node]:
         """Layers with a parameter that has other uses: squares are taken of the sum over the uses that a column reaches."""
         return frozenset(place.step.node for places in self.uses.values() if len(places) > 1 for place in places)

@@ -15,11 +15,10 @@ from operator import add
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .symmetric import gram
-from .windows import windows
+from .windows import padded, windows
 
 #: Below, the products are too narrow to gain by being fewer.
 _CHANNELS = 16
@@ -67,12 +66,8 @@ def by_displacement(
 ) -> Tensor:
     """By one product per displacement of two taps: stride 1."""
     G, C = tensor.shape[1:3]
-    pads = [
-        (p, max(0, h + d * (a - 1) - p - x))
-        for x, h, a, d, p in zip(tensor.shape[3:], places, taps, dilation, padding, strict=True)
-    ]
-    padded = F.pad(tensor, [end for pair in reversed(pads) for end in pair])
-    last_first = padded.movedim(
+    whole = padded(tensor, places, taps, (1,) * len(taps), dilation, padding)
+    last_first = whole.movedim(
         (0, 2), (-2, -1)
     ).contiguous()  # [G, *spatial, N, C]: any range of the last axis is one matrix
     result = tensor.new_empty(G, C, *taps, C, *taps)

@@ -38,7 +38,7 @@ def summed_gram(tensor: Tensor, lead: int) -> Tensor:
     """Σ A Aᵀ [*, D, D] of matrices A [*lead, *, D, K], over the first axes, so many."""
     matrices = tensor.flatten(0, lead - 1)
     each = matrices[:1].numel()
-    size = len(matrices) if tensor.is_cuda else max(1, _TOGETHER // max(each, 1))
+    size = len(matrices) if tensor.is_cuda else _TOGETHER // max(each, 1)
     return reduce(add, (_of_rows(some.movedim(0, -2)) for some in matrices.split(max(size, 1))))
 
 
