@@ -154,12 +154,12 @@ class Body:
         return text
 
     def _windows(self, node: Leaf, text: str) -> str:
-        places, taps = (self._sizes([getattr(w, kind) for w in node.windows]) for kind in ("place", "tap"))
+        places, taps = (self.sizes([getattr(w, kind) for w in node.windows]) for kind in ("place", "tap"))
         transposed, geometry = self._geometry(node.windows)
         function = "transposed_windows" if transposed else "windows"
         return self.local("patches", f"{function}({self._stored(node)}, {places}, {taps}, {', '.join(geometry)})")
 
-    def _sizes(self, axes: Sequence[Index]) -> str:
+    def sizes(self, axes: Sequence[Index]) -> str:
         return _sequence([self.scalar(Extent(i)) for i in axes])
 
     def _geometry(self, found: Sequence[Window]) -> tuple[bool, list[str]]:
@@ -196,7 +196,7 @@ class Body:
             weights = self._operand(kernel)
             if kernel.axes != order:
                 weights = f"{weights}.permute({', '.join(str(kernel.axes.index(i)) for i in order)})"
-            arguments = [self._stored(image), weights, self._sizes(places), *geometry]
+            arguments = [self._stored(image), weights, self.sizes(places), *geometry]
             return f"correlate{'_transposed' if transposed else ''}({', '.join(arguments)})"
         return None
 
@@ -216,7 +216,7 @@ class Body:
             kernel = (*inner, out) if transposed else (out, *inner)
             if factor.axes != (columns, *lead, out, *places) or node.axes != (columns, *lead, *kernel, *taps):
                 continue
-            arguments = [self._stored(image), self._leaf(factor), self._sizes(taps), *geometry]
+            arguments = [self._stored(image), self._leaf(factor), self.sizes(taps), *geometry]
             if transposed:
                 return f"transposed_kernel_gradients({', '.join(arguments)})"
             return f"kernel_gradients({', '.join(arguments)}{self._out(node)})"
@@ -236,7 +236,7 @@ class Body:
         transposed, geometry = self._geometry(one.windows)
         if transposed or node.axes != (group, inner, *taps, second, *others):
             return None
-        arguments = [self._stored(one), self._sizes(places), self._sizes(taps), *geometry]
+        arguments = [self._stored(one), self.sizes(places), self.sizes(taps), *geometry]
         return f"window_gram({', '.join(arguments)})"
 
     def _place_gram(self, node: Contract) -> str | None:
@@ -245,7 +245,7 @@ class Body:
         if not is_place_gram(node) or not isinstance(image, Leaf):
             return None
         _, geometry = self._geometry(image.windows)
-        places, taps = (self._sizes([getattr(w, kind) for w in image.windows]) for kind in ("place", "tap"))
+        places, taps = (self.sizes([getattr(w, kind) for w in image.windows]) for kind in ("place", "tap"))
         return f"place_gram({', '.join([self._stored(image), places, taps, *geometry])})"
 
     def _summed_gram(self, node: Contract) -> str | None:

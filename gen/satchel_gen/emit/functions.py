@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import sympy
-from sympy import Expr, IndexedBase
+from sympy import Expr
 
 from ..calculus.derive import Statement
 from ..calculus.instantiate import Formula
@@ -17,11 +17,12 @@ from ..formula import render, render_formula, wrapped
 from ..lowering.composed import Stage
 from ..lowering.losses import LossRule, LoweredLoss
 from ..lowering.plan import Axes, Map, Node, extent_symbol, leaf, plan
-from ..lowering.rules import EXPLICIT, LoweredRule
+from ..lowering.rules import EXPLICIT, LoweredRule, term_reads
 from ..lowering.squares import Variant
 from ..notation import Extent, LogSumExp, Option, index_atoms, reads
 from .aten import Body, unpack_extents
 from .aten_expr import AtenPrinter
+from .idioms import Idiom, idioms, logsumexp, softmax, softmax_of
 
 
 def signature(tensors: Iterable[str], numbers: Mapping[str, str]) -> str:
@@ -134,9 +135,9 @@ def _intermediate(name: str, rule: LoweredRule) -> Function:
     chain, arguments, numbers = _chain(name, rule)
     *before, last = chain
     body = Body(dict(arguments))
-    _emit_chain(body, before, last.formula)
-    assert last.tree is not None
-    value = body(last.tree)
+    known = idioms(chain, body)
+    _emit_chain(body, before, _read(last, known), known)
+    value = _value(last, body, known)
     formula = "\n".join(wrapped(render_formula(stage.formula)) for stage in chain)
     lines = (*unpack_extents(body.extents, arguments), *body.lines)
     shapes = shapes_line(arguments, last.formula.axes)
@@ -156,32 +157,37 @@ def _chain(name: str, rule: LoweredRule) -> tuple[tuple[Stage, ...], dict[str, A
 def _emit_stages(body: Body, rule: LoweredRule) -> None:
     """The intermediates before a rule's value: by a call of their function where several rules share them."""
     if not rule.on_parameter:
-        _emit_chain(body, rule.stages, rule.formula)
+        _emit_chain(body, rule.stages, _names(rule.formula), idioms(rule.stages, body))
     for name in _own_intermediates(rule):
         _, arguments, numbers = _chain(name, rule)
         body.lines.append(f"{name} = {name}_from({', '.join([*arguments, *numbers])})")
 
 
-def _emit_chain(body: Body, stages: Sequence[Stage], last: Formula) -> None:
-    """The intermediates that `last` needs, in order."""
-    sums = {IndexedBase(s.name)[s.formula.axes]: s.logsumexp for s in stages if s.logsumexp is not None}
-    plain = {
-        s.name: s.formula.terms[0].factor for s in stages if len(s.formula.terms) == 1 and not s.formula.terms[0].sums
-    }
-    stable = {name: text for name, factor in plain.items() if (text := _softmax(factor, sums)) is not None}
-    rest = [stage.formula for stage in stages if stage.name not in stable]
-    read = {str(r.base) for formula in (*rest, last) for term in formula.terms for r in reads(term.factor)}
+def _emit_chain(body: Body, stages: Sequence[Stage], wanted: set[str], known: Mapping[str, Idiom]) -> None:
+    """The intermediates that are needed for those `wanted`, in order."""
+    for stage in reversed(stages):
+        if stage.name in wanted:
+            wanted = wanted | _read(stage, known)
     for stage in stages:
-        if stage.name in stable:
-            text = stable[stage.name]
-        elif stage.logsumexp is not None and stage.name not in read:
-            continue
-        elif stage.logsumexp is not None:
-            text = _logsumexp(stage.logsumexp)
-        else:
-            assert stage.tree is not None
-            text = body(stage.tree)
-        body.lines.append(f"{stage.name} = {text}")
+        if stage.name in wanted:
+            text = _value(stage, body, known)
+            body.lines.append(f"{stage.name} = {text}")
+
+
+def _read(stage: Stage, known: Mapping[str, Idiom]) -> set[str]:
+    """The tensors that the emitted value of an intermediate reads."""
+    return {known[stage.name].read} if stage.name in known else _names(stage.formula)
+
+
+def _names(formula: Formula) -> set[str]:
+    return {str(r.base) for term in formula.terms for r in term_reads(term)}
+
+
+def _value(stage: Stage, body: Body, known: Mapping[str, Idiom]) -> str:
+    if stage.name in known:
+        return known[stage.name].text
+    assert stage.tree is not None
+    return body(stage.tree)
 
 
 #: What may be written to memory that is there: results of their own, and columns in the place of those above.
@@ -276,7 +282,7 @@ def _loss_body(rule: LossRule) -> tuple[Body, dict[str, Axes]]:
     }  # masks take the dtype of the input, not of what is drawn
     body = Body(first | arguments)
     sums = {s.target: s.value for s in rule.intermediates if isinstance(s.value, LogSumExp)}
-    stable = {s.name: text for s in rule.intermediates if (text := _softmax(s.value, sums)) is not None}
+    stable = {s.name: softmax(total) for s in rule.intermediates if (total := softmax_of(s.value, sums)) is not None}
     values = (*rule.exprs, *(s.value for s in rule.intermediates if s.name not in stable))
     read = {str(r.base) for value in values for r in reads(value)}
     for statement in rule.intermediates:
@@ -285,14 +291,6 @@ def _loss_body(rule: LossRule) -> tuple[Body, dict[str, Axes]]:
         elif statement.name in read:
             _emit_statement(body, statement)
     return body, arguments
-
-
-def _softmax(value: Expr, sums: Mapping[Expr, LogSumExp]) -> str | None:
-    """exp(f − log Σ exp f), which loses the digits of large f unless it is shifted before it is summed."""
-    for target, total in sums.items():
-        if value == sympy.exp(total.body - target):
-            return _logsumexp(total).replace("torch.logsumexp", "torch.softmax")
-    return None
 
 
 def _loss_value(body: Body, rule: LossRule, expr: Expr) -> str:
@@ -321,17 +319,11 @@ def _elementwise(expr: Expr, axes: Axes) -> Node:
 
 def _emit_statement(body: Body, statement: Statement) -> None:
     if isinstance(statement.value, LogSumExp):
-        text = _logsumexp(statement.value)
+        text = logsumexp(statement.value)
     else:
         (term,) = _as_terms(statement)
         text = body(plan(term, statement.axes))
     body.lines.append(f"{statement.name} = {text}")
-
-
-def _logsumexp(value: LogSumExp) -> str:
-    read = value.body
-    dims = [list(read.indices).index(i) for i in value.over]
-    return f"torch.logsumexp({read.base}, {dims[0] if len(dims) == 1 else tuple(dims)})"
 
 
 def _as_terms(statement: Statement) -> Sequence[Term]:

@@ -57,10 +57,11 @@ def composed_hessian(layer: Layer, tangents: Sequence[tuple[Indexed, Indexed]] =
 
 def stages_of(layer: Layer, names: Iterable[str]) -> tuple[Stage, ...]:
     """The layer's own intermediates that are needed for `names`, in order."""
-    return tuple(map(_forward_stage, needed(layer.statements[:-1], names)))
+    return tuple(map(stage_of, needed(layer.statements[:-1], names)))
 
 
-def _forward_stage(statement: Statement) -> Stage:
+def stage_of(statement: Statement) -> Stage:
+    """A layer's own intermediate."""
     if isinstance(statement.value, LogSumExp):
         formula = Formula(statement.name, statement.axes, (Term(statement.value),))
         return Stage(formula, None, statement.value)

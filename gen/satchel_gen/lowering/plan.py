@@ -14,7 +14,7 @@ import sympy
 from sympy import Expr, Indexed
 
 from ..calculus.terms import CalculusError, Term
-from ..notation import ONE, Access, Equal, Index, base_name, index_atoms, reads
+from ..notation import ONE, Access, Equal, Extent, Index, base_name, index_atoms, reads
 
 Axes = tuple[Index, ...]
 
@@ -293,7 +293,29 @@ def _map(expr: Expr, dropped: frozenset[str], axes: Axes | None = None) -> Map:
     order = dict.fromkeys(i for part in sorted(parts, key=lambda p: -len(p.axes)) for i in part.axes)
     unread = (i for i in index_atoms(expr) if i.name not in dropped)  # of a mask
     order |= dict.fromkeys(sorted(unread, key=str))
-    return Map(expr, accessed, tuple(parts), axes if axes is not None else tuple(order))
+    return _scaled_small(Map(expr, accessed, tuple(parts), axes if axes is not None else tuple(order)))
+
+
+def _scaled_small(node: Map) -> Map:
+    """A coefficient of extents meets the smallest operand of its product, not the product."""
+    children = dict(zip(node.reads, node.children, strict=True))
+    summands = []
+    for product in sympy.Add.make_args(node.expr):
+        parts = sympy.Mul.make_args(product)
+        coefficient = sympy.Mul(*(part for part in parts if not index_atoms(part)))
+        small = min(
+            (p for p in parts if p in children),
+            key=lambda p: (len(children[p].axes), node.axes[-1] in children[p].axes),
+            default=None,
+        )
+        if small is not None and coefficient.atoms(Extent) and len(children[small].axes) < len(node.axes):
+            slot = sympy.IndexedBase(f"scaled_{small.base}")[children[small].axes]
+            children[slot] = Scaled(children[small], coefficient)
+            product = product / coefficient / small * slot
+        summands.append(product)
+    expr = sympy.Add(*summands)
+    read = {r: child for r, child in children.items() if expr.has(r)}
+    return Map(expr, tuple(read), tuple(read.values()), node.axes)
 
 
 def _map_all(term: Term, axes: Axes, dropped: frozenset[str]) -> Node:
@@ -303,7 +325,7 @@ def _map_all(term: Term, axes: Axes, dropped: frozenset[str]) -> Node:
     if len(operands) == 1 and not term.deltas and operands[0].axes == axes:
         return operands[0] if coefficient == 1 else Scaled(operands[0], coefficient)
     slots = tuple(sympy.IndexedBase(f"operand{k}")[part.axes] for k, part in enumerate(operands))
-    return Map(coefficient * sympy.Mul(*slots) * deltas, slots, tuple(operands), axes)
+    return _scaled_small(Map(coefficient * sympy.Mul(*slots) * deltas, slots, tuple(operands), axes))
 
 
 def _sum_own(operand: Node, operands: Sequence[Node], sums: set[Index]) -> Node:

@@ -15,6 +15,7 @@ output[n, g, c, s] = normalised[n, g, c, s] weight[g, c] + bias[g, c]
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.precision import widened
@@ -49,9 +50,9 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     bar_normalised = weight[:, :, None] * factor
     bar_rstd = torch.einsum("ngcs,vngcs->vng", centred, bar_normalised)
     bar_variance = -torch.pow(variance + eps, -3 / 2) * bar_rstd / 2
-    bar_centred = rstd[:, :, None, None] * bar_normalised + 2 * bar_variance[:, :, :, None, None] * centred / (C * S)
+    bar_centred = rstd[:, :, None, None] * bar_normalised + (2 * bar_variance / (C * S))[:, :, :, None, None] * centred
     bar_mean = -bar_centred.sum((3, 4))
-    return bar_mean[:, :, :, None, None] / (C * S) + bar_centred
+    return (bar_mean / (C * S))[:, :, :, None, None] + bar_centred
 
 
 @widened
@@ -96,12 +97,12 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
         torch.pow(variance + eps, -3 / 2) * (3 * bar_rstd * dot_variance / (variance + eps) - 2 * dot_bar_rstd) / 4
     )
     dot_bar_centred = (
-        dot_rstd[:, :, :, None, None] * bar_normalised
-        + 2 * bar_variance[:, :, None, None] * dot_centred / (C * S)
-        + 2 * dot_bar_variance[:, :, :, None, None] * centred / (C * S)
+        (2 * bar_variance / (C * S))[:, :, None, None] * dot_centred
+        + dot_rstd[:, :, :, None, None] * bar_normalised
+        + (2 * dot_bar_variance / (C * S))[:, :, :, None, None] * centred
     )
     dot_bar_mean = -dot_bar_centred.sum((3, 4))
-    return dot_bar_mean[:, :, :, None, None] / (C * S) + dot_bar_centred
+    return (dot_bar_mean / (C * S))[:, :, :, None, None] + dot_bar_centred
 
 
 def normalised_from(input: Tensor, eps: float) -> Tensor:
@@ -118,11 +119,7 @@ def normalised_from(input: Tensor, eps: float) -> Tensor:
     *_, C, S = input.shape
     shift = input.sum((2, 3)) / (C * S)
     shifted = input - shift[:, :, None, None]
-    mean = shifted.sum((2, 3)) / (C * S)
-    centred = shifted - mean[:, :, None, None]
-    variance = centred.square().sum((2, 3)) / (C * S)
-    rstd = torch.pow(variance + eps, -1 / 2)
-    return rstd[:, :, None, None] * centred
+    return F.layer_norm(shifted, (C, S), eps=eps)
 
 
 @widened

@@ -15,6 +15,7 @@ output[n, c, s] = normalised[n, c, s] weight[c] + bias[c]
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.precision import widened
@@ -49,9 +50,9 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     bar_normalised = weight[:, None] * factor
     bar_rstd = torch.einsum("ncs,vncs->vnc", centred, bar_normalised)
     bar_variance = -torch.pow(variance + eps, -3 / 2) * bar_rstd / 2
-    bar_centred = rstd[:, :, None] * bar_normalised + 2 * bar_variance[:, :, :, None] * centred / S
+    bar_centred = rstd[:, :, None] * bar_normalised + centred * (2 * bar_variance / S)[:, :, :, None]
     bar_mean = -bar_centred.sum(3)
-    return bar_mean[:, :, :, None] / S + bar_centred
+    return (bar_mean / S)[:, :, :, None] + bar_centred
 
 
 @widened
@@ -96,12 +97,12 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
         torch.pow(variance + eps, -3 / 2) * (3 * bar_rstd * dot_variance / (variance + eps) - 2 * dot_bar_rstd) / 4
     )
     dot_bar_centred = (
-        bar_normalised * dot_rstd[:, :, :, None]
-        + 2 * bar_variance[:, :, None] * dot_centred / S
-        + 2 * centred * dot_bar_variance[:, :, :, None] / S
+        (2 * bar_variance / S)[:, :, None] * dot_centred
+        + bar_normalised * dot_rstd[:, :, :, None]
+        + centred * (2 * dot_bar_variance / S)[:, :, :, None]
     )
     dot_bar_mean = -dot_bar_centred.sum(3)
-    return dot_bar_mean[:, :, :, None] / S + dot_bar_centred
+    return (dot_bar_mean / S)[:, :, :, None] + dot_bar_centred
 
 
 def normalised_from(input: Tensor, eps: float) -> Tensor:
@@ -118,11 +119,7 @@ def normalised_from(input: Tensor, eps: float) -> Tensor:
     S = input.shape[2]
     shift = input.sum(2) / S
     shifted = input - shift[:, :, None]
-    mean = shifted.sum(2) / S
-    centred = shifted - mean[:, :, None]
-    variance = centred.square().sum(2) / S
-    rstd = torch.pow(variance + eps, -1 / 2)
-    return rstd[:, :, None] * centred
+    return F.layer_norm(shifted, (S,), eps=eps)
 
 
 @widened

@@ -34,7 +34,7 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     bar_normalised = weight * factor
     bar_rrms = torch.einsum("nrj,vnrj->vnr", input, bar_normalised)
     bar_square = -torch.pow(square + eps, -3 / 2) * bar_rrms / 2
-    return rrms[:, :, None] * bar_normalised + 2 * bar_square[:, :, :, None] * input / J
+    return rrms[:, :, None] * bar_normalised + input * (2 * bar_square / J)[:, :, :, None]
 
 
 @widened
@@ -65,9 +65,9 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
         torch.pow(square + eps, -3 / 2) * (3 * bar_rrms * dot_square / (square + eps) - 2 * dot_bar_rrms) / 4
     )
     return (
-        bar_normalised * dot_rrms[:, :, :, None]
-        + 2 * bar_square[:, :, None] * tangent / J
-        + 2 * dot_bar_square[:, :, :, None] * input / J
+        (2 * bar_square / J)[:, :, None] * tangent
+        + bar_normalised * dot_rrms[:, :, :, None]
+        + input * (2 * dot_bar_square / J)[:, :, :, None]
     )
 
 
