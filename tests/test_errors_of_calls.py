@@ -65,16 +65,49 @@ def test_loss_not_extended(feature: Any, how: str) -> None:
     assert "weight" in message or "bias" in message
 
 
+def on_the_input(f: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    return loss(f, y) + f.square().mean()
+
+
+def on_what_the_input_is_a_view_of(f: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    return loss(f.view(len(y), -1), y) + f.square().mean()
+
+
+def on_a_view_that_the_loss_takes(f: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    view = f.view(len(y), -1)
+    return loss(view, y) + view.square().mean()
+
+
+def by_a_hook(f: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    f.register_hook(lambda delta: 2 * delta)
+    return loss(f, y)
+
+
 @pytest.mark.parametrize("feature", CURVATURE)
-def test_one_of_two_losses_not_extended(feature: Any) -> None:
+@pytest.mark.parametrize(
+    "more", [on_the_input, on_what_the_input_is_a_view_of, on_a_view_that_the_loss_takes, by_a_hook]
+)
+def test_one_of_two_losses_not_extended(feature: Any, more: Callable[..., Tensor]) -> None:
     """A part of the curvature would be missing in silence."""
     model, loss = extend(sequence(nn.Tanh())), extend(nn.CrossEntropyLoss())
+    refused(lambda: more(model(x), loss), model, feature(), (RuntimeError, NotImplementedError), feature.__name__)
 
-    def total() -> Tensor:
+
+@pytest.mark.parametrize("feature", CURVATURE)
+@pytest.mark.parametrize("losses", [1, 2])
+def test_what_losses_send_is_not_computed_again(feature: Any, losses: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One loss alone is known by the tensor that it sends."""
+    computed: list[bool] = []
+    gradient = curvature.Start.__dict__["gradient"]
+    monkeypatch.setattr(
+        curvature.Start, "gradient", property(lambda start: computed.append(True) or gradient.compute(start))
+    )
+    model, loss = extend(sequence(nn.ReLU())), extend(nn.CrossEntropyLoss())
+    with backpack(feature()):
         f = model(x)
-        return loss(f, y) + f.square().mean()
-
-    refused(total, model, feature(), (RuntimeError, NotImplementedError), feature.__name__)
+        sum(loss(f, y) for _ in range(losses)).backward()
+    residual = feature.__name__.endswith("DiagHessian")
+    assert len(computed) == losses * ((losses > 1) + residual)
 
 
 def test_non_scalar() -> None:

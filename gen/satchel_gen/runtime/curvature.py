@@ -6,7 +6,7 @@ Nothing has been freed yet below the loss, and no parameter has got a field: wha
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import cached_property, partial
+from functools import partial
 from math import inf, prod
 from typing import Any, TypeAlias
 
@@ -33,6 +33,7 @@ from .evaluate import evaluate
 from .flags import Flag, first_raised
 from .hessian import HessianSweep, residuals_of
 from .householder import independent
+from .lazy import lazy
 from .mixed import parameter_terms
 from .plan import Place, Plan, Step
 from .quantities import summed
@@ -109,12 +110,9 @@ class Start:
         drawn = self._drawn(source.mc_samples or 1, source.generator)
         return self._factor(evaluate(rule, self.definition, self.loss.operand, drawn))
 
+    @lazy
     def gradient(self) -> Tensor:
         """δ [*edge] = c g ∇Σℓ."""
-        return self._gradient
-
-    @cached_property
-    def _gradient(self) -> Tensor:
         delta = evaluate(self.definition.gradient, self.definition, self.loss.operand)
         return at_edge(delta * self.scale.to(delta.dtype), self.edge, lead=0)
 
@@ -260,7 +258,7 @@ def _residual(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) 
             needs = [need for need in demand.needs([use.layer], DIAGONAL) if use.offers(need.quantity)]
             accumulate(parameter, DIAGONAL, {need: summed([use], need.quantity) for need in needs})
 
-    delta = start.gradient()
+    delta = start.gradient
     residuals, at_uses = residuals_of(plan, {start.edge: delta}, start.samples)
     gather = partial(_Gathered, RESIDUAL, demand, plan.tied, accumulate)
     limit, itemsize = current().matrix_bytes, delta.element_size()

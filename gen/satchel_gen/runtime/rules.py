@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from .axes import Axes
+from .lazy import lazy
 
 if TYPE_CHECKING:
     from .extension import Extension
@@ -213,8 +214,7 @@ class Need(NamedTuple):
         return self.source not in ("gradient", "input")
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """N samples, and the unit u of ∇ℓ_n = u·g_n: N for a mean-reduced loss, 1 for a sum, None if no extended loss was seen."""
 
     N: int
@@ -261,7 +261,7 @@ class Registry:
     composites: tuple[Composite, ...] = ()
     operations: tuple[Operation, ...] = ()
 
-    @cached_property
+    @lazy
     def _by_forward(self) -> Mapping[Callable[..., Any], tuple[Layer | Loss, ...]]:
         """The definitions of each forward function, those that ask for most first."""
         found: dict[Callable[..., Any], list[Layer | Loss]] = {}
@@ -270,7 +270,7 @@ class Registry:
             found.setdefault(definition.module.forward, []).append(definition)
         return {forward: tuple(sorted(group, key=_asks)) for forward, group in found.items()}
 
-    @cached_property
+    @lazy
     def _passing(self) -> frozenset[Callable[..., Any]]:
         return frozenset(module.forward for module in self.passing)
 
@@ -293,7 +293,7 @@ class Registry:
         fits = [loss for loss in variants if all(getattr(module, name) == v for name, v in loss.when.items())]
         return next((loss for loss in fits if loss.classes is not target.is_floating_point()), fits[0])
 
-    @cached_property
+    @lazy
     def by_node(self) -> Mapping[str, tuple[Operation, OperationNode]]:
         """The operation that an autograd node of a name is."""
         return {node.name: (operation, node) for operation in self.operations for node in operation.nodes}

@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 from . import estimate
 from .context import backpack
 from .curvature import AVERAGED, RESIDUAL, refuse_option
-from .demand import CURVATURE, SECOND_ORDER, Demand
+from .demand import Demand
 from .errors import CheckpointedRegion, MemoryLimit, SatchelError, SharedByKinds, SparseGradient, UnsupportedModule
 from .flags import Flag, first_raised
 from .nodes import NodeRecord, Owned, resolve
@@ -100,19 +100,10 @@ def _probe(
 def _touch(plan: Plan, demand: Demand) -> None:
     """Refuse a tensor that was overwritten, where a rule will read it."""
     for step in plan.steps:
-        if step.record is None:
-            continue
-        layer = step.record.definition
-        needed = demand.of(layer)
-        kinds = {source.kind for source in needed}
-        names = {need.quantity for needs in needed.values() for need in needs}
-        own = [parameter for call in step.calls for parameter in call.parameters]
-        rules = [rule for p in own for name, rule in layer.parameters[p].items() if name in names]
-        if step.inputs and kinds & set(CURVATURE):
-            vjp = [layer.vjp] if layer.vjp is not None else []
-            rules += layer.passes if kinds & set(SECOND_ORDER) else vjp
-        for operand in {operand for rule in rules for operand in rule.operands}:
-            step.record.touch(operand)
+        if step.record is not None:
+            own = tuple(parameter for call in step.calls for parameter in call.parameters)
+            for operand in demand.reads(step.record.definition, own, bool(step.inputs)):
+                step.record.touch(operand)
 
 
 def _owned(plan: Plan, marks: Sequence[Mark]) -> dict[int, Owned]:
@@ -153,9 +144,8 @@ def _refuse_undefined(plan: Plan, context: backpack) -> None:
 def _refuse_blocks(plan: Plan, demand: Demand) -> None:
     """Refuse the exact curvature of a parameter that is too large for it."""
     limit = current().matrix_bytes
-    for use in (place.use for places in plan.uses.values() for place in places):
-        asking = demand.extensions if use.offers(BLOCK) else ()
-        features = [extension.name for extension in asking if demand.asks(extension, use.layer, BLOCK)]
+    for use in (place.use for places in plan.uses.values() for place in places if place.offers(BLOCK)):
+        features = [extension.name for extension in demand.extensions if demand.asks(extension, use.layer, BLOCK)]
         if features and use.block_bytes() > limit:
             where = f"{use.record.where}, the exact block of {use.record.called(use.name)!r}"
             raise MemoryLimit(features, where, use.block_bytes(), limit)
@@ -163,9 +153,9 @@ def _refuse_blocks(plan: Plan, demand: Demand) -> None:
 
 def _refuse_kinds(plan: Plan, demand: Demand) -> None:
     """Of uses that have no Kronecker structure in common, only what individual pullbacks give is defined."""
-    for places in plan.uses.values():
-        uses = [place.use for place in places]
-        if len(uses) < 2 or alike(uses):
+    for key in plan.tied:
+        uses = [place.use for place in plan.uses[key]]
+        if alike(uses):
             continue
         for extension in demand.extensions:
             needs = [(use, need) for use in uses for _, need in demand.asked(extension, use.layer)]

@@ -24,6 +24,7 @@ from .flags import Flag, first_raised
 from .harvest import GRADIENT, Harvest
 from .modes import grad_mode, without_autocast
 from .plan import Plan, Step, walk
+from .promise import Promise
 from .pullback import operation
 from .record import Edge, Entry, LossRecord, Mark, Record
 from .rules import registry
@@ -72,7 +73,7 @@ class Pass:
         self.reductions: set[str] = set()
         self.surveyed: set[Node] = set()
         self.flags: list[Flag] = []
-        self.promised: dict[Edge, Tensor] = {}
+        self.promised: dict[Edge, Promise] = {}
         self.inner: set[Node] = set()
         self.expected: dict[int, Record] = {}
         self.finished: set[int] = set()
@@ -101,7 +102,7 @@ class Pass:
                 taken = self._spared(entry, wanted, gradients)
             else:
                 self._hook(entry)
-                if not self.keep:
+                if not self.keep and not self._is_promised(entry):
                     _release([entry])
         return taken
 
@@ -124,7 +125,7 @@ class Pass:
                 start = curvature.Start(loss, gradient)
                 curvature.check_plan(plan, self.demand, start.samples, self.flags)
                 self.flags += start.flags(self.demand, layers)
-                self._promise(loss, plan, start.gradient(), curved)
+                self._promise(start, plan, curved)
                 self.context.log(lambda: f"{loss.where}: {', '.join(curved)} over {len(plan.steps)} nodes")
                 curvature.run(start, plan, self.demand, self.harvest.accumulate)
 
@@ -213,26 +214,28 @@ class Pass:
                 assert node is not None, "only wanted parameters are used"
                 self.handles.append(node.register_prehook(complete))
 
-    def _promise(self, loss: LossRecord, plan: Plan, gradient: Tensor, features: list[str]) -> None:
-        """Note the gradient that an extended loss sends to its input: more than that would have curvature, too."""
+    def _promise(self, start: curvature.Start, plan: Plan, features: list[str]) -> None:
+        """Note what an extended loss sends to its input: more than that would have curvature, too."""
         edge = plan.start[0]
         self.inner |= {step.node for step in plan.steps} - {edge[0]}
         if edge in self.promised:
-            self.promised[edge] = self.promised[edge] + gradient
+            self.promised[edge].add(start)
         elif not is_accumulator(edge[0]):
-            self.promised[edge] = gradient
-            kept = partial(self._kept, edge, LossIncomplete(loss.where, features))
-            self.handles.append(edge[0].register_prehook(kept))
+            self.promised[edge] = promise = Promise(start, LossIncomplete(start.loss.where, features))
+            self.handles += promise.watch(current_node())
+            self.handles.append(edge[0].register_prehook(partial(self._kept, edge)))
 
-    def _kept(self, edge: Edge, error: LossIncomplete, gradients: tuple[Tensor | None, ...]) -> None:
-        delta = gradients[edge[1]]
-        if delta is None or edge[0] in self.inner:  # below another loss: what that sends here is swept
-            return
-        with grad_mode(False):
-            promised = self.promised.pop(edge)
-            precision = max(torch.finfo(tensor.dtype).eps for tensor in (delta, promised)) ** 0.5
-            off, size = torch.dist(delta, promised), delta.norm() + promised.norm()
-            self.flags.append((off > 4 * precision * size, error))
+    def _kept(self, edge: Edge, gradients: tuple[Tensor | None, ...]) -> None:
+        delta, promise = gradients[edge[1]], self.promised.pop(edge)
+        if delta is not None and edge[0] not in self.inner:  # below another loss: what that sends here is swept
+            with grad_mode(False):
+                self.flags += promise.flags(delta)
+        if not self.keep:
+            _release(promise.losses)
+
+    def _is_promised(self, entry: Entry) -> bool:
+        """Whether a loss may still be asked for what it sends."""
+        return any(entry is loss for promise in self.promised.values() for loss in promise.losses)
 
     # ---------------------------------------------------------------------------------------------------- refusals
 
@@ -307,6 +310,8 @@ class Pass:
                 if key not in self.finished:
                     name = next(n for n, parameter in record.trainable().items() if id(parameter) == key)
                     raise FieldMissing(record.where, name, self.demand.names)
+            if not self.keep:
+                _release([loss for promise in self.promised.values() for loss in promise.losses])
         finally:
             self.clean_up()
             self.context.passes.pop(self.task, None)

@@ -7,12 +7,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, update_wrapper
+from functools import lru_cache, update_wrapper
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .lazy import lazy
 from .precision import widened
 
 
@@ -48,12 +49,12 @@ class Program:
         """What it can be forced by: "separated", "gram" …"""
         return getattr(self.function, "__name__", type(self.function).__name__).lower().rpartition("_")[2]
 
-    @cached_property
+    @lazy
     def run(self) -> Callable[..., Tensor]:
         """The function, of operands of any precision."""
         return widened(self.function)
 
-    @cached_property
+    @lazy
     def seconds(self) -> float:
         """The predicted time."""
         cached = (self.peak or self.elements) <= _TOGETHER * machine.cache_elements

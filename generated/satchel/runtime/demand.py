@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 
 from .extension import Extension
+from .lazy import lazy
 from .rules import BLOCK, Layer, Need
 
 
@@ -27,31 +29,53 @@ def source(extension: Extension, need: Need) -> Source:
     return Source("mc", extension.mc_samples or 1, extension.generator) if need.source == "mc" else Source(need.source)
 
 
+@dataclass
+class _Known:
+    """What features of given options ask for, which holds for every pass: features go by their position."""
+
+    asked: dict[tuple[int, Layer], tuple[tuple[Source, Need], ...]] = field(default_factory=dict)
+    by_layer: dict[Layer, Mapping[Source, tuple[Need, ...]]] = field(default_factory=dict)
+    serving: dict[tuple[Layer, str], tuple[int, ...]] = field(default_factory=dict)
+    reads: dict[tuple[Layer, tuple[str, ...], bool], frozenset[str]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(extensions: Sequence[Extension]) -> _Known:
+        try:
+            return _known(tuple((type(extension), *vars(extension).items()) for extension in extensions))
+        except TypeError:  # an option of a user's own feature that has no hash
+            return _Known()
+
+
+@lru_cache
+def _known(options: tuple[object, ...]) -> _Known:
+    return _Known()
+
+
 class Demand:
     """The needs of several features, joined."""
 
     def __init__(self, extensions: Sequence[Extension]) -> None:
         self.extensions = tuple(extensions)
-        self._asked: dict[tuple[int, Layer], tuple[tuple[Source, Need], ...]] = {}
-        self._by_layer: dict[Layer, Mapping[Source, tuple[Need, ...]]] = {}
-        self._serving: dict[tuple[Layer, str], tuple[Extension, ...]] = {}
+        self._places = {id(extension): place for place, extension in enumerate(self.extensions)}
+        self._known = _Known.of(self.extensions)
 
     def asked(self, extension: Extension, layer: Layer) -> tuple[tuple[Source, Need], ...]:
         """What one feature asks for, in its order."""
-        key = id(extension), layer
-        if key not in self._asked:
-            self._asked[key] = tuple((source(extension, need), need) for need in extension.needs(layer))
-        return self._asked[key]
+        known, key = self._known.asked, (self._places[id(extension)], layer)
+        if key not in known:
+            known[key] = tuple((source(extension, need), need) for need in extension.needs(layer))
+        return known[key]
 
     def of(self, layer: Layer) -> Mapping[Source, tuple[Need, ...]]:
         """Needs by source, each once."""
-        if layer not in self._by_layer:
+        known = self._known.by_layer
+        if layer not in known:
             found: dict[Source, dict[Need, None]] = {}
             for extension in self.extensions:
                 for key, need in self.asked(extension, layer):
                     found.setdefault(key, {})[need] = None
-            self._by_layer[layer] = {key: tuple(needs) for key, needs in found.items()}
-        return self._by_layer[layer]
+            known[layer] = {key: tuple(needs) for key, needs in found.items()}
+        return known[layer]
 
     def needs(self, layers: Iterable[Layer], source: Source) -> tuple[Need, ...]:
         found = [self.of(layer).get(source, ()) for layer in layers]
@@ -59,10 +83,10 @@ class Demand:
 
     def serving(self, layer: Layer, parameter: str) -> tuple[Extension, ...]:
         """The features that have a value for a parameter."""
-        key = layer, parameter
-        if key not in self._serving:
-            self._serving[key] = tuple(e for e in self.extensions if self._serves(e, layer, parameter))
-        return self._serving[key]
+        known, key = self._known.serving, (layer, parameter)
+        if key not in known:
+            known[key] = tuple(k for k, e in enumerate(self.extensions) if self._serves(e, layer, parameter))
+        return tuple(self.extensions[place] for place in known[key])
 
     def _serves(self, extension: Extension, layer: Layer, parameter: str) -> bool:
         """What it needs of inputs alone, a bias goes without, and a diagonal can be had as columns."""
@@ -70,6 +94,20 @@ class Demand:
         offered = [need.quantity in layer.parameters[parameter] for need in needs]
         # A parameter has Kronecker factors or, without that structure, the exact block.
         return any(offered) if self.asks(extension, layer, BLOCK) else all(offered)
+
+    def reads(self, layer: Layer, parameters: tuple[str, ...], passed: bool) -> frozenset[str]:
+        """Operands of the rules that will run for some parameters of a layer, and for the columns that it passes on."""
+        known, key = self._known.reads, (layer, parameters, passed)
+        if key not in known:
+            needed = self.of(layer)
+            kinds = {source.kind for source in needed}
+            names = {need.quantity for needs in needed.values() for need in needs}
+            rules = [rule for p in parameters for name, rule in layer.parameters[p].items() if name in names]
+            if passed and not kinds.isdisjoint(CURVATURE):
+                vjp = [layer.vjp] if layer.vjp is not None else []
+                rules += vjp if kinds.isdisjoint(SECOND_ORDER) else layer.passes
+            known[key] = frozenset(operand for rule in rules for operand in rule.operands)
+        return known[key]
 
     def asks(self, extension: Extension, layer: Layer, quantity: str) -> bool:
         return any(need.quantity == quantity for _, need in self.asked(extension, layer))
@@ -86,11 +124,11 @@ class Demand:
             if not kinds or any(key.kind in kinds for layer in layers for key, _ in self.asked(extension, layer))
         ]
 
-    @cached_property
+    @lazy
     def names(self) -> list[str]:
         return [extension.name for extension in self.extensions]
 
-    @cached_property
+    @lazy
     def differentiable(self) -> bool:
         """Whether a field can be differentiated."""
         return any(extension.differentiable for extension in self.extensions)

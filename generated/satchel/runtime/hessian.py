@@ -11,7 +11,6 @@ edges, from some step on: passing that costs the same however many steps have ad
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from math import inf, prod
 from typing import Protocol, TypeAlias
 
@@ -24,6 +23,7 @@ from .cost import forced_program
 from .evaluate import evaluate
 from .flags import first_raised
 from .joint import Joint, both_through, columns_of, rows_through
+from .lazy import lazy
 from .passing import edge_shape, features, pull
 from .plan import Plan, Step
 from .probe import Probe
@@ -266,7 +266,7 @@ class HessianSweep:
 
     # --------------------------------------------------------------------------------------- what the plan tells
 
-    @cached_property
+    @lazy
     def enough(self) -> frozenset[Node]:
         """Steps from which on everything asks for the diagonal of the curvature alone, on a path that meets no other."""
         found: set[Node] = set()
@@ -280,7 +280,7 @@ class HessianSweep:
                 found.add(step.node)
         return frozenset(found)
 
-    @cached_property
+    @lazy
     def consumers(self) -> Mapping[Edge, int]:
         """How often an edge is an input."""
         found: dict[Edge, int] = {}

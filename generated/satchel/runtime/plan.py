@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -14,7 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .calls import ByRules, Call
-from .record import Edge, Mark, Record, entries, layer_record
+from .lazy import lazy
+from .record import Edge, Entry, Mark, Record, entries
 from .rules import Layer
 from .torch_private import is_accumulator, leaf_of, node_output_shape, node_outputs
 from .uses import Use
@@ -38,7 +38,7 @@ class Step:
     def name(self) -> str:
         return self.node.name()
 
-    @cached_property
+    @lazy
     def outputs(self) -> tuple[Edge, ...]:
         return tuple((self.node, number) for number in range(len(node_outputs(self.node))))
 
@@ -75,6 +75,9 @@ class Place(NamedTuple):
     def use(self) -> Use:
         return Use(self.call.record, self.name)
 
+    def offers(self, quantity: str) -> bool:
+        return quantity in self.call.record.definition.parameters[self.name]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -85,17 +88,17 @@ class Plan:
     nodes: frozenset[Node]
     marks: tuple[Mark, ...]
 
-    @cached_property
+    @lazy
     def records(self) -> tuple[Record, ...]:
         """The calls of layers."""
         return tuple(step.record for step in self.steps if step.record is not None)
 
-    @cached_property
+    @lazy
     def calls(self) -> tuple[Call, ...]:
         """Whatever uses wanted parameters by rules."""
         return tuple(call for step in self.steps for call in step.calls)
 
-    @cached_property
+    @lazy
     def definitions(self) -> tuple[Layer, ...]:
         records = dict.fromkeys([*self.records, *(call.record for call in self.calls)])
         return tuple(record.definition for record in records)
@@ -105,12 +108,12 @@ class Plan:
         """The wanted parameters that nodes without record use."""
         return tuple((step, leaf) for step in self.steps for _, _, leaf in step.leaves)
 
-    @cached_property
+    @lazy
     def unknown(self) -> tuple[Step, ...]:
         """The nodes that pass factors by their own backward."""
         return tuple(step for step in self.steps if step.record is None)
 
-    @cached_property
+    @lazy
     def uses(self) -> Mapping[int, list[Place]]:
         """The uses of each wanted parameter, by its id."""
         found: dict[int, list[Place]] = {}
@@ -120,23 +123,23 @@ class Plan:
                     found.setdefault(id(parameter), []).append(Place(step, call, name))
         return found
 
-    @cached_property
+    @lazy
     def tied(self) -> frozenset[int]:
         """Ids of the parameters with several uses."""
         return frozenset(key for key, places in self.uses.items() if len(places) > 1)
 
-    @cached_property
+    @lazy
     def shared(self) -> frozenset[Node]:
         """Layers with a parameter that has other uses: squares are taken of the sum over the uses that a column reaches."""
         return frozenset(place.step.node for places in self.uses.values() if len(places) > 1 for place in places)
 
-    @cached_property
+    @lazy
     def reused(self) -> frozenset[Node]:
         """Those with another use below, which what comes from above reaches, too."""
         uses = [{place.step.node for place in places} for places in self.uses.values() if len(places) > 1]
         return frozenset(node for nodes in uses for node in nodes if not self.below(node).isdisjoint(nodes))
 
-    @cached_property
+    @lazy
     def _by_node(self) -> Mapping[Node, Step]:
         return {step.node: step for step in self.steps}
 
@@ -177,48 +180,58 @@ def _numel(edge: Edge) -> int:
     return prod(node_output_shape(node, output_nr))
 
 
+class _Met(NamedTuple):
+    """What the walk sees of a node: what forward passes left there, and the edges that a factor takes from it."""
+
+    present: Sequence[Entry]
+    record: Record | None
+    inputs: tuple[tuple[int, Edge], ...]
+
+    @staticmethod
+    def of(node: Node) -> _Met:
+        present = entries(node)
+        record = next((entry for entry in present if isinstance(entry, Record)), None)
+        if record is not None:
+            return _Met(present, record, () if record.edge is None else ((0, record.edge),))
+        following = enumerate(node.next_functions)
+        return _Met(
+            present, None, tuple((position, (n, number)) for position, (n, number) in following if n is not None)
+        )
+
+
 def walk(start: Iterable[Edge], wanted: Wanted) -> Plan:
     """The plan of everything below `start`. The inside of a recorded layer is not entered: its rules stand for it."""
     start = tuple(start)
     order = _postorder([node for node, _ in start])
     steps: dict[Node, Step] = {}
     marks: list[Mark] = []
-    for node in order:
-        record = layer_record(node)
-        marks += [entry for entry in entries(node) if type(entry) is Mark]
+    for node, (present, record, edges) in order.items():
+        marks += [entry for entry in present if type(entry) is Mark]
         calls: tuple[Call, ...] = ()
         leaves: tuple[tuple[int, Edge, Tensor], ...] = ()
-        if record is not None:
-            parameters = wanted.of(record)
-            calls = (ByRules(record, parameters),) if parameters else ()
-        else:
-            below = [(position, edge, leaf_of(edge[0])) for position, edge in _inputs(node, None)]
+        if record is None:
+            below = [(position, edge, leaf_of(edge[0])) for position, edge in edges if edge[0] not in order]
             leaves = tuple((position, edge, p) for position, edge, p in below if p is not None and p in wanted)
-        inputs = tuple((position, edge) for position, edge in _inputs(node, record) if edge[0] in steps)
+        elif parameters := wanted.of(record):
+            calls = (ByRules(record, parameters),)
+        inputs = tuple((position, edge) for position, edge in edges if edge[0] in steps)
         if inputs or calls or leaves:
             steps[node] = Step(node, record, inputs, calls, leaves)
     return Plan(start, tuple(reversed(steps.values())), frozenset(order), tuple(marks))
 
 
-def _inputs(node: Node, record: Record | None) -> list[tuple[int, Edge]]:
-    """The edges that a factor takes from a node."""
-    if record is not None:
-        return [] if record.edge is None else [(0, record.edge)]
-    following = enumerate(node.next_functions)
-    return [(position, (below, output_nr)) for position, (below, output_nr) in following if below is not None]
-
-
-def _postorder(roots: list[Node]) -> list[Node]:
+def _postorder(roots: list[Node]) -> dict[Node, _Met]:
     """Every node below `roots`, after all that lie below it. Accumulators are left out. No recursion: graphs are deep."""
-    order: dict[Node, None] = {}
+    order: dict[Node, _Met] = {}
     entered: set[Node] = set()
-    stack = [(root, False) for root in reversed(roots)]
+    stack: list[tuple[Node, _Met | None]] = [(root, None) for root in reversed(roots)]
     while stack:
-        node, done = stack.pop()
-        if done:
-            order[node] = None
+        node, met = stack.pop()
+        if met is not None:
+            order[node] = met
         elif node not in entered and not is_accumulator(node):
+            met = _Met.of(node)
             entered.add(node)
-            stack.append((node, True))
-            stack += [(below, False) for _, (below, _) in _inputs(node, layer_record(node))]
-    return list(order)
+            stack.append((node, met))
+            stack += [(below, None) for _, (below, _) in met.inputs]
+    return order

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch.autograd.graph import Node
 from .axes import Axes, Batch, Layout, canonical, extents
 from .axes import names as axis_names
 from .errors import BatchAxisLost, GraphFreed, Overwritten
+from .lazy import lazy
 from .rules import Layer, Loss
 from .torch_private import metadata, version
 
@@ -104,11 +104,11 @@ class Record(_Kept):
             if batch.placed(layout, shape) is None:
                 raise BatchAxisLost(self.where, shape, batch.samples)
 
-    @cached_property
+    @lazy
     def input_layout(self) -> Layout:
         return self._layout(self.definition.input_axes, self.input_shape)
 
-    @cached_property
+    @lazy
     def output_layout(self) -> Layout:
         return self._layout(self.definition.output_axes, self.output_shape)
 
@@ -201,6 +201,7 @@ class LossRecord(_Kept):
 
     definition: Loss
     input_shape: tuple[int, ...] = ()
+    direct: bool = True  # whether `edge` is the input's own, not that of a tensor that the input is a view of
     differentiated: list[str] = field(default_factory=list)  # what else requires a gradient
 
     @property

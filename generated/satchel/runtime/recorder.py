@@ -146,9 +146,10 @@ class Recorder:
             options={name: getattr(module, name) for name in wanted},
             node_shape=tuple(output.shape),
             output_nr=output.output_nr,
-            edge=_edge(x),
+            edge=(edge := _edge(x)),
             definition=loss,
             input_shape=tuple(x.shape),
+            direct=edge is None or edge == (x.grad_fn, x.output_nr),
             differentiated=[name for name, t in {"target": target, **operands}.items() if t.requires_grad],
         )
         record.keep(input=alias(x), target=alias(target), **{name: alias(t) for name, t in operands.items()})
@@ -233,7 +234,10 @@ def _edge(x: Tensor) -> Edge | None:
     if not x.requires_grad:
         return None
     base = _whole_view(x) if x.grad_fn is not None else None
-    edge = get_gradient_edge(x if base is None or not base.requires_grad else base)
+    x = x if base is None or not base.requires_grad else base
+    if x.grad_fn is not None:
+        return x.grad_fn, x.output_nr
+    edge = get_gradient_edge(x)
     return edge.node, edge.output_nr
 
 

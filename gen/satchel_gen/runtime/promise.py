@@ -1,0 +1,69 @@
+"""What extended losses send to their input. Were it to receive more, that would come from what has curvature, too, but no record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.utils.hooks import RemovableHandle
+
+from .curvature import Start
+from .errors import SatchelError
+from .flags import Flag
+from .record import Edge, LossRecord
+
+
+class Promise:
+    """The gradient that losses send to one edge. It is computed only if what arrives there is not the very tensor that was sent."""
+
+    def __init__(self, start: Start, error: SatchelError) -> None:
+        self.starts, self.error = [start], error
+        self.sent: Tensor | None = None
+
+    @property
+    def losses(self) -> list[LossRecord]:
+        return [start.loss for start in self.starts]
+
+    def add(self, start: Start) -> None:
+        self.starts.append(start)
+
+    def watch(self, node: Node) -> Sequence[RemovableHandle]:
+        """See what the loss whose node this is sends, where one node does that and nobody else can reach that node."""
+        (start,) = self.starts
+        edge = start.edge
+        sender = _only_sender(node, edge) if start.loss.direct else None
+        if sender is None:
+            return []
+
+        def see(sent: tuple[Tensor | None, ...], arrived: tuple[Tensor | None, ...]) -> None:
+            self.sent = next(
+                (tensor for tensor, to in zip(sent, sender.next_functions, strict=True) if to == edge), None
+            )
+
+        return [sender.register_hook(see)]
+
+    def flags(self, delta: Tensor) -> Sequence[Flag]:
+        """Whether more has arrived."""
+        if delta is self.sent and len(self.starts) == 1:
+            return []
+        promised = reduce(add, (start.gradient for start in self.starts))
+        precision = max(torch.finfo(tensor.dtype).eps for tensor in (delta, promised)) ** 0.5
+        off, size = torch.dist(delta, promised), delta.norm() + promised.norm()
+        return [(off > 4 * precision * size, self.error)]
+
+
+def _only_sender(root: Node, edge: Edge) -> Node | None:
+    """The node from `root` down that sends a gradient to an edge, if it is one, and sends one."""
+    found: list[Node] = []
+    stack, seen = [root], {edge[0]}
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            found += [node for to in node.next_functions if to == edge]
+            stack += [below for below, _ in node.next_functions if below is not None]
+    return found[0] if len(found) == 1 else None
