@@ -63,9 +63,8 @@ class Start:
         shape = Layout.of(self.definition.input_axes).canonical_shape(loss.input_shape)
         assert shape is not None
         self.sizes = extents(self.definition.input_axes, shape)
-        arriving = gradient.detach().reshape(()) if gradient.ndim == 0 else self._by_term(gradient.detach())
-        self.valid = ((arriving >= 0) & (arriving < inf)).all()
-        self.scale = arriving / self._divisor(loss.options["reduction"])
+        self.arriving = gradient.detach() if gradient.ndim == 0 else self._by_term(gradient.detach())
+        self.scale = self.arriving / self._divisor(loss.options["reduction"])
 
     def _by_term(self, gradient: Tensor) -> Tensor:
         """The gradient of each term, without a reduction, along the axes of the input."""
@@ -82,7 +81,10 @@ class Start:
     def flags(self, demand: Demand, layers: Sequence[Layer]) -> list[Flag]:
         """What can only be known from values: read once, when the pass ends."""
         definition, where = self.definition, self.loss.where
-        found: list[Flag] = [(~self.valid, NegativeScale(where, demand.features(layers, *CURVATURE)))]
+        found: list[Flag] = []
+        if not self._known_as_valid():
+            valid = ((self.arriving >= 0) & (self.arriving < inf)).all()
+            found.append((~valid, NegativeScale(where, demand.features(layers, *CURVATURE))))
         factors = (
             (definition.exact_factor_undefined, ("exact", "averaged")),
             (definition.mc_factor_undefined, ("mc",)),
@@ -94,11 +96,16 @@ class Start:
                 found.append((evaluate(undefined, definition, self.loss.operand), error))
         return found
 
-    def exact(self, shown: bool) -> Tensor:
-        """S [V, *edge], S Sᵀ = c g ∇²Σℓ; without dependent columns, unless these are `shown` to the user."""
+    def _known_as_valid(self) -> bool:
+        """Whether one number says so that need not be waited for."""
+        one = self.arriving.numel() == 1 and self.arriving.device.type == "cpu"
+        return one and 0 <= self.arriving.item() < inf
+
+    def exact(self, every: bool) -> Tensor:
+        """S [V, *edge], S Sᵀ = c g ∇²Σℓ; `every` column, or without dependent ones."""
         definition, operand = self.definition, self.loss.operand
         factor = evaluate(definition.exact_factor, definition, operand)
-        if definition.null is not None and not shown:
+        if definition.null is not None and not every:
             null = evaluate(definition.null, definition, operand)
             factor = independent(factor, null, definition.input_axes.index(definition.columns[0]))
         return self._factor(factor)
@@ -222,8 +229,7 @@ def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> Non
     """All sweeps that start at one loss."""
     sources = demand.sources(plan.definitions)
     averaged = AVERAGED in sources
-    shown = any(need.quantity == PER_SAMPLE for need in demand.needs(plan.definitions, EXACT))
-    exact = start.exact(shown) if averaged or EXACT in sources else None
+    exact = start.exact(_every(plan, demand)) if averaged or EXACT in sources else None
     for source in sources:
         if source == EXACT and exact is not None:
             _columns(start.edge, exact, plan, source, demand, accumulate)
@@ -238,6 +244,12 @@ def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> Non
             accumulate(parameter, AVERAGED, averaged_quantities(pairs, needs))
 
         sweep_averaged(plan, start.edge, start_of(exact, start.samples), start.samples, visit)
+
+
+def _every(plan: Plan, demand: Demand) -> bool:
+    """Whether dependent columns are kept: a user sees them, or no step passes them on, which is less than leaving them out takes."""
+    shown = any(need.quantity == PER_SAMPLE for need in demand.needs(plan.definitions, EXACT))
+    return shown or not any(step.inputs for step in plan.steps)
 
 
 def _columns(edge: Edge, factor: Tensor, plan: Plan, source: Source, demand: Demand, accumulate: Accumulate) -> None:

@@ -35,6 +35,8 @@ class _Known:
     by_layer: dict[Layer, Mapping[Source, tuple[Need, ...]]] = field(default_factory=dict)
     serving: dict[tuple[Layer, str], tuple[int, ...]] = field(default_factory=dict)
     reads: dict[tuple[Layer, tuple[str, ...], bool], frozenset[str]] = field(default_factory=dict)
+    sources: dict[tuple[Layer, ...], tuple[Source, ...]] = field(default_factory=dict)
+    features: dict[tuple[tuple[Layer, ...], tuple[str, ...]], list[str]] = field(default_factory=dict)
 
     @staticmethod
     def of(extensions: Sequence[Extension]) -> _Known:
@@ -110,17 +112,23 @@ class Demand:
     def asks(self, extension: Extension, layer: Layer, quantity: str) -> bool:
         return any(need.quantity == quantity for _, need in self.asked(extension, layer))
 
-    def sources(self, layers: Iterable[Layer]) -> list[Source]:
-        return list(dict.fromkeys(source for layer in layers for source in self.of(layer)))
+    def sources(self, layers: Iterable[Layer]) -> tuple[Source, ...]:
+        """The sources of what is needed of some layers."""
+        known, key = self._known.sources, tuple(layers)
+        if key not in known:
+            known[key] = tuple(dict.fromkeys(source for layer in key for source in self.of(layer)))
+        return known[key]
 
     def features(self, layers: Iterable[Layer], *kinds: str) -> list[str]:
-        """Names of the features that need columns of one of `kinds` (of any kind, if none is given)."""
-        layers = list(layers)
-        return [
-            extension.name
-            for extension in self.extensions
-            if not kinds or any(key.kind in kinds for layer in layers for key, _ in self.asked(extension, layer))
-        ]
+        """Names of the features that need columns of one of `kinds`."""
+        known, key = self._known.features, (tuple(layers), kinds)
+        if key not in known:
+            known[key] = [
+                extension.name
+                for extension in self.extensions
+                if any(source.kind in kinds for layer in key[0] for source, _ in self.asked(extension, layer))
+            ]
+        return known[key]
 
     @lazy
     def names(self) -> list[str]:

@@ -100,8 +100,9 @@ class Plan:
 
     @lazy
     def definitions(self) -> tuple[Layer, ...]:
-        records = dict.fromkeys([*self.records, *(call.record for call in self.calls)])
-        return tuple(record.definition for record in records)
+        """Each once."""
+        records = [*self.records, *(call.record for call in self.calls)]
+        return tuple(dict.fromkeys(record.definition for record in records))
 
     @property
     def loose(self) -> tuple[tuple[Step, Tensor], ...]:
