@@ -10,7 +10,7 @@ from sympy.printing.str import StrPrinter
 
 from ..calculus.terms import CalculusError
 from ..lowering.plan import extent_symbol
-from ..notation import Extent, Option
+from ..notation import Extent, Option, index_atoms
 
 _FUNCTIONS = {
     "exp": "torch.exp", "log": "torch.log", "tanh": "torch.tanh", "sigmoid": "torch.sigmoid", "erf": "torch.erf",
@@ -63,6 +63,11 @@ class AtenPrinter(StrPrinter):
             above, rest = threshold(part), sympy.Mul(*(other for other in expr.args if other is not part))
             if above is not None and above.lhs in self.names and rest.atoms(sympy.Indexed):
                 return f"above({self._print(rest)}, {self._print(above.lhs)}, {above.rhs})"
+        tensors = [part for part in expr.args if index_atoms(part)]
+        if len(tensors) > 2:  # small operands meet first
+            ordered = sorted(tensors, key=lambda part: len(index_atoms(part)))
+            others = [part for part in expr.args if not index_atoms(part)]
+            expr = sympy.Mul(*others, *ordered, evaluate=False)
         return super()._print_Mul(expr)
 
     def _print_Mod(self, expr: Expr) -> str:

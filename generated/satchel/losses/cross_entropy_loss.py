@@ -50,9 +50,9 @@ def exact_factor(input: Tensor, target: Tensor) -> Tensor:
     eye2 = torch.eye(R, dtype=probabilities.dtype, device=probabilities.device)
     return (
         torch.sqrt(total[:, None, :])
+        * eye2[:, None, None, :]
         * torch.sqrt(probabilities.permute(1, 0, 2)[:, None, :, None, :])
         * (eye[:, None, None, :, None] - probabilities)
-        * eye2[:, None, None, :]
     ).flatten(0, 1)
 
 

@@ -42,11 +42,8 @@ def gradient(input: Tensor, target: Tensor, weight: Tensor, ignore_index: int, l
     )
     probabilities = torch.softmax(input, 1)
     classes2 = torch.arange(K, device=counted.device)
-    return (
-        total[:, None, :] * probabilities
-        - (label_smoothing / K + (1 - label_smoothing) * (target[:, None, :] == classes2[:, None]).to(counted.dtype))
-        * weight[:, None]
-        * counted[:, None, :]
+    return total[:, None, :] * probabilities - weight[:, None] * counted[:, None, :] * (
+        label_smoothing / K + (1 - label_smoothing) * (target[:, None, :] == classes2[:, None]).to(counted.dtype)
     )
 
 
@@ -71,9 +68,9 @@ def exact_factor(input: Tensor, target: Tensor, weight: Tensor, ignore_index: in
     eye2 = torch.eye(R, dtype=probabilities.dtype, device=probabilities.device)
     return (
         torch.sqrt(total[:, None, :])
+        * eye2[:, None, None, :]
         * torch.sqrt(probabilities.permute(1, 0, 2)[:, None, :, None, :])
         * (eye[:, None, None, :, None] - probabilities)
-        * eye2[:, None, None, :]
     ).flatten(0, 1)
 
 

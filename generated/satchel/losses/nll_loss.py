@@ -31,8 +31,8 @@ def gradient(input: Tensor, target: Tensor, weight: Tensor, ignore_index: int) -
     classes = torch.arange(K, device=weight.device)
     return (
         -(1 - (classes[:, None] == ignore_index).to(weight.dtype))
-        * (target[:, None, :] == classes[:, None]).to(weight.dtype)
         * weight[:, None]
+        * (target[:, None, :] == classes[:, None]).to(weight.dtype)
     )
 
 
