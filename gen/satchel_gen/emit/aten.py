@@ -43,12 +43,12 @@ def _with_thresholds(node: Map) -> Map:
     return node
 
 
-def _squared(node: Node) -> Leaf | None:
-    """The tensor whose squares the node is."""
+def _squared(node: Node) -> Node | None:
+    """What the node is the squares of."""
     if not isinstance(node, Map) or len(node.children) != 1 or node.expr != node.reads[0] ** 2:
         return None
     (child,) = node.children
-    return child if isinstance(child, Leaf) and child.axes == node.axes else None
+    return child if child.axes == node.axes else None
 
 
 @dataclass
@@ -90,6 +90,8 @@ class Body:
                 dims = [child.axes.index(i) for i in over]
                 if (squared := _squared(child)) is not None and dims == list(range(len(dims))):
                     return f"summed_squares({self(squared)}, {len(dims)})"
+                if isinstance(child, Leaf) and len(over) == 1 and over[0].many:  # often one position
+                    return f"summed({self(child)}, {dims[0]})"
                 text = self(child)
                 text = text if is_postfix(text) else f"({text})"
                 return f"{text}.sum({_tuple(dims)})"

@@ -35,6 +35,8 @@ def gram(rows: Tensor, over: int = 1) -> Tensor:
 def summed_gram(tensor: Tensor, lead: int) -> Tensor:
     """Σ A Aᵀ [*, D, D] of matrices A [*lead, *, D, K], over the first axes, so many."""
     matrices = tensor.flatten(0, lead - 1)
+    if len(matrices) == 1:
+        return matmul(matrices[0], matrices[0].mT)
     each = matrices[:1].numel()
     size = len(matrices) if tensor.is_cuda else _TOGETHER // max(each, 1)
     return reduce(add, (_of_rows(some.movedim(0, -2)) for some in matrices.split(max(size, 1))))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.rules import Reduction
-from ..runtime.squares import summed_squares
+from ..runtime.sums import summed_squares
 from ..runtime.symmetric import gram
 
 

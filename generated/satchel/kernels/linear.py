@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.squares import summed_squares
+from ..runtime.sums import summed_squares
 from ..runtime.triton_launch import (
     GRAM_TILES,
     MATRIX_TILES,

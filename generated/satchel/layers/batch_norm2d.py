@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.sums import summed, summed_squares
 from ..runtime.symmetric import gram, summed_gram
 
 
@@ -77,13 +78,10 @@ def weight_sample_squares(
 
     factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [N, C]
     """
-    return (
-        (
-            torch.pow(running_var + eps, -1 / 2)
-            * torch.einsum("ncs,vncs->ncv", input - running_mean[:, None], factor).permute(2, 0, 1)
-        )
-        .square()
-        .sum(0)
+    return summed_squares(
+        torch.pow(running_var + eps, -1 / 2)
+        * torch.einsum("ncs,vncs->ncv", input - running_mean[:, None], factor).permute(2, 0, 1),
+        1,
     )
 
 
@@ -143,13 +141,10 @@ def weight_sum_of_squares(
 
     factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [C]
     """
-    return (
-        (
-            torch.pow(running_var + eps, -1 / 2)
-            * torch.einsum("ncs,vncs->ncv", input - running_mean[:, None], factor).permute(2, 0, 1)
-        )
-        .square()
-        .sum((0, 1))
+    return summed_squares(
+        torch.pow(running_var + eps, -1 / 2)
+        * torch.einsum("ncs,vncs->ncv", input - running_mean[:, None], factor).permute(2, 0, 1),
+        2,
     )
 
 
@@ -230,7 +225,7 @@ def bias_per_sample(factor: Tensor) -> Tensor:
 
     factor [V, N, C, S] → [V, N, C]
     """
-    return factor.sum(3)
+    return summed(factor, 3)
 
 
 @widened
@@ -239,7 +234,7 @@ def bias_sample_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, C, S] → [N, C]
     """
-    return factor.sum(3).square().sum(0)
+    return summed_squares(summed(factor, 3), 1)
 
 
 @widened
@@ -248,7 +243,7 @@ def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
 
     factor [V, N, C, S], sign [V, N] → [N, C]
     """
-    return (factor.sum(3).square() * sign[:, :, None]).sum(0)
+    return (summed(factor, 3).square() * sign[:, :, None]).sum(0)
 
 
 @widened
@@ -257,7 +252,7 @@ def bias_sample_diagonal(curvature: Tensor) -> Tensor:
 
     curvature [N, C, S] → [N, C]
     """
-    return curvature.sum(2)
+    return summed(curvature, 2)
 
 
 @widened
@@ -266,7 +261,7 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
 
     factor [V, N, C, S] → [N]
     """
-    return factor.sum(3).square().sum((0, 2))
+    return summed(factor, 3).square().sum((0, 2))
 
 
 @widened
@@ -275,7 +270,7 @@ def bias_sum_of_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, C, S] → [C]
     """
-    return factor.sum(3).square().sum((0, 1))
+    return summed_squares(summed(factor, 3), 2)
 
 
 @widened
@@ -284,7 +279,7 @@ def bias_signed_sum_of_squares(factor: Tensor, sign: Tensor) -> Tensor:
 
     factor [V, N, C, S], sign [V, N] → [C]
     """
-    return (factor.sum(3).square() * sign[:, :, None]).sum((0, 1))
+    return (summed(factor, 3).square() * sign[:, :, None]).sum((0, 1))
 
 
 @widened
@@ -304,7 +299,7 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
     """
     N = factor.shape[1]
     mean = factor.sum((1, 3)) / N
-    return torch.square(factor.sum(3) - mean[:, None, :]).sum((0, 1))
+    return torch.square(summed(factor, 3) - mean[:, None, :]).sum((0, 1))
 
 
 @widened
@@ -314,7 +309,7 @@ def bias_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, C, S] → [V, N, 1, C]
     """
     V, N, C, _ = factor.shape
-    return (factor.sum(3)).reshape(V, N, 1, C)
+    return (summed(factor, 3)).reshape(V, N, 1, C)
 
 
 @widened
@@ -332,7 +327,7 @@ def bias_output_factor_reduce(factor: Tensor) -> Tensor:
 
     factor [V, N, C, S] → [C, C]
     """
-    total = factor.sum(3)
+    total = summed(factor, 3)
     return gram(total.flatten(0, 1))
 
 

@@ -17,6 +17,7 @@ from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.place_gram import place_gram
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.sums import summed_squares
 from ..runtime.symmetric import summed_gram
 from ..runtime.window_gram import window_gram
 from ..runtime.windows import (
@@ -429,7 +430,7 @@ def bias_sample_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, W] → [N, G, O]
     """
-    return factor.sum(4).square().sum(0)
+    return summed_squares(factor.sum(4), 1)
 
 
 @widened
@@ -465,7 +466,7 @@ def bias_sum_of_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, W] → [G, O]
     """
-    return factor.sum(4).square().sum((0, 1))
+    return summed_squares(factor.sum(4), 2)
 
 
 @widened

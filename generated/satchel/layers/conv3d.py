@@ -18,6 +18,7 @@ from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.place_gram import place_gram
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.sums import summed_squares
 from ..runtime.symmetric import summed_gram
 from ..runtime.window_gram import window_gram
 from ..runtime.windows import (
@@ -481,7 +482,7 @@ def bias_sample_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, D, H, W] → [N, G, O]
     """
-    return factor.sum((4, 5, 6)).square().sum(0)
+    return summed_squares(factor.sum((4, 5, 6)), 1)
 
 
 @widened
@@ -517,7 +518,7 @@ def bias_sum_of_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, D, H, W] → [G, O]
     """
-    return factor.sum((4, 5, 6)).square().sum((0, 1))
+    return summed_squares(factor.sum((4, 5, 6)), 2)
 
 
 @widened

@@ -16,6 +16,7 @@ from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.sums import summed_squares
 from ..runtime.symmetric import summed_gram
 from ..runtime.windows import (
     correlate,
@@ -429,7 +430,7 @@ def bias_sample_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, W] → [N, G, O]
     """
-    return factor.sum(4).square().sum(0)
+    return summed_squares(factor.sum(4), 1)
 
 
 @widened
@@ -465,7 +466,7 @@ def bias_sum_of_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, W] → [G, O]
     """
-    return factor.sum(4).square().sum((0, 1))
+    return summed_squares(factor.sum(4), 2)
 
 
 @widened

@@ -16,6 +16,7 @@ from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.sums import summed_squares
 from ..runtime.symmetric import summed_gram
 from ..runtime.windows import (
     correlate,
@@ -443,7 +444,7 @@ def bias_sample_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, H, W] → [N, G, O]
     """
-    return factor.sum((4, 5)).square().sum(0)
+    return summed_squares(factor.sum((4, 5)), 1)
 
 
 @widened
@@ -479,7 +480,7 @@ def bias_sum_of_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, H, W] → [G, O]
     """
-    return factor.sum((4, 5)).square().sum((0, 1))
+    return summed_squares(factor.sum((4, 5)), 2)
 
 
 @widened

@@ -18,7 +18,7 @@ from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.matmul import matmul
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.squares import summed_squares
+from ..runtime.sums import summed, summed_squares
 from ..runtime.symmetric import gram
 
 
@@ -321,7 +321,7 @@ def weight_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, R, D] → [V, N, 1, D]
     """
     V, N, _, D = factor.shape
-    return (factor.sum(2)).reshape(V, N, 1, D)
+    return (summed(factor, 2)).reshape(V, N, 1, D)
 
 
 @widened
@@ -339,7 +339,7 @@ def weight_output_factor_reduce(factor: Tensor) -> Tensor:
 
     factor [V, N, R, D] → [D, D]
     """
-    total = factor.sum(2)
+    total = summed(factor, 2)
     return gram(total.flatten(0, 1))
 
 

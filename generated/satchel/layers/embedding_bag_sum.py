@@ -18,7 +18,7 @@ from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.matmul import matmul
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.squares import summed_squares
+from ..runtime.sums import summed_squares
 from ..runtime.symmetric import gram
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.sums import summed, summed_squares
 
 
 @widened
@@ -139,7 +140,7 @@ def weight_sample_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, G, C, S], input [N, G, C, S] → [N, G, C]
     """
     normalised = normalised_from(input, eps)
-    return torch.einsum("ngcs,vngcs->vngc", normalised, factor).square().sum(0)
+    return summed_squares(torch.einsum("ngcs,vngcs->vngc", normalised, factor), 1)
 
 
 @widened
@@ -179,7 +180,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, G, C, S], input [N, G, C, S] → [G, C]
     """
     normalised = normalised_from(input, eps)
-    return torch.einsum("ngcs,vngcs->vngc", normalised, factor).square().sum((0, 1))
+    return summed_squares(torch.einsum("ngcs,vngcs->vngc", normalised, factor), 2)
 
 
 @widened
@@ -238,7 +239,7 @@ def bias_per_sample(factor: Tensor) -> Tensor:
 
     factor [V, N, G, C, S] → [V, N, G, C]
     """
-    return factor.sum(4)
+    return summed(factor, 4)
 
 
 @widened
@@ -247,7 +248,7 @@ def bias_sample_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, G, C, S] → [N, G, C]
     """
-    return factor.sum(4).square().sum(0)
+    return summed_squares(summed(factor, 4), 1)
 
 
 @widened
@@ -256,7 +257,7 @@ def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
 
     factor [V, N, G, C, S], sign [V, N] → [N, G, C]
     """
-    return (factor.sum(4).square() * sign[:, :, None, None]).sum(0)
+    return (summed(factor, 4).square() * sign[:, :, None, None]).sum(0)
 
 
 @widened
@@ -265,7 +266,7 @@ def bias_sample_diagonal(curvature: Tensor) -> Tensor:
 
     curvature [N, G, C, S] → [N, G, C]
     """
-    return curvature.sum(3)
+    return summed(curvature, 3)
 
 
 @widened
@@ -274,7 +275,7 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
 
     factor [V, N, G, C, S] → [N]
     """
-    return factor.sum(4).square().sum((0, 2, 3))
+    return summed(factor, 4).square().sum((0, 2, 3))
 
 
 @widened
@@ -283,7 +284,7 @@ def bias_sum_of_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, G, C, S] → [G, C]
     """
-    return factor.sum(4).square().sum((0, 1))
+    return summed_squares(summed(factor, 4), 2)
 
 
 @widened
@@ -292,7 +293,7 @@ def bias_signed_sum_of_squares(factor: Tensor, sign: Tensor) -> Tensor:
 
     factor [V, N, G, C, S], sign [V, N] → [G, C]
     """
-    return (factor.sum(4).square() * sign[:, :, None, None]).sum((0, 1))
+    return (summed(factor, 4).square() * sign[:, :, None, None]).sum((0, 1))
 
 
 @widened
@@ -312,7 +313,7 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
     """
     N = factor.shape[1]
     mean = factor.sum((1, 4)) / N
-    return torch.square(factor.sum(4) - mean[:, None, :, :]).sum((0, 1))
+    return torch.square(summed(factor, 4) - mean[:, None, :, :]).sum((0, 1))
 
 
 @widened
@@ -322,7 +323,7 @@ def bias_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, G, C, S] → [V, N, 1, G C]
     """
     V, N, G, C, _ = factor.shape
-    return (factor.sum(4)).reshape(V, N, 1, C * G)
+    return (summed(factor, 4)).reshape(V, N, 1, C * G)
 
 
 @widened
@@ -342,7 +343,7 @@ def bias_output_factor_reduce(factor: Tensor) -> Tensor:
     factor [V, N, G, C, S] → [G C, G C]
     """
     *_, G, C, _ = factor.shape
-    return (torch.einsum("vngc,vnGC->gcGC", factor.sum(4), factor.sum(4))).reshape(C * G, C * G)
+    return (torch.einsum("vngc,vnGC->gcGC", summed(factor, 4), summed(factor, 4))).reshape(C * G, C * G)
 
 
 @widened

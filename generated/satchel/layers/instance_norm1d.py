@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.sums import summed, summed_squares
 from ..runtime.symmetric import gram, summed_gram
 
 
@@ -41,9 +42,9 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     factor [V, N, C, S], input [N, C, S], weight [C] → [V, N, C, S]
     """
     S = factor.shape[3]
-    shift = input.sum(2) / S
+    shift = summed(input, 2) / S
     shifted = input - shift[:, :, None]
-    mean = shifted.sum(2) / S
+    mean = summed(shifted, 2) / S
     centred = shifted - mean[:, :, None]
     variance = centred.square().sum(2) / S
     rstd = torch.pow(variance + eps, -1 / 2)
@@ -51,7 +52,7 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     bar_rstd = torch.einsum("ncs,vncs->vnc", centred, bar_normalised)
     bar_variance = -torch.pow(variance + eps, -3 / 2) * bar_rstd / 2
     bar_centred = rstd[:, :, None] * bar_normalised + centred * (2 * bar_variance / S)[:, :, :, None]
-    bar_mean = -bar_centred.sum(3)
+    bar_mean = -summed(bar_centred, 3)
     return (bar_mean / S)[:, :, :, None] + bar_centred
 
 
@@ -80,15 +81,15 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     delta [N, C, S], tangent [V, N, C, S], input [N, C, S], weight [C] → [V, N, C, S]
     """
     S = delta.shape[2]
-    shift = input.sum(2) / S
+    shift = summed(input, 2) / S
     shifted = input - shift[:, :, None]
-    mean = shifted.sum(2) / S
+    mean = summed(shifted, 2) / S
     centred = shifted - mean[:, :, None]
     variance = centred.square().sum(2) / S
     bar_normalised = weight[:, None] * delta
     bar_rstd = (bar_normalised * centred).sum(2)
     bar_variance = -(bar_rstd / torch.pow(variance + eps, 3 / 2)) / 2
-    dot_mean = tangent.sum(3) / S
+    dot_mean = summed(tangent, 3) / S
     dot_centred = tangent - dot_mean[:, :, :, None]
     dot_variance = 2 * torch.einsum("ncs,vncs->vnc", centred, dot_centred) / S
     dot_rstd = -torch.pow(variance + eps, -3 / 2) * dot_variance / 2
@@ -101,7 +102,7 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
         + bar_normalised * dot_rstd[:, :, :, None]
         + centred * (2 * dot_bar_variance / S)[:, :, :, None]
     )
-    dot_bar_mean = -dot_bar_centred.sum(3)
+    dot_bar_mean = -summed(dot_bar_centred, 3)
     return (dot_bar_mean / S)[:, :, :, None] + dot_bar_centred
 
 
@@ -117,7 +118,7 @@ def normalised_from(input: Tensor, eps: float) -> Tensor:
     input [N, C, S] → [N, C, S]
     """
     S = input.shape[2]
-    shift = input.sum(2) / S
+    shift = summed(input, 2) / S
     shifted = input - shift[:, :, None]
     return F.layer_norm(shifted, (S,), eps=eps)
 
@@ -139,7 +140,7 @@ def weight_sample_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, C, S], input [N, C, S] → [N, C]
     """
     normalised = normalised_from(input, eps)
-    return torch.einsum("ncs,vncs->vnc", normalised, factor).square().sum(0)
+    return summed_squares(torch.einsum("ncs,vncs->vnc", normalised, factor), 1)
 
 
 @widened
@@ -179,7 +180,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, C, S], input [N, C, S] → [C]
     """
     normalised = normalised_from(input, eps)
-    return torch.einsum("ncs,vncs->vnc", normalised, factor).square().sum((0, 1))
+    return summed_squares(torch.einsum("ncs,vncs->vnc", normalised, factor), 2)
 
 
 @widened
@@ -235,7 +236,7 @@ def bias_per_sample(factor: Tensor) -> Tensor:
 
     factor [V, N, C, S] → [V, N, C]
     """
-    return factor.sum(3)
+    return summed(factor, 3)
 
 
 @widened
@@ -244,7 +245,7 @@ def bias_sample_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, C, S] → [N, C]
     """
-    return factor.sum(3).square().sum(0)
+    return summed_squares(summed(factor, 3), 1)
 
 
 @widened
@@ -253,7 +254,7 @@ def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
 
     factor [V, N, C, S], sign [V, N] → [N, C]
     """
-    return (factor.sum(3).square() * sign[:, :, None]).sum(0)
+    return (summed(factor, 3).square() * sign[:, :, None]).sum(0)
 
 
 @widened
@@ -262,7 +263,7 @@ def bias_sample_diagonal(curvature: Tensor) -> Tensor:
 
     curvature [N, C, S] → [N, C]
     """
-    return curvature.sum(2)
+    return summed(curvature, 2)
 
 
 @widened
@@ -271,7 +272,7 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
 
     factor [V, N, C, S] → [N]
     """
-    return factor.sum(3).square().sum((0, 2))
+    return summed(factor, 3).square().sum((0, 2))
 
 
 @widened
@@ -280,7 +281,7 @@ def bias_sum_of_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, C, S] → [C]
     """
-    return factor.sum(3).square().sum((0, 1))
+    return summed_squares(summed(factor, 3), 2)
 
 
 @widened
@@ -289,7 +290,7 @@ def bias_signed_sum_of_squares(factor: Tensor, sign: Tensor) -> Tensor:
 
     factor [V, N, C, S], sign [V, N] → [C]
     """
-    return (factor.sum(3).square() * sign[:, :, None]).sum((0, 1))
+    return (summed(factor, 3).square() * sign[:, :, None]).sum((0, 1))
 
 
 @widened
@@ -309,7 +310,7 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
     """
     N = factor.shape[1]
     mean = factor.sum((1, 3)) / N
-    return torch.square(factor.sum(3) - mean[:, None, :]).sum((0, 1))
+    return torch.square(summed(factor, 3) - mean[:, None, :]).sum((0, 1))
 
 
 @widened
@@ -319,7 +320,7 @@ def bias_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, C, S] → [V, N, 1, C]
     """
     V, N, C, _ = factor.shape
-    return (factor.sum(3)).reshape(V, N, 1, C)
+    return (summed(factor, 3)).reshape(V, N, 1, C)
 
 
 @widened
@@ -337,7 +338,7 @@ def bias_output_factor_reduce(factor: Tensor) -> Tensor:
 
     factor [V, N, C, S] → [C, C]
     """
-    total = factor.sum(3)
+    total = summed(factor, 3)
     return gram(total.flatten(0, 1))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.sums import summed, summed_squares
 from ..runtime.symmetric import gram
 
 
@@ -41,9 +42,9 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J], weight [J] → [V, N, R, J]
     """
     J = factor.shape[3]
-    shift = input.sum(2) / J
+    shift = summed(input, 2) / J
     shifted = input - shift[:, :, None]
-    mean = shifted.sum(2) / J
+    mean = summed(shifted, 2) / J
     centred = shifted - mean[:, :, None]
     variance = centred.square().sum(2) / J
     rstd = torch.pow(variance + eps, -1 / 2)
@@ -51,7 +52,7 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     bar_rstd = torch.einsum("nrj,vnrj->vnr", centred, bar_normalised)
     bar_variance = -torch.pow(variance + eps, -3 / 2) * bar_rstd / 2
     bar_centred = rstd[:, :, None] * bar_normalised + centred * (2 * bar_variance / J)[:, :, :, None]
-    bar_mean = -bar_centred.sum(3)
+    bar_mean = -summed(bar_centred, 3)
     return (bar_mean / J)[:, :, :, None] + bar_centred
 
 
@@ -80,15 +81,15 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     delta [N, R, J], tangent [V, N, R, J], input [N, R, J], weight [J] → [V, N, R, J]
     """
     J = delta.shape[2]
-    shift = input.sum(2) / J
+    shift = summed(input, 2) / J
     shifted = input - shift[:, :, None]
-    mean = shifted.sum(2) / J
+    mean = summed(shifted, 2) / J
     centred = shifted - mean[:, :, None]
     variance = centred.square().sum(2) / J
     bar_normalised = weight * delta
     bar_rstd = (bar_normalised * centred).sum(2)
     bar_variance = -(bar_rstd / torch.pow(variance + eps, 3 / 2)) / 2
-    dot_mean = tangent.sum(3) / J
+    dot_mean = summed(tangent, 3) / J
     dot_centred = tangent - dot_mean[:, :, :, None]
     dot_variance = 2 * torch.einsum("nrj,vnrj->vnr", centred, dot_centred) / J
     dot_rstd = -torch.pow(variance + eps, -3 / 2) * dot_variance / 2
@@ -101,7 +102,7 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
         + bar_normalised * dot_rstd[:, :, :, None]
         + centred * (2 * dot_bar_variance / J)[:, :, :, None]
     )
-    dot_bar_mean = -dot_bar_centred.sum(3)
+    dot_bar_mean = -summed(dot_bar_centred, 3)
     return (dot_bar_mean / J)[:, :, :, None] + dot_bar_centred
 
 
@@ -117,7 +118,7 @@ def normalised_from(input: Tensor, eps: float) -> Tensor:
     input [N, R, J] → [N, R, J]
     """
     J = input.shape[2]
-    shift = input.sum(2) / J
+    shift = summed(input, 2) / J
     shifted = input - shift[:, :, None]
     return F.layer_norm(shifted, (J,), eps=eps)
 
@@ -139,7 +140,7 @@ def weight_sample_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J] → [N, J]
     """
     normalised = normalised_from(input, eps)
-    return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum(0)
+    return summed_squares(torch.einsum("nrj,vnrj->vnj", normalised, factor), 1)
 
 
 @widened
@@ -179,7 +180,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J] → [J]
     """
     normalised = normalised_from(input, eps)
-    return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum((0, 1))
+    return summed_squares(torch.einsum("nrj,vnrj->vnj", normalised, factor), 2)
 
 
 @widened
@@ -235,7 +236,7 @@ def bias_per_sample(factor: Tensor) -> Tensor:
 
     factor [V, N, R, J] → [V, N, J]
     """
-    return factor.sum(2)
+    return summed(factor, 2)
 
 
 @widened
@@ -244,7 +245,7 @@ def bias_sample_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, R, J] → [N, J]
     """
-    return factor.sum(2).square().sum(0)
+    return summed_squares(summed(factor, 2), 1)
 
 
 @widened
@@ -253,7 +254,7 @@ def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
 
     factor [V, N, R, J], sign [V, N] → [N, J]
     """
-    return (factor.sum(2).square() * sign[:, :, None]).sum(0)
+    return (summed(factor, 2).square() * sign[:, :, None]).sum(0)
 
 
 @widened
@@ -262,7 +263,7 @@ def bias_sample_diagonal(curvature: Tensor) -> Tensor:
 
     curvature [N, R, J] → [N, J]
     """
-    return curvature.sum(1)
+    return summed(curvature, 1)
 
 
 @widened
@@ -271,7 +272,7 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
 
     factor [V, N, R, J] → [N]
     """
-    return factor.sum(2).square().sum((0, 2))
+    return summed(factor, 2).square().sum((0, 2))
 
 
 @widened
@@ -280,7 +281,7 @@ def bias_sum_of_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, R, J] → [J]
     """
-    return factor.sum(2).square().sum((0, 1))
+    return summed_squares(summed(factor, 2), 2)
 
 
 @widened
@@ -289,7 +290,7 @@ def bias_signed_sum_of_squares(factor: Tensor, sign: Tensor) -> Tensor:
 
     factor [V, N, R, J], sign [V, N] → [J]
     """
-    return (factor.sum(2).square() * sign[:, :, None]).sum((0, 1))
+    return (summed(factor, 2).square() * sign[:, :, None]).sum((0, 1))
 
 
 @widened
@@ -309,7 +310,7 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
     """
     N = factor.shape[1]
     mean = factor.sum((1, 2)) / N
-    return torch.square(factor.sum(2) - mean[:, None, :]).sum((0, 1))
+    return torch.square(summed(factor, 2) - mean[:, None, :]).sum((0, 1))
 
 
 @widened
@@ -319,7 +320,7 @@ def bias_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, R, J] → [V, N, 1, J]
     """
     V, N, _, J = factor.shape
-    return (factor.sum(2)).reshape(V, N, 1, J)
+    return (summed(factor, 2)).reshape(V, N, 1, J)
 
 
 @widened
@@ -337,7 +338,7 @@ def bias_output_factor_reduce(factor: Tensor) -> Tensor:
 
     factor [V, N, R, J] → [J, J]
     """
-    total = factor.sum(2)
+    total = summed(factor, 2)
     return gram(total.flatten(0, 1))
 
 

@@ -18,7 +18,7 @@ from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.matmul import matmul
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, NodeCall, Rule
-from ..runtime.squares import summed_squares
+from ..runtime.sums import summed, summed_squares
 from ..runtime.symmetric import gram, summed_gram
 
 
@@ -321,7 +321,7 @@ def weight_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, R, O] → [V, N, 1, O]
     """
     V, N, _, O = factor.shape
-    return (factor.sum(2)).reshape(V, N, 1, O)
+    return (summed(factor, 2)).reshape(V, N, 1, O)
 
 
 @widened
@@ -339,7 +339,7 @@ def weight_output_factor_reduce(factor: Tensor) -> Tensor:
 
     factor [V, N, R, O] → [O, O]
     """
-    total = factor.sum(2)
+    total = summed(factor, 2)
     return gram(total.flatten(0, 1))
 
 
@@ -359,7 +359,7 @@ def weight_input_sum(input: Tensor) -> Tensor:
     input [N, R, I] → [N, 1, I]
     """
     N, _, I = input.shape
-    return (input.sum(1)).reshape(N, 1, I)
+    return (summed(input, 1)).reshape(N, 1, I)
 
 
 @widened
@@ -379,7 +379,7 @@ def weight_input_factor_reduce(input: Tensor) -> Tensor:
     input [N, R, I] → [I, I]
     """
     N, R, _ = input.shape
-    total = input.sum(1)
+    total = summed(input, 1)
     return gram(total, N * R**2)
 
 
@@ -399,7 +399,7 @@ def bias_per_sample(factor: Tensor) -> Tensor:
 
     factor [V, N, R, O] → [V, N, O]
     """
-    return factor.sum(2)
+    return summed(factor, 2)
 
 
 @widened
@@ -408,7 +408,7 @@ def bias_sample_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, R, O] → [N, O]
     """
-    return factor.sum(2).square().sum(0)
+    return summed_squares(summed(factor, 2), 1)
 
 
 @widened
@@ -417,7 +417,7 @@ def bias_signed_sample_squares(factor: Tensor, sign: Tensor) -> Tensor:
 
     factor [V, N, R, O], sign [V, N] → [N, O]
     """
-    return (factor.sum(2).square() * sign[:, :, None]).sum(0)
+    return (summed(factor, 2).square() * sign[:, :, None]).sum(0)
 
 
 @widened
@@ -426,7 +426,7 @@ def bias_sample_diagonal(curvature: Tensor) -> Tensor:
 
     curvature [N, R, O] → [N, O]
     """
-    return curvature.sum(1)
+    return summed(curvature, 1)
 
 
 @widened
@@ -435,7 +435,7 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
 
     factor [V, N, R, O] → [N]
     """
-    return factor.sum(2).square().sum((0, 2))
+    return summed(factor, 2).square().sum((0, 2))
 
 
 @widened
@@ -444,7 +444,7 @@ def bias_sum_of_squares(factor: Tensor) -> Tensor:
 
     factor [V, N, R, O] → [O]
     """
-    return factor.sum(2).square().sum((0, 1))
+    return summed_squares(summed(factor, 2), 2)
 
 
 @widened
@@ -453,7 +453,7 @@ def bias_signed_sum_of_squares(factor: Tensor, sign: Tensor) -> Tensor:
 
     factor [V, N, R, O], sign [V, N] → [O]
     """
-    return (factor.sum(2).square() * sign[:, :, None]).sum((0, 1))
+    return (summed(factor, 2).square() * sign[:, :, None]).sum((0, 1))
 
 
 @widened
@@ -473,7 +473,7 @@ def bias_squared_deviations(factor: Tensor) -> Tensor:
     """
     N = factor.shape[1]
     mean = factor.sum((1, 2)) / N
-    return torch.square(factor.sum(2) - mean[:, None, :]).sum((0, 1))
+    return torch.square(summed(factor, 2) - mean[:, None, :]).sum((0, 1))
 
 
 LAYER = Layer(

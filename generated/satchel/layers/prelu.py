@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.sums import summed_squares
 
 
 @widened
@@ -76,7 +77,9 @@ def weight_sample_squares(factor: Tensor, input: Tensor) -> Tensor:
 
     factor [V, N, C, S], input [N, C, S] → [N, C]
     """
-    return torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)).square().sum(0)
+    return summed_squares(
+        torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)), 1
+    )
 
 
 @widened
@@ -118,8 +121,8 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor) -> Tensor:
 
     factor [V, N, C, S], input [N, C, S] → [C]
     """
-    return (
-        torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)).square().sum((0, 1))
+    return summed_squares(
+        torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)), 2
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.sums import summed_squares
 
 
 @widened
@@ -101,7 +102,7 @@ def weight_sample_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J] → [N, J]
     """
     normalised = normalised_from(input, eps)
-    return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum(0)
+    return summed_squares(torch.einsum("nrj,vnrj->vnj", normalised, factor), 1)
 
 
 @widened
@@ -141,7 +142,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J] → [J]
     """
     normalised = normalised_from(input, eps)
-    return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum((0, 1))
+    return summed_squares(torch.einsum("nrj,vnrj->vnj", normalised, factor), 2)
 
 
 @widened

@@ -19,7 +19,7 @@ from torch import Tensor
 from .cost import blocks
 from .memory import empty
 from .rules import Reduction
-from .squares import summed_squares
+from .sums import summed_squares
 
 #: Σ_{v,n} T, the gradient where T are individual ones.
 SUM = "sum"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from satchel.runtime.squares import _LONG, summed_squares
+from satchel.runtime.sums import _LONG, summed_squares
 
 
 @pytest.mark.parametrize("size", [3, _LONG])
