@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .lazy import lazy
+from .modes import on_few_threads
 from .precision import widened
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a second buys. The defaults are two cores' worth; only ratios matter for the choice."""
+    """What a second buys on so many cores; only ratios matter for the choice."""
 
+    cores: int = 2
     flops_per_second: float = 5e10
     elements_per_second: float = 2e9
     cached_per_second: float = 8e9
@@ -50,17 +52,21 @@ class Program:
     @lazy
     def run(self) -> Callable[..., Tensor]:
         """The function, of operands of any precision."""
-        return widened(self.function)
+        return on_few_threads(widened(self.function), machine.cores * self._work, self.calls)
 
     @lazy
     def seconds(self) -> float:
         """The predicted time."""
+        return self._work + self.calls * machine.seconds_per_call
+
+    @property
+    def _work(self) -> float:
+        """The time beyond calls."""
         cached = (self.peak or self.elements) <= _TOGETHER * machine.cache_elements
         return (
             self.flops / machine.flops_per_second
             + self.elements / machine.elements_per_second
             + self.scratch / (machine.cached_per_second if cached else machine.elements_per_second)
-            + self.calls * machine.seconds_per_call
         )
 
     @property

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _IN_FORCE = nullcontext()
+#: Seconds that it takes to wake threads for an operation.
+_WAKING = 3e-5
 
 
 def grad_mode(enabled: bool) -> AbstractContextManager[object]:
@@ -17,3 +23,21 @@ def grad_mode(enabled: bool) -> AbstractContextManager[object]:
 def without_autocast(device: str) -> AbstractContextManager[object]:
     """Compute in the operands' own precision inside the block."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _IN_FORCE
+
+
+def on_few_threads(function: Callable[..., Tensor], seconds: float, calls: int) -> Callable[..., Tensor]:
+    """`function`, which takes one thread `seconds` for so many of torch's operations: on one, where others would sleep again before
+    the next and waking them takes longer than they save."""
+
+    @wraps(function)
+    def call(*operands: Any, **out: Tensor) -> Tensor:
+        threads = torch.get_num_threads()
+        if seconds * (1 - 1 / threads) >= calls * _WAKING:
+            return function(*operands, **out)
+        torch.set_num_threads(1)
+        try:
+            return function(*operands, **out)
+        finally:
+            torch.set_num_threads(threads)
+
+    return call
