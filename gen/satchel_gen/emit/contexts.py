@@ -20,6 +20,7 @@ class RuleContext:
     kernel: str | None
     lead: int | None = None
     writes: bool = False
+    heavy: bool = False
 
 
 class Stated:

@@ -65,10 +65,9 @@ def layer_context(lowered: LoweredLayer, kernels: Collection[KernelRule]) -> Lay
         if entry.body not in known:
             known[entry.body] = entry.name
             functions.extend(emitted)
+        kernel = rule.name if rule.name in fused else None
         operands = (*rule.operands, *rule.numbers)
-        return RuleContext(
-            known[entry.body], operands, rule.name if rule.name in fused else None, rule.lead, entry.writes
-        )
+        return RuleContext(known[entry.body], operands, kernel, rule.lead, entry.writes, rule.heavy)
 
     passes = {name: context(rule) for name, rule in lowered.passes.items()}
     parameters = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +16,7 @@ from ..definitions.model import Layer, Quantity
 from ..notation import Index, IndexSum, LogSumExp, Option, reads, sigmoid, softplus
 from .composed import Stage, composed_hessian, composed_vjp, stages_of
 from .deviations import deviation_variants
-from .plan import Axes, extent_symbol, indices_of, leaves
+from .plan import Axes, extent_symbol, flops, indices_of, leaves, size
 from .squares import Variant, variants
 
 #: Tensors that the runtime passes to a rule; all others are operands, taken from the record.
@@ -45,6 +46,21 @@ class LoweredRule:
     @property
     def numbers(self) -> tuple[str, ...]:
         return (*self.shapes, *dict.fromkeys(option.attribute for option in self.components))
+
+    @property
+    def heavy(self) -> bool:
+        """Whether it takes many operations for each element that it reads, or writes many: at extents of 64, and of 1 of starred axes."""
+        trees = [stage.tree for stage in self.stages if stage.tree is not None]
+        trees += [tree for variant in self.variants for tree in variant.trees]
+        work = sum(map(flops, trees), size(self.formula.axes))
+        given = sum((size(axes) for axes in self.arguments.values()), sympy.Integer(0))
+        extents = work.free_symbols | given.free_symbols
+        stars = [e for e in extents if e in {extent_symbol(i) for tree in trees for i in indices_of(tree) if i.many}]
+        sizes = [
+            dict.fromkeys(extents, 64) | dict(zip(stars, starred, strict=True))
+            for starred in itertools.product((1, 64), repeat=len(stars))
+        ]
+        return any(work.subs(these) > 16 * given.subs(these) for these in sizes)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ class Rule:
 
     `operands` are appended as positional arguments after the explicit ones: "input", "output", "target", the name of a
     parameter, a buffer or an option. `lead`: the value is [*lead axes, *parameter], flattened as its axes are. `writes`: whether
-    `aten` writes its value to a tensor `out`, where that is given.
+    `aten` writes its value to a tensor `out`, where that is given. `heavy`: whether it takes many operations for each element that
+    it reads, or writes many.
     """
 
     aten: Callable[..., Tensor]
@@ -36,6 +37,7 @@ class Rule:
     kernel: str | None = None
     lead: int | None = None
     writes: bool = False
+    heavy: bool = False
 
 
 @dataclass(frozen=True)

@@ -374,7 +374,7 @@ LAYER = Layer(
             "squared_deviations": Rule(
                 weight_squared_deviations, ("input", "running_mean", "running_var", "eps"), lead=0
             ),
-            "block": Rule(weight_block, ("input", "running_mean", "running_var", "eps")),
+            "block": Rule(weight_block, ("input", "running_mean", "running_var", "eps"), heavy=True),
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
@@ -387,8 +387,8 @@ LAYER = Layer(
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
             "output_sum": Rule(bias_output_sum, ()),
-            "output_factor_expand": Rule(bias_output_factor_expand, ()),
-            "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
+            "output_factor_expand": Rule(bias_output_factor_expand, (), heavy=True),
+            "output_factor_reduce": Rule(bias_output_factor_reduce, (), heavy=True),
             "averaged_factor": Rule(bias_averaged_factor, ()),
         },
     },

@@ -563,7 +563,7 @@ LAYER = Layer(
     input_axes=("n", ("g", "c"), "ih", "iw"),
     output_axes=("n", ("g", "o"), "h", "w"),
     parameter_axes={"weight": (("g", "c"), "o", "kh", "kw"), "bias": (("g", "o"),)},
-    vjp=Rule(vjp, ("weight", "input_shape", "dilation", "padding", "stride")),
+    vjp=Rule(vjp, ("weight", "input_shape", "dilation", "padding", "stride"), heavy=True),
     diagonal=None,
     mean_vjp=None,
     sandwich=None,
@@ -574,57 +574,75 @@ LAYER = Layer(
     positional=False,
     parameters={
         "weight": {
-            "per_sample": Rule(weight_per_sample, ("input", "weight_shape", "dilation", "padding", "stride"), lead=2),
+            "per_sample": Rule(
+                weight_per_sample, ("input", "weight_shape", "dilation", "padding", "stride"), lead=2, heavy=True
+            ),
             "sample_squares": Rule(
-                weight_sample_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1
+                weight_sample_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1, heavy=True
             ),
             "signed_sample_squares": Rule(
-                weight_signed_sample_squares, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1
+                weight_signed_sample_squares,
+                ("input", "weight_shape", "dilation", "padding", "stride"),
+                lead=1,
+                heavy=True,
             ),
             "sample_diagonal": Rule(
-                weight_sample_diagonal, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1
+                weight_sample_diagonal, ("input", "weight_shape", "dilation", "padding", "stride"), lead=1, heavy=True
             ),
             "squared_norm": Rule(
                 weight_squared_norm,
                 ("input", "weight_shape", "dilation", "padding", "stride"),
                 kernel="weight_squared_norm",
+                heavy=True,
             ),
             "sum_of_squares": Rule(
                 weight_sum_of_squares,
                 ("input", "weight_shape", "dilation", "padding", "stride"),
                 kernel="weight_sum_of_squares",
                 lead=0,
+                heavy=True,
             ),
             "signed_sum_of_squares": Rule(
                 weight_signed_sum_of_squares,
                 ("input", "weight_shape", "dilation", "padding", "stride"),
                 kernel="weight_signed_sum_of_squares",
                 lead=0,
+                heavy=True,
             ),
             "diagonal_sum": Rule(
                 weight_diagonal_sum,
                 ("input", "weight_shape", "dilation", "padding", "stride"),
                 kernel="weight_diagonal_sum",
                 lead=0,
+                heavy=True,
             ),
             "squared_deviations": Rule(
-                weight_squared_deviations, ("input", "weight_shape", "dilation", "padding", "stride"), lead=0
+                weight_squared_deviations,
+                ("input", "weight_shape", "dilation", "padding", "stride"),
+                lead=0,
+                heavy=True,
             ),
             "output_sum": Rule(weight_output_sum, ()),
-            "output_factor_expand": Rule(weight_output_factor_expand, ()),
+            "output_factor_expand": Rule(weight_output_factor_expand, (), heavy=True),
             "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
             "averaged_factor": Rule(weight_averaged_factor, ()),
             "input_sum": Rule(
-                weight_input_sum, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+                weight_input_sum, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride"), heavy=True
             ),
             "input_factor_expand": Rule(
-                weight_input_factor_expand, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+                weight_input_factor_expand,
+                ("input", "weight_shape", "output_shape", "dilation", "padding", "stride"),
+                heavy=True,
             ),
             "input_factor_reduce": Rule(
-                weight_input_factor_reduce, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+                weight_input_factor_reduce,
+                ("input", "weight_shape", "output_shape", "dilation", "padding", "stride"),
+                heavy=True,
             ),
             "input_factor_backpack": Rule(
-                weight_input_factor_backpack, ("input", "weight_shape", "output_shape", "dilation", "padding", "stride")
+                weight_input_factor_backpack,
+                ("input", "weight_shape", "output_shape", "dilation", "padding", "stride"),
+                heavy=True,
             ),
         },
         "bias": {
@@ -638,7 +656,7 @@ LAYER = Layer(
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
             "output_sum": Rule(bias_output_sum, ()),
-            "output_factor_expand": Rule(bias_output_factor_expand, ()),
+            "output_factor_expand": Rule(bias_output_factor_expand, (), heavy=True),
             "output_factor_reduce": Rule(bias_output_factor_reduce, ()),
             "averaged_factor": Rule(bias_averaged_factor, ()),
         },

@@ -74,7 +74,7 @@ LAYER = Layer(
     vjp=Rule(vjp, ("input", "alpha"), kernel="vjp"),
     diagonal=Rule(diagonal, ("input", "alpha"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "alpha")),
-    sandwich=Rule(sandwich, ("input", "alpha")),
+    sandwich=Rule(sandwich, ("input", "alpha"), heavy=True),
     residual=Rule(residual, ("input", "alpha"), kernel="residual"),
     hessian=None,
     elementwise=True,

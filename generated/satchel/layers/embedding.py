@@ -446,23 +446,29 @@ LAYER = Layer(
     positional=True,
     parameters={
         "weight": {
-            "per_sample": Rule(weight_per_sample, ("input", "weight", "padding_idx"), lead=2),
-            "sample_squares": Rule(weight_sample_squares, ("input", "weight", "padding_idx"), lead=1),
-            "signed_sample_squares": Rule(weight_signed_sample_squares, ("input", "weight", "padding_idx"), lead=1),
-            "sample_diagonal": Rule(weight_sample_diagonal, ("input", "weight", "padding_idx"), lead=1),
-            "squared_norm": Rule(weight_squared_norm, ("input", "weight", "padding_idx")),
-            "sum_of_squares": Rule(weight_sum_of_squares, ("input", "weight", "padding_idx"), lead=0),
-            "signed_sum_of_squares": Rule(weight_signed_sum_of_squares, ("input", "weight", "padding_idx"), lead=0),
-            "diagonal_sum": Rule(weight_diagonal_sum, ("input", "weight", "padding_idx"), lead=0),
-            "squared_deviations": Rule(weight_squared_deviations, ("input", "weight", "padding_idx"), lead=0),
+            "per_sample": Rule(weight_per_sample, ("input", "weight", "padding_idx"), lead=2, heavy=True),
+            "sample_squares": Rule(weight_sample_squares, ("input", "weight", "padding_idx"), lead=1, heavy=True),
+            "signed_sample_squares": Rule(
+                weight_signed_sample_squares, ("input", "weight", "padding_idx"), lead=1, heavy=True
+            ),
+            "sample_diagonal": Rule(weight_sample_diagonal, ("input", "weight", "padding_idx"), lead=1, heavy=True),
+            "squared_norm": Rule(weight_squared_norm, ("input", "weight", "padding_idx"), heavy=True),
+            "sum_of_squares": Rule(weight_sum_of_squares, ("input", "weight", "padding_idx"), lead=0, heavy=True),
+            "signed_sum_of_squares": Rule(
+                weight_signed_sum_of_squares, ("input", "weight", "padding_idx"), lead=0, heavy=True
+            ),
+            "diagonal_sum": Rule(weight_diagonal_sum, ("input", "weight", "padding_idx"), lead=0, heavy=True),
+            "squared_deviations": Rule(
+                weight_squared_deviations, ("input", "weight", "padding_idx"), lead=0, heavy=True
+            ),
             "output_sum": Rule(weight_output_sum, ()),
-            "output_factor_expand": Rule(weight_output_factor_expand, ()),
-            "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
+            "output_factor_expand": Rule(weight_output_factor_expand, (), heavy=True),
+            "output_factor_reduce": Rule(weight_output_factor_reduce, (), heavy=True),
             "averaged_factor": Rule(weight_averaged_factor, ()),
-            "input_sum": Rule(weight_input_sum, ("input", "weight", "padding_idx")),
-            "input_factor_expand": Rule(weight_input_factor_expand, ("input", "weight", "padding_idx")),
-            "input_factor_reduce": Rule(weight_input_factor_reduce, ("input", "weight", "padding_idx")),
-            "input_factor_backpack": Rule(weight_input_factor_backpack, ("input", "weight", "padding_idx")),
+            "input_sum": Rule(weight_input_sum, ("input", "weight", "padding_idx"), heavy=True),
+            "input_factor_expand": Rule(weight_input_factor_expand, ("input", "weight", "padding_idx"), heavy=True),
+            "input_factor_reduce": Rule(weight_input_factor_reduce, ("input", "weight", "padding_idx"), heavy=True),
+            "input_factor_backpack": Rule(weight_input_factor_backpack, ("input", "weight", "padding_idx"), heavy=True),
         },
     },
     numbers=("padding_idx",),

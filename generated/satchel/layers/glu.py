@@ -82,7 +82,7 @@ LAYER = Layer(
     kernels="",
     input_axes=("n", "r*", ("half", "k"), "s*"),
     output_axes=("n", "r*", "k", "s*"),
-    vjp=Rule(vjp, ("input",)),
+    vjp=Rule(vjp, ("input",), heavy=True),
     diagonal=None,
     mean_vjp=None,
     sandwich=None,

@@ -65,7 +65,7 @@ LAYER = Layer(
     vjp=Rule(vjp, ("input", "lambd"), kernel="vjp"),
     diagonal=Rule(diagonal, ("input", "lambd"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "lambd")),
-    sandwich=Rule(sandwich, ("input", "lambd")),
+    sandwich=Rule(sandwich, ("input", "lambd"), heavy=True),
     residual=None,
     hessian=None,
     elementwise=True,

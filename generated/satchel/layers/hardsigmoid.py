@@ -75,7 +75,7 @@ LAYER = Layer(
     vjp=Rule(vjp, ("input",), kernel="vjp"),
     diagonal=Rule(diagonal, ("input",), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input",)),
-    sandwich=Rule(sandwich, ("input",)),
+    sandwich=Rule(sandwich, ("input",), heavy=True),
     residual=None,
     hessian=None,
     elementwise=True,

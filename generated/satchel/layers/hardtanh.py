@@ -68,7 +68,7 @@ LAYER = Layer(
     vjp=Rule(vjp, ("input", "max_val", "min_val"), kernel="vjp"),
     diagonal=Rule(diagonal, ("input", "max_val", "min_val"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "max_val", "min_val")),
-    sandwich=Rule(sandwich, ("input", "max_val", "min_val")),
+    sandwich=Rule(sandwich, ("input", "max_val", "min_val"), heavy=True),
     residual=None,
     hessian=None,
     elementwise=True,

@@ -65,7 +65,7 @@ LAYER = Layer(
     vjp=Rule(vjp, ("input", "negative_slope"), kernel="vjp"),
     diagonal=Rule(diagonal, ("input", "negative_slope"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "negative_slope")),
-    sandwich=Rule(sandwich, ("input", "negative_slope")),
+    sandwich=Rule(sandwich, ("input", "negative_slope"), heavy=True),
     residual=None,
     hessian=None,
     elementwise=True,

@@ -484,10 +484,10 @@ LAYER = Layer(
     input_axes=("n", "r*", "i"),
     output_axes=("n", "r*", "o"),
     parameter_axes={"weight": ("o", "i"), "bias": ("o",)},
-    vjp=Rule(vjp, ("weight",)),
-    diagonal=Rule(diagonal, ("weight",), kernel="diagonal"),
-    mean_vjp=Rule(mean_vjp, ("weight",)),
-    sandwich=Rule(sandwich, ("weight",)),
+    vjp=Rule(vjp, ("weight",), heavy=True),
+    diagonal=Rule(diagonal, ("weight",), kernel="diagonal", heavy=True),
+    mean_vjp=Rule(mean_vjp, ("weight",), heavy=True),
+    sandwich=Rule(sandwich, ("weight",), heavy=True),
     residual=None,
     hessian=None,
     elementwise=False,
@@ -495,27 +495,33 @@ LAYER = Layer(
     positional=True,
     parameters={
         "weight": {
-            "per_sample": Rule(weight_per_sample, ("input",), lead=2, writes=True),
-            "sample_squares": Rule(weight_sample_squares, ("input",), kernel="weight_sample_squares", lead=1),
+            "per_sample": Rule(weight_per_sample, ("input",), lead=2, writes=True, heavy=True),
+            "sample_squares": Rule(
+                weight_sample_squares, ("input",), kernel="weight_sample_squares", lead=1, heavy=True
+            ),
             "signed_sample_squares": Rule(
-                weight_signed_sample_squares, ("input",), kernel="weight_signed_sample_squares", lead=1
+                weight_signed_sample_squares, ("input",), kernel="weight_signed_sample_squares", lead=1, heavy=True
             ),
-            "sample_diagonal": Rule(weight_sample_diagonal, ("input",), kernel="weight_sample_diagonal", lead=1),
-            "squared_norm": Rule(weight_squared_norm, ("input",), kernel="weight_squared_norm"),
-            "sum_of_squares": Rule(weight_sum_of_squares, ("input",), kernel="weight_sum_of_squares", lead=0),
+            "sample_diagonal": Rule(
+                weight_sample_diagonal, ("input",), kernel="weight_sample_diagonal", lead=1, heavy=True
+            ),
+            "squared_norm": Rule(weight_squared_norm, ("input",), kernel="weight_squared_norm", heavy=True),
+            "sum_of_squares": Rule(
+                weight_sum_of_squares, ("input",), kernel="weight_sum_of_squares", lead=0, heavy=True
+            ),
             "signed_sum_of_squares": Rule(
-                weight_signed_sum_of_squares, ("input",), kernel="weight_signed_sum_of_squares", lead=0
+                weight_signed_sum_of_squares, ("input",), kernel="weight_signed_sum_of_squares", lead=0, heavy=True
             ),
-            "diagonal_sum": Rule(weight_diagonal_sum, ("input",), kernel="weight_diagonal_sum", lead=0),
-            "squared_deviations": Rule(weight_squared_deviations, ("input",), lead=0),
+            "diagonal_sum": Rule(weight_diagonal_sum, ("input",), kernel="weight_diagonal_sum", lead=0, heavy=True),
+            "squared_deviations": Rule(weight_squared_deviations, ("input",), lead=0, heavy=True),
             "output_sum": Rule(weight_output_sum, ()),
-            "output_factor_expand": Rule(weight_output_factor_expand, ()),
-            "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
+            "output_factor_expand": Rule(weight_output_factor_expand, (), heavy=True),
+            "output_factor_reduce": Rule(weight_output_factor_reduce, (), heavy=True),
             "averaged_factor": Rule(weight_averaged_factor, ()),
             "input_sum": Rule(weight_input_sum, ("input",)),
-            "input_factor_expand": Rule(weight_input_factor_expand, ("input",)),
-            "input_factor_reduce": Rule(weight_input_factor_reduce, ("input",)),
-            "input_factor_backpack": Rule(weight_input_factor_backpack, ("input",)),
+            "input_factor_expand": Rule(weight_input_factor_expand, ("input",), heavy=True),
+            "input_factor_reduce": Rule(weight_input_factor_reduce, ("input",), heavy=True),
+            "input_factor_backpack": Rule(weight_input_factor_backpack, ("input",), heavy=True),
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
@@ -528,8 +534,8 @@ LAYER = Layer(
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
             "output_sum": Rule(weight_output_sum, ()),
-            "output_factor_expand": Rule(weight_output_factor_expand, ()),
-            "output_factor_reduce": Rule(weight_output_factor_reduce, ()),
+            "output_factor_expand": Rule(weight_output_factor_expand, (), heavy=True),
+            "output_factor_reduce": Rule(weight_output_factor_reduce, (), heavy=True),
             "averaged_factor": Rule(weight_averaged_factor, ()),
         },
     },

@@ -187,7 +187,7 @@ LAYER = Layer(
     vjp=Rule(vjp, ("input", "weight"), kernel="vjp"),
     diagonal=Rule(diagonal, ("input", "weight"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "weight")),
-    sandwich=Rule(sandwich, ("input", "weight")),
+    sandwich=Rule(sandwich, ("input", "weight"), heavy=True),
     residual=None,
     hessian=None,
     elementwise=True,
@@ -204,7 +204,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(weight_signed_sum_of_squares, ("input",), lead=0),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input",), lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input",), lead=0),
-            "block": Rule(weight_block, ("input",)),
+            "block": Rule(weight_block, ("input",), heavy=True),
         },
     },
     ranks={

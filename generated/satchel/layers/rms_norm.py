@@ -225,7 +225,7 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(weight_signed_sum_of_squares, ("input", "eps"), lead=0),
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "eps"), lead=0),
             "squared_deviations": Rule(weight_squared_deviations, ("input", "eps"), lead=0),
-            "block": Rule(weight_block, ("input", "eps")),
+            "block": Rule(weight_block, ("input", "eps"), heavy=True),
         },
     },
     ranks={

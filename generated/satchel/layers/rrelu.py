@@ -65,7 +65,7 @@ LAYER = Layer(
     vjp=Rule(vjp, ("input", "lower", "upper"), kernel="vjp"),
     diagonal=Rule(diagonal, ("input", "lower", "upper"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "lower", "upper")),
-    sandwich=Rule(sandwich, ("input", "lower", "upper")),
+    sandwich=Rule(sandwich, ("input", "lower", "upper"), heavy=True),
     residual=None,
     hessian=None,
     elementwise=True,

@@ -73,7 +73,7 @@ LAYER = Layer(
     vjp=Rule(vjp, ("output",), kernel="vjp"),
     diagonal=Rule(diagonal, ("output",), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("output",)),
-    sandwich=Rule(sandwich, ("output",)),
+    sandwich=Rule(sandwich, ("output",), heavy=True),
     residual=Rule(residual, ("output",), kernel="residual"),
     hessian=None,
     elementwise=True,

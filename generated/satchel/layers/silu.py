@@ -83,7 +83,7 @@ LAYER = Layer(
     vjp=Rule(vjp, ("input",), kernel="vjp"),
     diagonal=Rule(diagonal, ("input",), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input",)),
-    sandwich=Rule(sandwich, ("input",)),
+    sandwich=Rule(sandwich, ("input",), heavy=True),
     residual=Rule(residual, ("input",), kernel="residual"),
     hessian=None,
     elementwise=True,

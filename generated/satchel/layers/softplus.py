@@ -78,7 +78,7 @@ LAYER = Layer(
     vjp=Rule(vjp, ("input", "beta", "threshold"), kernel="vjp"),
     diagonal=Rule(diagonal, ("input", "beta", "threshold"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "beta", "threshold")),
-    sandwich=Rule(sandwich, ("input", "beta", "threshold")),
+    sandwich=Rule(sandwich, ("input", "beta", "threshold"), heavy=True),
     residual=Rule(residual, ("input", "beta", "threshold"), kernel="residual"),
     hessian=None,
     elementwise=True,

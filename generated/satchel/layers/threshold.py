@@ -65,7 +65,7 @@ LAYER = Layer(
     vjp=Rule(vjp, ("input", "threshold"), kernel="vjp"),
     diagonal=Rule(diagonal, ("input", "threshold"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "threshold")),
-    sandwich=Rule(sandwich, ("input", "threshold")),
+    sandwich=Rule(sandwich, ("input", "threshold"), heavy=True),
     residual=None,
     hessian=None,
     elementwise=True,

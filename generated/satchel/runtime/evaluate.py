@@ -10,11 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
+from .modes import on_few_threads
 from .rules import Layer, Loss, Rule
 from .settings import current
 
 #: The package that this runtime belongs to; its `kernels` are imported when first used.
 _PACKAGE = __name__.rsplit(".", 2)[0]
+#: Seconds that an element takes, and operations, of a rule that is not heavy.
+_EACH, _CALLS = 5e-10, 3
 
 
 def evaluate(
@@ -28,8 +31,18 @@ def evaluate(
     """The rule's value; `operand` gives an operand by name. Only the ATen program is differentiable, and writes to `out`."""
     values = [*arguments, *map(operand, rule.operands)]
     if rule.kernel is None or differentiable or not uses_kernel(rule, values):
-        return rule.aten(*values) if out is None else rule.aten(*values, out=out)
+        run = (
+            rule.aten
+            if rule.heavy or isinstance(definition, Loss)
+            else on_few_threads(rule.aten, _seconds(values), _CALLS)
+        )
+        return run(*values) if out is None else run(*values, out=out)
     return getattr(import_module(f"{_PACKAGE}.kernels.{definition.kernels}"), rule.kernel)(*values)
+
+
+def _seconds(values: list[Any]) -> float:
+    """What a rule takes one thread that reads each element a few times."""
+    return _EACH * sum(value.numel() for value in values if isinstance(value, Tensor))
 
 
 def uses_kernel(rule: Rule, values: list[Any]) -> bool:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
 from typing import Any
 
 import torch
@@ -31,10 +30,9 @@ def on_few_threads(function: Callable[..., Tensor], seconds: float, calls: int) 
     """`function`, which takes one thread `seconds` for so many of torch's operations: on one, where others would sleep again before
     the next and waking them takes longer than they save."""
 
-    @wraps(function)
     def call(*operands: Any, **out: Tensor) -> Tensor:
         threads = torch.get_num_threads()
-        if seconds * (1 - 1 / threads) >= calls * _WAKING:
+        if threads == 1 or seconds * (1 - 1 / threads) >= calls * _WAKING:
             return function(*operands, **out)
         torch.set_num_threads(1)
         try:
