@@ -1,4 +1,4 @@
-"""Trees of tensor operations as PyTorch source: a product of two is a matmul wherever its indices allow."""
+"""Trees of tensor operations as PyTorch source: a product of two is what is recognised, or a matmul wherever its indices allow."""
 
 from __future__ import annotations
 
@@ -22,13 +22,11 @@ from ..lowering.plan import (
     Products,
     Reduce,
     Scaled,
-    Window,
     extent_symbol,
-    is_place_gram,
-    is_transposed,
 )
 from ..notation import After, Equal, Extent, Index, Option
-from .aten_expr import AtenPrinter, is_postfix, repeated, threshold
+from .aten_expr import AtenPrinter, is_postfix, repeated, sequence, threshold
+from .recognised import RECOGNISED, geometry, window_gram
 
 
 def _with_thresholds(node: Map) -> Map:
@@ -73,7 +71,7 @@ class Body:
         self.lines.append(f"{unique} = {text}")
         return unique
 
-    def _out(self, node: Node) -> str:
+    def out(self, node: Node) -> str:
         """Where an operation writes, if it gives the result."""
         if node is not self.result:
             return ""
@@ -83,7 +81,7 @@ class Body:
     def __call__(self, node: Node) -> str:
         match node:
             case Leaf():
-                return self._leaf(node)
+                return self.leaf(node)
             case Map():
                 return self._map(node)
             case Reduce(child=child, over=over):
@@ -96,7 +94,7 @@ class Body:
                 text = text if is_postfix(text) else f"({text})"
                 return f"{text}.sum({_tuple(dims)})"
             case Permute(child=child, axes=axes):
-                return f"{self._operand(child)}.permute({', '.join(str(child.axes.index(i)) for i in axes)})"
+                return f"{self.operand(child)}.permute({', '.join(str(child.axes.index(i)) for i in axes)})"
             case Scaled(child=child, coefficient=coefficient):
                 return self._scaled(child, coefficient)
             case Contract():
@@ -110,7 +108,7 @@ class Body:
         """`bar_centred - total[..., None] / J`."""
         text = ""
         for part in node.parts:
-            value = self._aligned(self._operand(part), part.axes, node.axes) if part.axes != node.axes else self(part)
+            value = self._aligned(self.operand(part), part.axes, node.axes) if part.axes != node.axes else self(part)
             sign = value.startswith("-")
             text += (" - " if sign else " + ") + value.removeprefix("-") if text else value
         return text
@@ -128,7 +126,7 @@ class Body:
         rows = self._gram_rows(child) if isinstance(child, Contract) else None
         if rows is not None and numerator == 1 and denominator != 1:
             return f"gram({rows}, {self.scalar(denominator)})"
-        text = self(child)
+        text = f"({self(child)})" if isinstance(child, Map) and child.expr.is_Add else self(child)
         if numerator == -1:
             text = f"-{text}" if is_postfix(text) else f"-({text})"
         elif numerator != 1:
@@ -138,12 +136,12 @@ class Body:
         divisor = self.scalar(denominator)
         return f"{text} / {divisor if is_postfix(divisor) else f'({divisor})'}"
 
-    def _stored(self, node: Leaf) -> str:
+    def stored(self, node: Leaf) -> str:
         """The whole tensor."""
         return self.renamed.get(node.name, node.name)
 
-    def _leaf(self, node: Leaf) -> str:
-        text = self._stored(node)
+    def leaf(self, node: Leaf) -> str:
+        text = self.stored(node)
         if node.windows:
             return self._windows(node, text)
         for i in reversed([i for i in node.stored if i not in node.axes]):
@@ -157,114 +155,14 @@ class Body:
 
     def _windows(self, node: Leaf, text: str) -> str:
         places, taps = (self.sizes([getattr(w, kind) for w in node.windows]) for kind in ("place", "tap"))
-        transposed, geometry = self._geometry(node.windows)
+        transposed, numbers = geometry(self, node.windows)
         function = "transposed_windows" if transposed else "windows"
-        return self.local("patches", f"{function}({self._stored(node)}, {places}, {taps}, {', '.join(geometry)})")
+        return self.local("patches", f"{function}({self.stored(node)}, {places}, {taps}, {', '.join(numbers)})")
 
     def sizes(self, axes: Sequence[Index]) -> str:
-        return _sequence([self.scalar(Extent(i)) for i in axes])
+        return sequence([self.scalar(Extent(i)) for i in axes])
 
-    def _geometry(self, found: Sequence[Window]) -> tuple[bool, list[str]]:
-        """Stride, dilation and padding, and whether the windows are those of the transposed access."""
-        transposed = is_transposed(found)
-        sign = -1 if transposed else 1
-        parts = [(w.divisor if transposed else w.step, sign * w.reach, -sign * w.offset) for w in found]
-        return transposed, [self._numbers([part[k] for part in parts]) for k in range(3)]
-
-    def _numbers(self, values: Sequence[Expr]) -> str:
-        """One number per axis: an option where they are its components."""
-        first = values[0]
-        if isinstance(first, Option) and all(isinstance(v, Option) and v.part == k for k, v in enumerate(values)):
-            return first.attribute
-        return _sequence([self.scalar(v) for v in values])
-
-    def _correlation(self, node: Contract) -> str | None:
-        """A product of windows with a kernel, summed over the taps, is a convolution."""
-        for image, kernel in ((node.left, node.right), (node.right, node.left)):
-            if not isinstance(image, Leaf) or not image.windows:
-                continue
-            taps, places = tuple(w.tap for w in image.windows), tuple(w.place for w in image.windows)
-            channels = tuple(i for i in node.over if i not in taps)
-            groups = tuple(i for i in kernel.axes if i in node.axes and i in image.axes)
-            out = tuple(i for i in kernel.axes if i in node.axes and i not in groups)
-            lead = tuple(i for i in image.axes if i not in (*groups, *channels, *places, *taps))
-            single = len(channels) == len(groups) == len(out) == 1
-            if not single or not set(taps) <= set(node.over) or set(places) & set(node.over):
-                continue
-            if node.axes != (*lead, *groups, *out, *places):
-                continue
-            transposed, geometry = self._geometry(image.windows)
-            order = (*groups, *channels, *out, *taps) if transposed else (*groups, *out, *channels, *taps)
-            weights = self._operand(kernel)
-            if kernel.axes != order:
-                weights = f"{weights}.permute({', '.join(str(kernel.axes.index(i)) for i in order)})"
-            arguments = [self._stored(image), weights, self.sizes(places), *geometry]
-            return f"correlate{'_transposed' if transposed else ''}({', '.join(arguments)})"
-        return None
-
-    def _kernel_gradients(self, node: Contract) -> str | None:
-        """A product of windows with a factor, summed over the places, is the gradient of a convolution's kernel, by sample."""
-        for image, factor in ((node.left, node.right), (node.right, node.left)):
-            if not isinstance(image, Leaf) or not image.windows or not isinstance(factor, Leaf):
-                continue
-            taps, places = tuple(w.tap for w in image.windows), tuple(w.place for w in image.windows)
-            lead = tuple(i for i in image.axes if i not in (*places, *taps) and i in factor.axes)
-            inner = tuple(i for i in image.axes if i not in (*lead, *places, *taps))
-            outer = tuple(i for i in factor.axes if i not in (*lead, *places))
-            if set(node.over) != set(places) or not len(lead) == len(outer) == 2 or len(inner) != 1:
-                continue
-            columns, out = outer
-            transposed, geometry = self._geometry(image.windows)
-            kernel = (*inner, out) if transposed else (out, *inner)
-            if factor.axes != (columns, *lead, out, *places) or node.axes != (columns, *lead, *kernel, *taps):
-                continue
-            arguments = [self._stored(image), self._leaf(factor), self.sizes(taps), *geometry]
-            if transposed:
-                return f"transposed_kernel_gradients({', '.join(arguments)})"
-            return f"kernel_gradients({', '.join(arguments)}{self._out(node)})"
-        return None
-
-    def _window_gram(self, node: Contract) -> str | None:
-        """A product of the windows of a tensor with themselves, summed over samples and places."""
-        one, other = node.left, node.right
-        if not isinstance(one, Leaf) or not isinstance(other, Leaf) or not one.windows or one.name != other.name:
-            return None
-        (places, taps), (_, others) = (
-            [tuple(getattr(w, kind) for w in image.windows) for kind in ("place", "tap")] for image in (one, other)
-        )
-        if [w.place for w in other.windows] != list(places) or set(node.over) != {one.axes[0], *places}:
-            return None
-        (group, inner), second = one.axes[1:3], other.axes[2]
-        transposed, geometry = self._geometry(one.windows)
-        if transposed or node.axes != (group, inner, *taps, second, *others):
-            return None
-        arguments = [self._stored(one), self.sizes(places), self.sizes(taps), *geometry]
-        return f"window_gram({', '.join(arguments)})"
-
-    def _place_gram(self, node: Contract) -> str | None:
-        """A product of the windows of a tensor with those at other places, summed over taps and channels."""
-        image = node.left
-        if not is_place_gram(node) or not isinstance(image, Leaf):
-            return None
-        _, geometry = self._geometry(image.windows)
-        places, taps = (self.sizes([getattr(w, kind) for w in image.windows]) for kind in ("place", "tap"))
-        return f"place_gram({', '.join([self._stored(image), places, taps, *geometry])})"
-
-    def _summed_gram(self, node: Contract) -> str | None:
-        """A product of a tensor with itself, summed over its first and its last axes."""
-        one, other, kept = node.left, node.right, len(node.axes) - 1
-        if not isinstance(one, Leaf) or not isinstance(other, Leaf) or one.name != other.name or one.windows:
-            return None
-        lead = next((k for k, axis in enumerate(one.axes) if axis not in node.over), 0)
-        if not lead or set(node.over) != {*one.axes[:lead], *one.axes[lead + kept :]} or len(one.axes) == lead + kept:
-            return None
-        twin = (*one.axes[: lead + kept - 1], node.axes[-1], *one.axes[lead + kept :])
-        if node.axes[:-1] != one.axes[lead : lead + kept] or other.axes != twin:
-            return None
-        text = self._leaf(one)
-        return f"summed_gram({text if len(one.axes) == lead + kept + 1 else f'{text}.flatten({lead + kept})'}, {lead})"
-
-    def _operand(self, node: Node) -> str:
+    def operand(self, node: Node) -> str:
         """A node that a method is called on, or that is used more than once: parenthesised or named."""
         text = self(node)
         if isinstance(node, Leaf) or is_postfix(text):
@@ -282,7 +180,7 @@ class Body:
                 and node.expr.is_Mul
                 and child.axes == node.axes[-len(child.axes) :]
             )
-            text = self(child) if whole else self._operand(child)
+            text = self(child) if whole else self.operand(child)
             names[read] = self._aligned(text, child.axes, node.axes)
             like = self(child) if names[read] == like else like
         for equal in sorted(node.expr.atoms(Equal), key=str):
@@ -296,7 +194,7 @@ class Body:
                 names[call] = self.local(call.func.__name__, AtenPrinter(names, like).doprint(call))
         text = AtenPrinter(names, like).doprint(node.expr)
         whole = text.startswith("above(") and is_postfix(text)
-        return f"{text[:-1]}{self._out(given)})" if whole else text
+        return f"{text[:-1]}{self.out(given)})" if whole else text
 
     def _like(self, node: Map) -> str:
         """A tensor whose dtype a mask takes: not one of the integers that it compares."""
@@ -339,10 +237,9 @@ class Body:
         return text if "None" not in places else f"{text}[{', '.join(places)}]"
 
     def _contract(self, node: Contract) -> str:
-        printers = (self._correlation, self._kernel_gradients, self._window_gram, self._place_gram, self._summed_gram)
-        convolution = next((text for printer in printers if (text := printer(node)) is not None), None)
-        if convolution is not None:
-            return convolution
+        found = next((text for recognise in RECOGNISED if (text := recognise(self, node)) is not None), None)
+        if found is not None:
+            return found
         for left, right in ((node.left, node.right), (node.right, node.left)):
             text = self._matmul(left, right, node)
             if text is not None:
@@ -354,7 +251,7 @@ class Body:
         """A product of matrices, where the operands share no other axis and have one of their own each."""
         stacked = []
         for operands in zip(*node.pairs, strict=True):
-            texts = [self(part) if node.over in part.axes else f"{self._operand(part)}[None]" for part in operands]
+            texts = [self(part) if node.over in part.axes else f"{self.operand(part)}[None]" for part in operands]
             stacked.append((operands[0].axes, f"torch.cat(({', '.join(texts)}))"))
         for (left, first), (right, second) in (stacked, reversed(stacked)):
             if len(left) == len(right) == 2 and node.axes == (left[1], right[1]):
@@ -370,24 +267,24 @@ class Body:
         if not rows and not columns and batch == out == tuple(i for i in b if i in batch):
             if a != b:
                 return None
-            product = f"{self._operand(left)} * {self._operand(right)}"
+            product = f"{self.operand(left)} * {self.operand(right)}"
             return f"({product}).sum({_tuple([a.index(i) for i in over])})"
         if not batch and len(over) == 1 and len(columns) == 1 and out == (*rows, *columns) and a == (*rows, *over):
-            return f"matmul({self(left)}, {self._operand(right)}{'' if b == (*over, *columns) else '.T'})"
+            return f"matmul({self(left)}, {self.operand(right)}{'' if b == (*over, *columns) else '.T'})"
         if _is_grouped(left, right, over, out):
             first, second = (self._flattened(part, len(over)) for part in (left, right))
             return f"gram({first})" if first == second else f"matmul({first}.T, {second})"
         if len(over) == 1 and len(columns) == 1 and rows and b[:-2] == batch and out[-2:] == (rows[-1], columns[0]):
             lead = a[:-2]
             if lead == out[:-2] and lead[len(lead) - len(batch) :] == batch:
-                first = self._operand(left) + ("" if a[-2:] == (rows[-1], *over) else ".transpose(-2, -1)")
-                second = self._operand(right) + ("" if b[-2:] == (*over, *columns) else ".transpose(-2, -1)")
-                return f"matmul({first}, {second}{self._out(node)})"
+                first = self.operand(left) + ("" if a[-2:] == (rows[-1], *over) else ".transpose(-2, -1)")
+                second = self.operand(right) + ("" if b[-2:] == (*over, *columns) else ".transpose(-2, -1)")
+                return f"matmul({first}, {second}{self.out(node)})"
         return None
 
     def _gram_rows(self, node: Contract) -> str | None:
         """The rows r of a symmetric product r.T @ r."""
-        if self._window_gram(node) is not None or not _is_grouped(node.left, node.right, node.over, node.axes):
+        if window_gram(self, node) is not None or not _is_grouped(node.left, node.right, node.over, node.axes):
             return None
         first, second = (self._flattened(part, len(node.over)) for part in (node.left, node.right))
         return first if first == second else None
@@ -409,10 +306,6 @@ def _is_grouped(left: Node, right: Node, over: Axes, out: Axes) -> bool:
 
 def _tuple(dims: Sequence[int]) -> str:
     return str(dims[0]) if len(dims) == 1 else f"({', '.join(map(str, dims))})"
-
-
-def _sequence(parts: Sequence[str]) -> str:
-    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
 
 def _spec(left: Axes, right: Axes, out: Axes) -> str:

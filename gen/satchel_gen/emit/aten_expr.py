@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import sympy
 from sympy import Expr
@@ -182,3 +182,8 @@ def is_postfix(text: str) -> bool:
         elif depth == 0 and not (character.isalnum() or character in "_."):
             return False
     return True
+
+
+def sequence(parts: Sequence[str]) -> str:
+    """A tuple."""
+    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"

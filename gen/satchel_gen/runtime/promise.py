@@ -15,6 +15,7 @@ from .curvature import Start
 from .errors import SatchelError
 from .flags import Flag
 from .record import Edge, LossRecord
+from .spared import plain
 
 
 class Promise:
@@ -48,6 +49,7 @@ class Promise:
 
     def flags(self, delta: Tensor) -> Sequence[Flag]:
         """Whether more has arrived."""
+        delta = plain(delta)
         if delta is self.sent and len(self.starts) == 1:
             return []
         promised = reduce(add, (start.gradient for start in self.starts))

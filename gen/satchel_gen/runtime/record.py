@@ -113,18 +113,18 @@ class Record(_Kept):
     @property
     def canonical_input(self) -> tuple[int, ...]:
         """Canonical shape of the input."""
-        shape = self.batch.canonical_shape(self.input_layout, self.input_shape)
-        if shape is None:
-            raise BatchAxisLost(self.where, self.input_shape, self.samples)
-        return shape
+        return self._canonical(self.input_layout, self.input_shape)
 
     @property
     def canonical_output(self) -> tuple[int, ...]:
         """Canonical shape of the output."""
-        shape = self.batch.canonical_shape(self.output_layout, self.output_shape)
-        if shape is None:
-            raise BatchAxisLost(self.where, self.output_shape, self.samples)
-        return shape
+        return self._canonical(self.output_layout, self.output_shape)
+
+    def _canonical(self, layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
+        found = self.batch.canonical_shape(layout, shape)
+        if found is None:
+            raise BatchAxisLost(self.where, shape, self.samples)
+        return found
 
     def at_output(self, tensor: Tensor, lead: int) -> Tensor:
         """A factor [*lead, *node] as the layer's canonical output."""

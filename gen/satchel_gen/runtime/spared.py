@@ -39,7 +39,7 @@ class _Delta(Tensor):
     ) -> Any:
         if function is _BACKWARD and type(args[0]) is cls:
             return args[0]._backward(*args[1:])
-        plain_args, plain_kwargs = tree_map(_plain, (tuple(args), dict(kwargs or {})))
+        plain_args, plain_kwargs = tree_map(plain, (tuple(args), dict(kwargs or {})))
         return function(*plain_args, **plain_kwargs)
 
     def _backward(self, *operands: Any) -> tuple[Tensor | None, ...]:
@@ -53,14 +53,17 @@ class _Delta(Tensor):
         return by_input, self.gradient, by_bias
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """δ as autograd computed it; whatever else as it is."""
     return value.delta if type(value) is _Delta else value
 
 
 def may_be_given(record: Record, kernel: Tensor, delta: Tensor) -> bool:
     """Whether the node that is about to run is a convolution that adds to the gradient of `kernel`, nothing else, and is not
     differentiated. On a CPU: elsewhere blocks that fit into its caches are small, and autograd's own product costs little."""
-    if record.definition.operation != _NODE or torch.is_grad_enabled() or type(delta) is not Tensor or delta.is_cuda:
+    if record.definition.operation != _NODE or torch.is_grad_enabled():
+        return False
+    if type(delta) is not Tensor or delta.device.type != "cpu":
         return False
     return delta.dtype == kernel.dtype and current_node().next_functions[_PLACE][0] is accumulator(kernel)
 
