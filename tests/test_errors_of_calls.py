@@ -69,6 +69,11 @@ def on_the_input(f: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     return loss(f, y) + f.square().mean()
 
 
+def before_the_loss(f: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What the loss sends arrives first: autograd may add to it in place."""
+    return f.square().mean() + loss(f, y)
+
+
 def on_what_the_input_is_a_view_of(f: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     return loss(f.view(len(y), -1), y) + f.square().mean()
 
@@ -85,7 +90,8 @@ def by_a_hook(f: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("feature", CURVATURE)
 @pytest.mark.parametrize(
-    "more", [on_the_input, on_what_the_input_is_a_view_of, on_a_view_that_the_loss_takes, by_a_hook]
+    "more",
+    [on_the_input, before_the_loss, on_what_the_input_is_a_view_of, on_a_view_that_the_loss_takes, by_a_hook],
 )
 def test_one_of_two_losses_not_extended(feature: Any, more: Callable[..., Tensor]) -> None:
     """A part of the curvature would be missing in silence."""

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from satchel.runtime.sums import _LONG, summed_squares
+from satchel.runtime.sums import _LONG, summed, summed_squares
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3), (2, 4, 3), (2, 0, 3)], ids=str)
+def test_a_sum_over_an_axis_of_any_extent(shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(summed(tensor, 1), tensor.sum(1))
 
 
 @pytest.mark.parametrize("size", [3, _LONG])
