@@ -21,6 +21,7 @@ class RuleContext:
     lead: int | None = None
     writes: bool = False
     heavy: bool = False
+    composed: bool = False
 
 
 class Stated:

@@ -7,6 +7,7 @@ back is reduced to the shape of the input that was broadcast.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -19,10 +20,19 @@ from .rules import registry
 from .torch_private import COLUMNWISE, is_python_function, node_output_shape, node_outputs
 
 
-def pull(step: Step, columns: Mapping[int, Tensor]) -> dict[Edge, Tensor]:
+def by_node(step: Step) -> Step | None:
+    """A layer's step without its rules, if one node computes the layer."""
+    assert step.record is not None and step.record.edge is not None
+    places = [place for place, edge in enumerate(step.node.next_functions) if edge == step.record.edge]
+    return replace(step, record=None, inputs=((places[0], step.record.edge),)) if len(places) == 1 else None
+
+
+def pull(step: Step, columns: Mapping[int, Tensor], columnwise: bool = False) -> dict[Edge, Tensor]:
     """Columns [V, *output] by output number → columns [V, *input] by edge."""
     count = next(iter(columns.values())).shape[0]
-    columnwise = count <= 1 or step.name in COLUMNWISE or step.name in registry().by_node  # fused kernels take one
+    columnwise = (
+        columnwise or count <= 1 or step.name in COLUMNWISE or step.name in registry().by_node
+    )  # fused kernels take one
     try:
         passed = _one_by_one(step, columns, count) if columnwise else _all_at_once(step, columns, count)
     except torch.OutOfMemoryError:

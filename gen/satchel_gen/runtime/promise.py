@@ -16,6 +16,7 @@ from .errors import SatchelError
 from .flags import Flag
 from .record import Edge, LossRecord
 from .spared import plain
+from .torch_private import version
 
 
 class Promise:
@@ -23,7 +24,7 @@ class Promise:
 
     def __init__(self, start: Start, error: SatchelError) -> None:
         self.starts, self.error = [start], error
-        self.sent: Tensor | None = None
+        self.sent: tuple[Tensor, int] | None = None  # with its version
 
     @property
     def losses(self) -> list[LossRecord]:
@@ -41,8 +42,9 @@ class Promise:
             return []
 
         def see(sent: tuple[Tensor | None, ...], arrived: tuple[Tensor | None, ...]) -> None:
+            own = zip(sent, sender.next_functions, strict=True)
             self.sent = next(
-                (tensor for tensor, to in zip(sent, sender.next_functions, strict=True) if to == edge), None
+                ((tensor, version(tensor)) for tensor, to in own if to == edge and tensor is not None), None
             )
 
         return [sender.register_hook(see)]
@@ -50,7 +52,8 @@ class Promise:
     def flags(self, delta: Tensor) -> Sequence[Flag]:
         """Whether more has arrived."""
         delta = plain(delta)
-        if delta is self.sent and len(self.starts) == 1:
+        sent, unchanged = self.sent or (None, 0)
+        if delta is sent and version(delta) == unchanged and len(self.starts) == 1:
             return []
         promised = reduce(add, (start.gradient for start in self.starts))
         precision = max(torch.finfo(tensor.dtype).eps for tensor in (delta, promised)) ** 0.5

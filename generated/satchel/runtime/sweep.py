@@ -14,17 +14,20 @@ import torch
 from torch import Tensor
 
 from .calls import Call
-from .evaluate import evaluate
+from .evaluate import evaluate, uses_kernel
 from .memory import FRESH
-from .passing import edge_shape, pull
+from .passing import by_node, edge_shape, pull
 from .plan import Plan, Step
 from .record import Edge
+from .rules import Rule
 from .torch_private import held_elsewhere
 
 #: Bytes of columns at a step from which on fewer at a time are faster: they stay in cache, and `malloc` reuses their memory.
 AT_ONCE = FRESH // 2
 #: What rules compute in its own precision.
 _WRITTEN = (torch.float32, torch.float64)
+#: Elements of a column for which a call of its own costs little.
+_LARGE = 1 << 16
 
 
 def sweep(
@@ -83,11 +86,19 @@ def pass_step(step: Step, columns: dict[int, Tensor], last: bool = False) -> dic
         return {}
     # Detached from the tensor that it may be a view of, which would hold its memory.
     own = columns.pop(record.output_nr).detach() if last else columns[record.output_nr]
+    if _by_node(layer.vjp, own) and (alone := by_node(step)) is not None:
+        return pull(alone, {record.output_nr: own}, columnwise=True)
     spent = last and layer.vjp.writes and own.dtype in _WRITTEN and not held_elsewhere(own)
     factor = record.at_output(own, lead=1)
     passed = evaluate(layer.vjp, layer, record.operand, factor, out=factor if spent else None)
     passed = record.at_input(passed, lead=1)
     return {edge: at_edge(passed, edge, lead=1) for _, edge in step.inputs}
+
+
+def _by_node(rule: Rule, columns: Tensor) -> bool:
+    """Whether torch's own node is faster than a rule: it takes one column, in one operation for several."""
+    large = len(columns) == 1 or columns[0].numel() >= _LARGE
+    return rule.composed and large and columns.dtype in _WRITTEN and not uses_kernel(rule, [columns])
 
 
 def chunks(factor: Tensor, size: int) -> Iterator[Tensor]:

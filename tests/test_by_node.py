@@ -1,0 +1,46 @@
+"""A layer of several operations that torch computes in one node: columns pass it by that node, or by its rule, to the same end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from satchel import backpack, extend
+from satchel.extensions import DiagGGNExact, DiagGGNMC
+from satchel.runtime import sweep
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "GroupNorm": lambda: nn.GroupNorm(2, 4),
+    "LayerNorm": lambda: nn.LayerNorm((4, 3)),
+    "InstanceNorm1d": lambda: nn.InstanceNorm1d(4, affine=True),  # torch computes it in several nodes
+    "Softmax": lambda: nn.Softmax(1),
+    "GLU": lambda: nn.GLU(1),
+}
+
+
+def found(layer: str, feature: Any) -> list[Tensor]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(2, 4, 2), LAYERS[layer](), nn.Flatten(), nn.LazyLinear(3)).double()
+    x, y = torch.randn(5, 2, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    net(x)
+    net, loss = extend(net), extend(nn.CrossEntropyLoss())
+    with backpack(feature(generator=torch.Generator().manual_seed(1)) if feature is DiagGGNMC else feature()):
+        loss(net(x), y).backward()
+    return [getattr(p, feature.field) for p in net.parameters()]
+
+
+@pytest.mark.parametrize("feature", [DiagGGNExact, DiagGGNMC])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_both_ways_are_the_same(layer: str, feature: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    by_node = sweep.by_node
+    monkeypatch.setattr(sweep, "by_node", lambda step: seen.append(by_node(step) is not None) or by_node(step))
+    monkeypatch.setattr(sweep, "_LARGE", 1)
+    own = found(layer, feature)
+    assert seen == [layer != "InstanceNorm1d"]
+    monkeypatch.setattr(sweep, "by_node", lambda step: None)
+    torch.testing.assert_close(own, found(layer, feature), rtol=1e-10, atol=1e-12)
