@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from losses import start
 from satchel import backpack, extend
 from satchel.extensions import KFLR, DiagGGNExact, SqrtGGNExact
+from satchel.runtime import curvature
 from satchel.runtime.curvature import Start
 from satchel.runtime.householder import independent
 
@@ -32,8 +33,8 @@ def factors(criterion: nn.Module, f: Tensor, monkeypatch: pytest.MonkeyPatch) ->
     found: list[Tensor] = []
     exact = Start.exact
 
-    def seen(self: Start, shown: bool) -> Tensor:
-        found.append(exact(self, shown))
+    def seen(self: Start, every: bool) -> Tensor:
+        found.append(exact(self, every))
         return found[-1]
 
     monkeypatch.setattr(Start, "exact", seen)
@@ -66,9 +67,11 @@ def test_independent_columns_square_to_the_hessian(
         torch.testing.assert_close(torch.block_diag(*per_sample), whole)
 
 
+@pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("confident", range(4))
-def test_small_probabilities_keep_their_digits(confident: int) -> None:
+def test_small_probabilities_keep_their_digits(confident: int, every: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever class is sure: 1 − p has hardly a digit in float32, the factor's product all of them."""
+    monkeypatch.setattr(curvature, "_every", lambda plan, demand: every)  # a layer alone would keep all columns
     f = torch.tensor([[-4.0, 0.0, -9.0, 1.0]])
     f[0, confident] = 16.0
     single, double = (
