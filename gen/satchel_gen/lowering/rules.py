@@ -48,6 +48,11 @@ class LoweredRule:
         return (*self.shapes, *dict.fromkeys(option.attribute for option in self.components))
 
     @property
+    def composed(self) -> bool:
+        """Whether it computes intermediates of its own."""
+        return bool(self.stages) and not self.on_parameter
+
+    @property
     def heavy(self) -> bool:
         """Whether it takes many operations for each element that it reads, or writes many: at extents of 64, and of 1 of starred axes."""
         trees = [stage.tree for stage in self.stages if stage.tree is not None]

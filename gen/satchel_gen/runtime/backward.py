@@ -24,7 +24,7 @@ from .modes import grad_mode, without_autocast
 from .plan import Plan, Step, walk
 from .promise import Promise
 from .pullback import operation
-from .record import Edge, Entry, LossRecord, Mark, Record
+from .record import Edge, Entry, LossRecord, Mark, Record, record_among
 from .rules import registry
 from .torch_private import (
     at_end_of_backward,
@@ -130,7 +130,7 @@ class Pass:
     def _below_no_loss(self, entries: Sequence[Entry]) -> None:
         """Walk below a node that no walk has met: nothing that needs curvature may be new there."""
         node = current_node()
-        record = next((entry for entry in entries if isinstance(entry, Record)), None)
+        record = record_among(entries)
         went_past = record and not record.parameters and record.edge and record.edge[0] in self.surveyed  # a reshaping
         if node in self.surveyed or went_past:
             return
@@ -163,7 +163,7 @@ class Pass:
         self.surveyed |= plan.nodes
         plan, self.samples, flags = survey.check(plan, self.context, start, samples, marks)
         self.flags += flags
-        self.shared |= plan.tied
+        self.shared |= plan.tied.keys()
         for call in plan.calls:
             self.expected.update({id(parameter): call.record for parameter in call.parameters.values()})
         for step in plan.steps:
@@ -217,7 +217,7 @@ class Pass:
         edge = plan.start[0]
         self.inner |= {step.node for step in plan.steps} - {edge[0]}
         if edge in self.promised:
-            self.promised[edge].add(start)
+            self.promised[edge].starts.append(start)
         elif not is_accumulator(edge[0]):
             self.promised[edge] = promise = Promise(start, LossIncomplete(start.loss.where, features))
             self.handles += promise.watch(current_node())

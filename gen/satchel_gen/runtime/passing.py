@@ -28,11 +28,10 @@ def by_node(step: Step) -> Step | None:
 
 
 def pull(step: Step, columns: Mapping[int, Tensor], columnwise: bool = False) -> dict[Edge, Tensor]:
-    """Columns [V, *output] by output number → columns [V, *input] by edge."""
+    """Columns [V, *output] by output number → columns [V, *input] by edge. columnwise: not by vmap."""
     count = next(iter(columns.values())).shape[0]
-    columnwise = (
-        columnwise or count <= 1 or step.name in COLUMNWISE or step.name in registry().by_node
-    )  # fused kernels take one
+    fused = step.name in registry().by_node  # such kernels take one column
+    columnwise = columnwise or fused or count <= 1 or step.name in COLUMNWISE
     try:
         passed = _one_by_one(step, columns, count) if columnwise else _all_at_once(step, columns, count)
     except torch.OutOfMemoryError:

@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 
 from .calls import ByRules, Call
 from .lazy import lazy
-from .record import Edge, Entry, Mark, Record, entries
+from .record import Edge, Entry, Mark, Record, entries, record_among
 from .rules import Layer
 from .torch_private import is_accumulator, leaf_of, node_output_shape, node_outputs
 from .uses import Use
@@ -73,9 +73,6 @@ class Place(NamedTuple):
     def use(self) -> Use:
         return Use(self.call.record, self.name)
 
-    def offers(self, quantity: str) -> bool:
-        return quantity in self.call.record.definition.parameters[self.name]
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -123,19 +120,19 @@ class Plan:
         return found
 
     @lazy
-    def tied(self) -> frozenset[int]:
-        """Ids of the parameters with several uses."""
-        return frozenset(key for key, places in self.uses.items() if len(places) > 1)
+    def tied(self) -> Mapping[int, list[Place]]:
+        """Those of the parameters that have several."""
+        return {key: places for key, places in self.uses.items() if len(places) > 1}
 
     @lazy
     def shared(self) -> frozenset[Node]:
         """Layers with a parameter that has other uses: squares are taken of the sum over the uses that a column reaches."""
-        return frozenset(place.step.node for places in self.uses.values() if len(places) > 1 for place in places)
+        return frozenset(place.step.node for places in self.tied.values() for place in places)
 
     @lazy
     def reused(self) -> frozenset[Node]:
         """Those with another use below, which what comes from above reaches, too."""
-        uses = [{place.step.node for place in places} for places in self.uses.values() if len(places) > 1]
+        uses = [{place.step.node for place in places} for places in self.tied.values()]
         return frozenset(node for nodes in uses for node in nodes if not self.below(node).isdisjoint(nodes))
 
     @lazy
@@ -189,7 +186,7 @@ class _Met(NamedTuple):
     @staticmethod
     def of(node: Node) -> _Met:
         present = entries(node)
-        record = next((entry for entry in present if isinstance(entry, Record)), None)
+        record = record_among(present)
         if record is not None:
             return _Met(present, record, () if record.edge is None else ((0, record.edge),))
         following = enumerate(node.next_functions)

@@ -252,7 +252,7 @@ class Probe:
 def _views_of_parameters(plan: Plan) -> set[Node]:
     """Nodes that do nothing but arrange a parameter, whatever the samples make of it: a row may be used by one alone."""
     found: set[Node] = set()
-    for step in reversed(plan.unknown):
+    for step in reversed(plan.steps):
         if step.name in VIEWS and (step.leaves or (step.inputs and all(edge[0] in found for _, edge in step.inputs))):
             found.add(step.node)
     return found

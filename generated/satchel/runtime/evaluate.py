@@ -31,11 +31,8 @@ def evaluate(
     """The rule's value; `operand` gives an operand by name. Only the ATen program is differentiable, and writes to `out`."""
     values = [*arguments, *map(operand, rule.operands)]
     if rule.kernel is None or differentiable or not uses_kernel(rule, values):
-        run = (
-            rule.aten
-            if rule.heavy or isinstance(definition, Loss)
-            else on_few_threads(rule.aten, _seconds(values), _CALLS)
-        )
+        heavy = rule.heavy or isinstance(definition, Loss)  # a loss's factor is larger than what it is made of
+        run = rule.aten if heavy else on_few_threads(rule.aten, _seconds(values), _CALLS)
         return run(*values) if out is None else run(*values, out=out)
     return getattr(import_module(f"{_PACKAGE}.kernels.{definition.kernels}"), rule.kernel)(*values)
 

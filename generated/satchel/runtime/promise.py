@@ -32,9 +32,6 @@ class Promise:
     def losses(self) -> list[LossRecord]:
         return [start.loss for start in self.starts]
 
-    def add(self, start: Start) -> None:
-        self.starts.append(start)
-
     def watch(self, node: Node) -> Sequence[RemovableHandle]:
         """See what the loss whose node this is sends, where one node does that and nobody else can reach that node."""
         (start,) = self.starts

@@ -9,6 +9,7 @@ that is attached to its own node or one downstream, so there is no cycle.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -245,7 +246,12 @@ def attach(node: Node, entry: Entry) -> bool:
 
 def layer_record(node: Node) -> Record | None:
     """The call of a layer whose output the node computes."""
-    return next((entry for entry in entries(node) if isinstance(entry, Record)), None)
+    return record_among(entries(node))
+
+
+def record_among(present: Iterable[Entry]) -> Record | None:
+    """The call of a layer among what was left on its node."""
+    return next((entry for entry in present if isinstance(entry, Record)), None)
 
 
 def alias(tensor: Tensor) -> Tensor:

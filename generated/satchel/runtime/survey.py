@@ -146,8 +146,9 @@ def _refuse_undefined(plan: Plan, context: backpack) -> None:
 def _refuse_blocks(plan: Plan, demand: Demand) -> None:
     """Refuse the exact curvature of a parameter that is too large for it."""
     limit = current().matrix_bytes
-    for use in (place.use for places in plan.uses.values() for place in places if place.offers(BLOCK)):
-        features = [extension.name for extension in demand.extensions if demand.asks(extension, use.layer, BLOCK)]
+    for use in (place.use for places in plan.uses.values() for place in places):
+        asking = demand.extensions if use.offers(BLOCK) else ()
+        features = [extension.name for extension in asking if demand.asks(extension, use.layer, BLOCK)]
         if features and use.block_bytes() > limit:
             where = f"{use.record.where}, the exact block of {use.record.called(use.name)!r}"
             raise MemoryLimit(features, where, use.block_bytes(), limit)
@@ -155,8 +156,8 @@ def _refuse_blocks(plan: Plan, demand: Demand) -> None:
 
 def _refuse_kinds(plan: Plan, demand: Demand) -> None:
     """Of uses that have no Kronecker structure in common, only what individual pullbacks give is defined."""
-    for key in plan.tied:
-        uses = [place.use for place in plan.uses[key]]
+    for places in plan.tied.values():
+        uses = [place.use for place in places]
         if alike(uses):
             continue
         for extension in demand.extensions:

@@ -86,7 +86,7 @@ def pass_step(step: Step, columns: dict[int, Tensor], last: bool = False) -> dic
         return {}
     # Detached from the tensor that it may be a view of, which would hold its memory.
     own = columns.pop(record.output_nr).detach() if last else columns[record.output_nr]
-    if _by_node(layer.vjp, own) and (alone := by_node(step)) is not None:
+    if _is_slower(layer.vjp, own) and (alone := by_node(step)) is not None:
         return pull(alone, {record.output_nr: own}, columnwise=True)
     spent = last and layer.vjp.writes and own.dtype in _WRITTEN and not held_elsewhere(own)
     factor = record.at_output(own, lead=1)
@@ -95,8 +95,8 @@ def pass_step(step: Step, columns: dict[int, Tensor], last: bool = False) -> dic
     return {edge: at_edge(passed, edge, lead=1) for _, edge in step.inputs}
 
 
-def _by_node(rule: Rule, columns: Tensor) -> bool:
-    """Whether torch's own node is faster than a rule: it takes one column, in one operation for several."""
+def _is_slower(rule: Rule, columns: Tensor) -> bool:
+    """Whether a rule is slower than a node of torch's, which takes one column, in one operation for several."""
     large = len(columns) == 1 or columns[0].numel() >= _LARGE
     return rule.composed and large and columns.dtype in _WRITTEN and not uses_kernel(rule, [columns])
 
