@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from satchel.runtime.modes import on_few_threads
+from satchel.runtime.modes import with_few_threads
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def test_threads_while_it_runs(calls: int, threads: int) -> None:
         seen.append(torch.get_num_threads())
         return tensor
 
-    on_few_threads(function, 1e-4, calls)(torch.zeros(1))
+    with_few_threads(function, 1e-4, calls, [torch.zeros(1)], {})
     assert seen == [threads]
     assert torch.get_num_threads() == 2
 
@@ -38,5 +38,5 @@ def test_threads_after_an_error() -> None:
         raise ValueError
 
     with pytest.raises(ValueError):
-        on_few_threads(function, 0.0, 1)(torch.zeros(1))
+        with_few_threads(function, 0.0, 1, [torch.zeros(1)], {})
     assert torch.get_num_threads() == 2

@@ -40,18 +40,19 @@ from .wanted import Wanted
 def arrive(entries: Sequence[Entry], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
     """The backward is about to run a node on which forward passes left `entries`; the gradients it is to take, if not these."""
     context = active()
-    if context is not None and any(not isinstance(entry, LossRecord) for entry in entries):
+    if context is not None and not (context.reached or all(isinstance(entry, LossRecord) for entry in entries)):
         context.reached = True
-    if context is None or (not context.extensions and context.extension_hook is None):
+    if context is None or not (context.extensions or context.extension_hook):
         if not keeps_graph():
             _release(entries)
         return None
     task = graph_task()
-    if task not in context.passes:
-        context.passes[task] = Pass(context, task)
+    running = context.passes.get(task)
+    if running is None:
+        running = context.passes[task] = Pass(context, task)
     device = next((gradient.device.type for gradient in gradients if gradient is not None), "cpu")
     with without_autocast(device):
-        return context.passes[task].arrive(entries, gradients)
+        return running.arrive(entries, gradients)
 
 
 def _release(entries: Sequence[Entry]) -> None:
@@ -91,8 +92,10 @@ class Pass:
         for loss in losses:
             self._loss(loss, gradients[loss.output_nr])
         if not losses:
-            self._below_no_loss(entries)
-            self._calls(current_node(), gradients)
+            node = current_node()
+            if node not in self.surveyed:
+                self._below_no_loss(node, entries)
+            self._calls(node, gradients)
         taken: tuple[Tensor, ...] | None = None
         for entry in reversed(entries):
             if isinstance(entry, Record) and (wanted := self.wanted.of(entry)):
@@ -127,12 +130,12 @@ class Pass:
                 self.context.log(lambda: f"{loss.where}: {', '.join(curved)} over {len(plan.steps)} nodes")
                 curvature.run(start, plan, self.demand, self.harvest.accumulate)
 
-    def _below_no_loss(self, entries: Sequence[Entry]) -> None:
+    def _below_no_loss(self, node: Node, entries: Sequence[Entry]) -> None:
         """Walk below a node that no walk has met: nothing that needs curvature may be new there."""
-        node = current_node()
         record = record_among(entries)
-        went_past = record and not record.parameters and record.edge and record.edge[0] in self.surveyed  # a reshaping
-        if node in self.surveyed or went_past:
+        if (
+            record and not record.parameters and record.edge and record.edge[0] in self.surveyed
+        ):  # went past a reshaping
             return
         shapes = {(node, number): shape for number, (shape, _, _) in enumerate(node_outputs(node))}
         plan = walk(shapes, self.wanted)
@@ -162,6 +165,8 @@ class Pass:
     ) -> Plan:
         self.surveyed |= plan.nodes
         plan, self.samples, flags = survey.check(plan, self.context, start, samples, marks)
+        for extension in self.demand.extensions:
+            extension.check(self.samples)
         self.flags += flags
         self.shared |= plan.tied.keys()
         for call in plan.calls:
@@ -176,8 +181,10 @@ class Pass:
     def _calls(self, node: Node, gradients: tuple[Tensor | None, ...]) -> None:
         """Keep what δ means for the parameters that a node without record uses, before autograd frees the node."""
         step = self.calls.pop(node, None)
+        if step is None:
+            return
         columns = {number: delta[None] for number, delta in enumerate(gradients) if delta is not None}
-        if step is None or not columns:
+        if not columns:
             return
         with grad_mode(torch.is_grad_enabled() and self.demand.differentiable):
             for call in step.calls:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,6 +37,7 @@ class _Known:
     reads: dict[tuple[Layer, tuple[str, ...], bool], frozenset[str]] = field(default_factory=dict)
     sources: dict[tuple[Layer, ...], tuple[Source, ...]] = field(default_factory=dict)
     features: dict[tuple[tuple[Layer, ...], tuple[str, ...]], list[str]] = field(default_factory=dict)
+    surveyed: dict[Hashable, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(extensions: Sequence[Extension]) -> _Known:
@@ -129,6 +130,11 @@ class Demand:
                 if any(source.kind in kinds for layer in key[0] for source, _ in self.asked(extension, layer))
             ]
         return known[key]
+
+    @property
+    def surveyed(self) -> MutableMapping[Hashable, Any]:
+        """What surveys have found, by the structure of their plan (structure.py)."""
+        return self._known.surveyed
 
     @lazy
     def names(self) -> list[str]:

@@ -24,18 +24,22 @@ from .settings import current
 SMALL = 1 << 28
 
 
-def check(plan: Plan, demand: Demand, samples: int, columns: int) -> None:
-    """Refuse what does not fit into the memory that is left, unless the user has set a limit. columns: of the exact factor."""
+def check(plan: Plan, demand: Demand, samples: int, columns: int) -> bool:
+    """Refuse what does not fit into the memory that is left, unless the user has set a limit; whether the machine had to be asked.
+
+    columns: of the exact factor.
+    """
     if current().memory_limit is not None or not plan.uses:
-        return
+        return False
     places = [uses[0] for uses in plan.uses.values()]
     parameters = [place.parameter for place in places]
-    if Source("averaged") in demand.sources(plan.definitions):
+    averaged = Source("averaged") in demand.sources(plan.definitions)
+    if averaged:
         needed, where = needed_bytes(plan, samples, parameters[0].element_size())
         _refuse(demand.features(plan.definitions, "averaged"), where, needed, parameters[0].device)
     copies = samples * sum(max(columns, extension.mc_samples or 1) for extension in demand.extensions)
     if copies * sum(map(_bytes, parameters)) <= SMALL:  # whatever it is that they ask for
-        return
+        return averaged
     sizes = [
         (_field_bytes(demand, e, place, samples, columns), place, e.name) for place in places for e in demand.extensions
     ]
@@ -43,6 +47,7 @@ def check(plan: Plan, demand: Demand, samples: int, columns: int) -> None:
     features = dict.fromkeys(name for size, _, name in sizes if size)
     where = f"{place.call.record.where}, parameter {place.name!r}"
     _refuse(features, where, sum(size for size, *_ in sizes), place.parameter.device, _replaced(parameters, demand))
+    return True
 
 
 def _field_bytes(demand: Demand, extension: Extension, place: Place, samples: int, columns: int) -> int:

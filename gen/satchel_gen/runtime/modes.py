@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,18 +24,16 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _IN_FORCE
 
 
-def on_few_threads(function: Callable[..., Tensor], seconds: float, calls: int) -> Callable[..., Tensor]:
-    """`function`, which takes one thread `seconds` for so many of torch's operations: on one, where others would sleep again before
-    the next and waking them takes longer than they save."""
-
-    def call(*operands: Any, **out: Tensor) -> Tensor:
-        threads = torch.get_num_threads()
-        if threads == 1 or seconds * (1 - 1 / threads) >= calls * _WAKING:
-            return function(*operands, **out)
-        torch.set_num_threads(1)
-        try:
-            return function(*operands, **out)
-        finally:
-            torch.set_num_threads(threads)
-
-    return call
+def with_few_threads(
+    function: Callable[..., Tensor], seconds: float, calls: int, operands: Sequence[Any], out: Mapping[str, Tensor]
+) -> Tensor:
+    """The value of `function`, which takes one thread `seconds` for so many of torch's operations: on one, where others would sleep
+    again before the next and waking them takes longer than they save."""
+    threads = torch.get_num_threads()
+    if threads == 1 or seconds * (1 - 1 / threads) >= calls * _WAKING:
+        return function(*operands, **out)
+    torch.set_num_threads(1)
+    try:
+        return function(*operands, **out)
+    finally:
+        torch.set_num_threads(threads)

@@ -32,6 +32,8 @@ class Found:
     """What the probe has found: where samples mix (read at the end), and of each node without record, where its samples lie."""
 
     flags: list[Flag] = field(default_factory=list)
+    #: Whether a node had to be asked by columns.
+    asked: bool = False
     #: By output edge, where parameters are used by nodes: only there it is needed.
     batches: dict[Edge, Batch] = field(default_factory=dict)
     #: Nodes whose outputs belong to several samples at once, as what is computed from parameters alone does.
@@ -166,6 +168,7 @@ class Probe:
         return place
 
     def _node(self, step: Step, columns: dict[int, Tensor]) -> None:
+        self.found.asked = True
         edges = {number: (step.node, number) for number in columns}
         above = tuple(dict.fromkeys(name for edge in edges.values() for name in self.passed_by.get(edge, ())))
         if self.locating:

@@ -23,8 +23,12 @@ from .record import Edge, Mark
 from .rules import BLOCK, registry
 from .second import is_linear
 from .settings import current
+from .structure import Surveyed, structure
 from .torch_private import has_sparse_gradient, is_python_function, is_reentrant_checkpoint
 from .uses import alike
+
+#: Structures that are remembered for a set of features: sequences may have any length.
+_MOST = 256
 
 
 def check(
@@ -38,10 +42,30 @@ def check(
 
     `samples` are the numbers of samples that the batch may have, `marks` modules above the plan.
     """
-    features = context.demand.names
     for node in plan.nodes:
         if is_python_function(node) and is_reentrant_checkpoint(node):
-            raise CheckpointedRegion(node.name(), features)
+            raise CheckpointedRegion(node.name(), context.demand.names)
+    key = structure(plan, context.demand, start, samples)
+    surveyed = context.demand.surveyed
+    known: Surveyed | None = surveyed.get(key)
+    if known is not None:
+        _touch(plan, context.demand)
+        for record, batch in zip(plan.records, known.batches, strict=True):
+            record.batch = batch
+        return plan, known.samples, []
+    plan, count, found, holds = _survey(plan, context, start, samples, marks)
+    if holds and key is not None:
+        if len(surveyed) >= _MOST:
+            surveyed.clear()
+        surveyed[key] = Surveyed(count, tuple(record.batch for record in plan.records))
+    return plan, count, found.flags
+
+
+def _survey(
+    plan: Plan, context: backpack, start: Mapping[Edge, Sequence[int]], samples: Sequence[int], marks: Iterable[Mark]
+) -> tuple[Plan, int, Found, bool]:
+    """The plan, N and what a probe has found; and whether the same would come of every plan of this structure."""
+    features = context.demand.names
     for record in plan.records:
         layer = record.definition
         for option, supported in layer.options.items():
@@ -67,8 +91,8 @@ def check(
                 found = Probe(plan, start, count, ordered).run()
     _refuse_blocks(plan, context.demand)
     _refuse_kinds(plan, context.demand)
-    estimate.check(plan, context.demand, count, sum(map(prod, start.values())) // max(count, 1))
-    return plan, count, found.flags
+    asked = estimate.check(plan, context.demand, count, sum(map(prod, start.values())) // max(count, 1))
+    return plan, count, found, count == samples[0] and not (asked or found.asked or found.flags)
 
 
 def _ordered(plan: Plan, demand: Demand) -> Collection[Node]:

@@ -116,4 +116,5 @@ def add(live: dict[Edge, Tensor], passed: Mapping[Edge, Tensor]) -> None:
 
 def at_edge(tensor: Tensor, edge: Edge, lead: int) -> Tensor:
     """A layer's canonical input as the edge's gradient."""
-    return tensor.reshape(*tensor.shape[:lead], *edge_shape(edge))
+    shape = edge_shape(edge)
+    return tensor if tensor.shape[lead:] == shape else tensor.reshape(*tensor.shape[:lead], *shape)

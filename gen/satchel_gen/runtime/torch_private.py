@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,10 @@ _ARRANGING = frozenset({
 AXISWISE = _BY_SAMPLE | _ELEMENTWISE | _ARRANGING
 
 
+#: What `nn.Linear` puts between its product and its weight.
+_TRANSPOSE = "TBackward0"
+
+
 def graph_task() -> int:
     """Number of the backward that runs in this thread, -1 outside."""
     return torch._C._current_graph_task_id()
@@ -76,6 +80,16 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 def accumulator(parameter: Tensor) -> Node:
     """The node that adds to `parameter.grad`."""
     return get_gradient_edge(parameter).node
+
+
+def accumulators_below(node: Node) -> Iterator[tuple[Tensor, Node]]:
+    """The leaves that a node sends gradients to, directly or through a transpose, with the nodes that add these."""
+    for below, _ in node.next_functions:
+        if below is not None:
+            (below, _), *_ = below.next_functions if below.name() == _TRANSPOSE else ((below, 0),)
+            leaf = None if below is None else leaf_of(below)
+            if leaf is not None:
+                yield leaf, below
 
 
 def will_run(accumulator: Node) -> bool:
@@ -174,6 +188,16 @@ def axis_before(node: Node, axis: int, before: Sequence[int], after: Sequence[in
     elif name in _ARRANGING:
         found = _arranged(node, name, axis, len(before), len(after))
     return found if found is not None and 0 <= found < len(before) and before[found] == after[axis] else None
+
+
+def axis_structure(node: Node) -> Hashable | None:
+    """What besides shapes says where the axes of a node's outputs are in its inputs; None if that is not known of such nodes."""
+    name = node.name()
+    if name in RESHAPING or name in _BY_SAMPLE:
+        return name
+    if name in _ELEMENTWISE or name in _ARRANGING:
+        return (name, *(saved(node, along) for along in ("dim", "dims", "dim0", "dim1")))
+    return None
 
 
 def _arranged(node: Node, name: str, axis: int, before: int, after: int) -> int | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .record import Record
-from .torch_private import accumulator, will_run
+from .torch_private import accumulator, accumulators_below, will_run
 
 
 class Wanted:
@@ -29,11 +29,14 @@ class Wanted:
             self._accumulators[key] = node if node is not None and will_run(node) else None
         return self._accumulators[key]
 
-    def of(self, record: Record) -> Mapping[str, Tensor]:
-        """Those that a layer uses, by name."""
-        if record not in self._of:
-            self._of[record] = {name: p for name, p in record.trainable().items() if p in self}
-        return self._of[record]
+    def of(self, record: Record, node: Node | None = None) -> Mapping[str, Tensor]:
+        """Those that a layer uses, by name. node: the layer's, where it is at hand: its neighbours need not be searched then."""
+        found = self._of.get(record)
+        if found is None:
+            for leaf, below in () if node is None else accumulators_below(node):
+                self._accumulators.setdefault(id(leaf), below if will_run(below) else None)
+            found = self._of[record] = {name: p for name, p in record.trainable().items() if p in self}
+        return found
 
     def clear(self) -> None:
         self._accumulators.clear()

@@ -142,10 +142,11 @@ class Batch:
 
     def to_front(self, tensor: Tensor, layout: Layout, lead: int = 0) -> Tensor:
         """`tensor` [*lead, *shape] as [*lead, *canonical]."""
-        before, shape = tensor.shape[:lead], self.canonical_shape(layout, tuple(tensor.shape[lead:]))
+        before, own = tensor.shape[:lead], tuple(tensor.shape[lead:])
+        shape = self.canonical_shape(layout, own)
         assert shape is not None, f"a tensor of shape {tuple(tensor.shape)} has no batch {self}"
-        if self.is_first(tensor.shape[lead:]):
-            return tensor.reshape(*before, *shape)
+        if self.is_first(own):
+            return tensor if shape == own else tensor.reshape(*before, *shape)
         split = tensor.reshape(*before, self.outer, self.samples, shape[1] // self.outer, *shape[2:])
         return split.movedim(lead, lead + 1).reshape(*before, *shape)
 
@@ -153,7 +154,7 @@ class Batch:
         """Inverse of `to_front`."""
         before = tensor.shape[:lead]
         if self.is_first(shape):
-            return tensor.reshape(*before, *shape)
+            return tensor if tensor.shape[lead:] == shape else tensor.reshape(*before, *shape)
         split = tensor.reshape(*before, self.samples, self.outer, -1, *tensor.shape[lead + 2 :])
         return split.movedim(lead, lead + 1).reshape(*before, *shape)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .lazy import lazy
-from .modes import on_few_threads
+from .modes import with_few_threads
 from .precision import widened
 
 
@@ -51,10 +51,18 @@ class Program:
         """What it can be forced by: "separated", "gram" …"""
         return getattr(self.function, "__name__", type(self.function).__name__).lower().rpartition("_")[2]
 
+    def run(self, *operands: Any) -> Tensor:
+        """The value, of operands of any precision."""
+        return with_few_threads(self._widened, self._seconds_alone, self.calls, operands, {})
+
     @lazy
-    def run(self) -> Callable[..., Tensor]:
-        """The function, of operands of any precision."""
-        return on_few_threads(widened(self.function), machine.cores * self._work, self.calls)
+    def _widened(self) -> Callable[..., Tensor]:
+        return widened(self.function)
+
+    @lazy
+    def _seconds_alone(self) -> float:
+        """What one thread takes, beyond calls."""
+        return machine.cores * self._work
 
     @lazy
     def seconds(self) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .modes import on_few_threads
+from .modes import with_few_threads
 from .rules import Layer, Loss, Rule
 from .settings import current
 
@@ -30,10 +30,11 @@ def evaluate(
 ) -> Tensor:
     """The rule's value; `operand` gives an operand by name. Only the ATen program is differentiable, and writes to `out`."""
     values = [*arguments, *map(operand, rule.operands)]
-    if rule.kernel is None or differentiable or not uses_kernel(rule, values):
-        heavy = rule.heavy or isinstance(definition, Loss)  # a loss's factor is larger than what it is made of
-        run = rule.aten if heavy else on_few_threads(rule.aten, _seconds(values), _CALLS)
-        return run(*values) if out is None else run(*values, out=out)
+    if rule.kernel is None or differentiable or not _fused(values):
+        given = {} if out is None else {"out": out}
+        if rule.heavy or isinstance(definition, Loss):  # a loss's factor is larger than what it is made of
+            return rule.aten(*values, **given)
+        return with_few_threads(rule.aten, _seconds(values), _CALLS, values, given)
     return getattr(import_module(f"{_PACKAGE}.kernels.{definition.kernels}"), rule.kernel)(*values)
 
 

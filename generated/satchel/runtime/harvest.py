@@ -74,18 +74,18 @@ class Harvest:
         """Set the fields of a parameter; its uses."""
         parameter, uses, swept = self._parameters.pop(key), self._uses.pop(key), self._curvature.pop(key, {})
         samples = uses[0].record.samples
-        for extension in self.demand.extensions:
-            extension.check(samples)
-        results = {key: parts[0] if len(parts) == 1 else torch.cat(parts) for key, parts in swept.items()}
         features = self.serving(uses)
+        results = {key: parts[0] if len(parts) == 1 else torch.cat(parts) for key, parts in swept.items()}
         self._free(parameter, features)
         graph = torch.is_grad_enabled()  # create_graph=True
         with grad_mode(graph and self.demand.differentiable):
             use, ahead = self._ahead.pop(key, (None, {}))
             found = ahead if uses == [use] else self._found(uses, GRADIENT)
-            results |= {(GRADIENT, need): tensor for need, tensor in found.items()}
+            for need, tensor in found.items():
+                results[GRADIENT, need] = tensor
         with grad_mode(False):
-            results |= {(INPUT, need): tensor for need, tensor in self._found(uses, INPUT).items()}
+            for need, tensor in self._found(uses, INPUT).items():
+                results[INPUT, need] = tensor
         sizes = Sizes(samples, unit)
         lent = {memory_of(tensor) for tensor in (parameter, *(tensor for use in uses for tensor in use.tensors))}
         fields: list[Tensor] = []

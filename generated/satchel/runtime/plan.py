@@ -210,7 +210,7 @@ def walk(start: Iterable[Edge], wanted: Wanted) -> Plan:
         if record is None:
             below = [(position, edge, leaf_of(edge[0])) for position, edge in edges if edge[0] not in order]
             leaves = tuple((position, edge, p) for position, edge, p in below if p is not None and p in wanted)
-        elif parameters := wanted.of(record):
+        elif parameters := wanted.of(record, node):
             calls = (ByRules(record, parameters),)
         inputs = tuple((position, edge) for position, edge in edges if edge[0] in steps)
         if inputs or calls or leaves:

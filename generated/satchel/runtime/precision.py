@@ -19,14 +19,13 @@ def widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(function)
     def call(*operands: Any, **out: Tensor) -> Tensor:
-        tensors = [operand for operand in operands if isinstance(operand, Tensor)]
-        first = tensors[0].dtype
-        if first not in _HALF and all(tensor.dtype == first for tensor in tensors):
+        dtypes = {operand.dtype for operand in operands if isinstance(operand, Tensor)}
+        if len(dtypes) == 1 and dtypes.isdisjoint(_HALF):
             return function(*operands, **out)
         common = torch.float32
-        for tensor in tensors:
-            if tensor.is_floating_point():
-                common = torch.promote_types(common, tensor.dtype)
+        for dtype in dtypes:
+            if dtype.is_floating_point:
+                common = torch.promote_types(common, dtype)
         return function(*(_to(common, operand) for operand in operands), **out)
 
     return call

@@ -9,7 +9,7 @@ that is attached to its own node or one downstream, so there is no cycle.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -58,8 +58,8 @@ class _Kept(Mark):
     freed: bool = False
 
     def keep(self, **tensors: Tensor) -> None:
-        self.tensors.update(tensors)
-        self.versions.update({name: version(tensor) for name, tensor in tensors.items()})
+        for name, tensor in tensors.items():
+            self.tensors[name], self.versions[name] = tensor, version(tensor)
 
     def release(self) -> None:
         """Drop the tensors, when autograd drops those that it saved."""
@@ -190,6 +190,12 @@ class Record(_Kept):
         else:
             self.operand(name)
 
+    @property
+    def structure(self) -> Hashable:
+        """What of the call does not depend on values."""
+        shapes = (self.node_shape, self.input_shape, self.output_shape)
+        return (self.definition, *shapes, self.output_nr, self.checkpointed, *self.options.items())
+
     def trainable(self) -> dict[str, Tensor]:
         """The parameters that autograd computes a gradient for."""
         alive = {name: reference() for name, reference in self.parameters.items()}
@@ -237,11 +243,11 @@ def entries(node: Node) -> list[Entry]:
     return metadata(node).get(_KEY, [])
 
 
-def attach(node: Node, entry: Entry) -> bool:
-    """Leave `entry` on `node`; whether it is the first."""
-    present = metadata(node).setdefault(_KEY, [])
+def attach(node: Node, entry: Entry) -> list[Entry]:
+    """Leave `entry` on `node`; all that is there now."""
+    present: list[Entry] = metadata(node).setdefault(_KEY, [])
     present.append(entry)
-    return len(present) == 1
+    return present
 
 
 def layer_record(node: Node) -> Record | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from .backward import arrive
-from .record import Edge, Entry, LossRecord, Mark, Record, alias, attach, entries
+from .record import Edge, Entry, LossRecord, Mark, Record, alias, attach
 from .rules import Layer, Loss, registry
 from .torch_private import (
     inside_checkpoint,
@@ -77,8 +77,9 @@ class Recorder:
                 _attach(node, Mark(self.name, reference, linear=True))
             if own:
                 return
-        for node in {tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None}:
-            _attach(node, Mark(self.name, reference))
+        for node in dict.fromkeys(tensor.grad_fn for tensor in _tensors(output)):
+            if node is not None:
+                _attach(node, Mark(self.name, reference))
 
     def _layer(self, layer: Layer, reference: weakref.ref[nn.Module], x: Tensor, output: Tensor) -> None:
         module = reference()
@@ -167,8 +168,9 @@ class _Arrival:
 
 
 def _attach(node: Node, entry: Entry) -> None:
-    if attach(node, entry):
-        node.register_prehook(_Arrival(entries(node)))
+    present = attach(node, entry)
+    if len(present) == 1:
+        node.register_prehook(_Arrival(present))
 
 
 def _argument_over(x: Tensor, value: Any) -> Tensor:
@@ -191,6 +193,8 @@ def _plain_parameters(module: nn.Module, layer: Layer) -> bool:
 
 def _numbers(module: nn.Module | None, layer: Layer, node: Node, output: Tensor) -> dict[str, Any]:
     """The attributes of the module that the definition restricts or reads; those of its operation where that has them."""
+    if not (layer.options or layer.numbers):
+        return {}
     wanted = dict.fromkeys([*layer.options, *layer.numbers])
     found = {name: saved(node, name) if name in layer.saved else getattr(module, name) for name in wanted}
     ranks = [len(value) for name, value in found.items() if name in layer.saved and isinstance(value, tuple | list)]

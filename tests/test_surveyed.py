@@ -1,0 +1,120 @@
+"""Of passes over graphs of one structure the first alone is surveyed; whatever differs is surveyed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import Wired
+from satchel import backpack, extend, settings
+from satchel.extensions import BatchGrad, DiagGGNExact, DiagHessian
+from satchel.runtime import survey
+from satchel.runtime.errors import MemoryLimit, SatchelError
+
+N = 5
+
+
+@pytest.fixture
+def surveys(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each plan that is surveyed."""
+    seen: list[int] = []
+    own = survey._survey
+
+    def counted(plan: Any, *rest: Any) -> Any:
+        seen.append(len(plan.steps))
+        return own(plan, *rest)
+
+    monkeypatch.setattr(survey, "_survey", counted)
+    return seen
+
+
+def model_of(between: Callable[[Tensor], Tensor]) -> nn.Module:
+    """As many hidden units as samples: shapes do not tell them apart."""
+    return extend(Wired(lambda m, x: m.b(between(m.a(x))), a=nn.Linear(4, N), b=nn.Linear(N, 3)).double())
+
+
+def step(model: nn.Module, feature: Any, samples: int = N) -> dict[str, Tensor]:
+    x = torch.randn(samples, 4, dtype=torch.float64)
+    loss = extend(nn.CrossEntropyLoss())(model(x), torch.arange(samples) % 3)
+    with backpack(feature):
+        loss.backward()
+    return {name: getattr(p, feature.field) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("feature", [BatchGrad, DiagGGNExact])
+def test_the_same_structure_is_surveyed_once(feature: Any, surveys: list[int]) -> None:
+    table5 = feature(scaling="table5")  # features that no other test has asked for
+    model = model_of(lambda h: h.softmax(1).relu() + 1)
+    for _ in range(3):
+        step(model, table5)
+    assert len(surveys) == 1
+    step(model, feature(scaling="table5"), samples=N + 1)
+    assert len(surveys) == 2
+    step(model_of(lambda h: h.softmax(1).relu() + 1), table5)  # other parameters, in the same places
+    assert len(surveys) == 2
+
+
+#: Operations of one name on tensors of one shape, of which the second mixes samples.
+ALIKE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "softmax": (lambda h: h.softmax(1), lambda h: h.softmax(0)),
+    "log_softmax": (lambda h: h.log_softmax(-1), lambda h: h.log_softmax(-2)),
+    "sum": (lambda h: h + h.sum(1, keepdim=True), lambda h: h + h.sum(0, keepdim=True)),
+    "mean": (lambda h: h - h.mean(1, keepdim=True), lambda h: h - h.mean(0, keepdim=True)),
+    "transpose": (lambda h: h.unsqueeze(1).transpose(1, 2).squeeze(2), lambda h: h.transpose(0, 1)),
+    "permute": (lambda h: h.permute(0, 1), lambda h: h.permute(1, 0)),
+    "unbind": (lambda h: sum(h.unsqueeze(1).unbind(1)), lambda h: torch.stack(h.unbind(0)[::-1])),
+    "index": (lambda h: h[[0, 1, 2, 3, 4]], lambda h: h[[1, 2, 3, 4, 0]]),
+    "matrix": (lambda h: torch.eye(N).double() @ h, lambda h: torch.ones(N, N).double() @ h),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize("feature", [BatchGrad, DiagGGNExact])
+def test_what_mixes_samples_is_found_after_what_does_not(name: str, feature: Any) -> None:
+    apart, mixed = ALIKE[name]
+    for _ in range(2):
+        step(model_of(apart), feature())
+    for _ in range(2):
+        with pytest.raises(SatchelError):
+            step(model_of(mixed), feature())
+    step(model_of(apart), feature())
+
+
+def test_another_limit_is_another_survey() -> None:
+    """An exact block that was allowed before."""
+    feature = DiagHessian
+    model = model_of(lambda h: h)
+    step(model, feature())
+    with settings(memory_limit=8), pytest.raises(MemoryLimit):
+        step(model, feature())
+    step(model, feature())
+
+
+def test_options_of_modules_may_change() -> None:
+    """Between passes: what one option allows, another refuses."""
+    model = extend(nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(8, 3)).double())
+    loss_function, x = extend(nn.CrossEntropyLoss()), torch.tensor([[0, 1], [2, 3], [4, 6]])
+
+    def run() -> None:
+        loss = loss_function(model(x), torch.tensor([0, 1, 2]))
+        with backpack(BatchGrad()):
+            loss.backward()
+
+    run()
+    model[0].scale_grad_by_freq = True
+    with pytest.raises(SatchelError, match="scale_grad_by_freq"):
+        run()
+    model[0].scale_grad_by_freq = False
+    run()
+
+
+def test_memory_of_structures_is_bounded(monkeypatch: pytest.MonkeyPatch, surveys: list[int]) -> None:
+    monkeypatch.setattr(survey, "_MOST", 2)
+    model, feature = model_of(lambda h: h), BatchGrad(scaling="table5")
+    for samples in (7, 8, 9, 7):
+        step(model, feature, samples)
+    assert len(surveys) == 4
