@@ -80,19 +80,27 @@ def _rate(work: Callable[[], Any], amount: int, tries: int = 7) -> dict[str, flo
 
 
 def count(network: str, cell: str) -> dict[str, Any]:
-    """The work of every rule in a pass, and the operations of a forward pass."""
+    """The work of every rule in a pass, the operations of a forward pass, and the bytes of each feature's results."""
+    from peers import satchel_api
     from problems import NETWORKS
     from satchel.runtime import rules
-    from worker import Steps
 
     found: list[Work] = []
     rules.install(counted(rules.registry(), found))
-    Steps("satchel", network, cell).extended()
+    results = satchel_api.build(NETWORKS[network].task(is_exact(cell)), CELLS[cell])()
     task = NETWORKS[network].task(batch=1)
     with FlopCounterMode(display=False) as counter:
         task.model(task.x)
     batch = len(NETWORKS[network].task(is_exact(cell)).x)
-    return {"rules": [(work.flops, work.bytes) for work in found], "forward": batch * counter.get_total_flops()}
+    return {
+        "rules": [(work.flops, work.bytes) for work in found],
+        "forward": batch * counter.get_total_flops(),
+        "results": {feature: sum(map(_size, fields)) for feature, fields in results.items()},
+    }
+
+
+def _size(field: Any) -> int:
+    return field.nbytes if isinstance(field, Tensor) else sum(map(_size, field))
 
 
 def counted(value: Any, found: list[Work]) -> Any:
@@ -128,16 +136,21 @@ def _noting(function: Callable[..., Tensor], found: list[Work]) -> Callable[...,
     return noting
 
 
-def bound(counts: dict[str, Any], rates: dict[str, Any], cell: str) -> dict[str, float]:
-    """Seconds of elapsed and CPU time that the features of a cell add at the least."""
-    found = {}
+def bound(counts: dict[str, Any], rates: dict[str, Any], cell: str) -> dict[str, Any]:
+    """Seconds of elapsed and CPU time that the features of a cell add at the least, and that writing each one's results takes."""
+    found: dict[str, Any] = {}
     for clock in ("wall", "cpu"):
         rate = rates["flops"][clock]
         seconds = sum(max(flops / rate, moved / _bandwidth(moved, rates, clock)) for flops, moved in counts["rules"])
         if not FIRST_ORDER.isdisjoint(CELLS[cell]):
             seconds -= min(counts["forward"], sum(flops for flops, _ in counts["rules"])) / rate
         found[clock] = max(0.0, seconds)
+    written = {
+        feature: {clock: size / _bandwidth(size, rates, clock) for clock in ("wall", "cpu")}
+        for feature, size in counts["results"].items()
+    }
     return found | {
+        "written": written,
         "flops": sum(flops for flops, _ in counts["rules"]),
         "bytes": sum(moved for _, moved in counts["rules"]),
     }

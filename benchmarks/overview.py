@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from math import exp, inf, isinf, log
 from typing import Any
 
+from cells import CELLS
 from report import bound_ratio, peers, table_line, value
-from targets import BACKPACK, BEST_PEER, TARGETS
+from targets import BACKPACK, BEST_PEER, SET, TARGETS
 
 HEAD = ["network", "features", "satchel", "BackPACK", "best peer", "bound", "target", "MB"]
 
@@ -33,7 +34,27 @@ def overview(results: dict[str, Any], clock: str = "cpu") -> str:
                     f"{_megabytes(value(found.get('satchel', {}), 'memory'))} / {_megabytes(least)}",
                 ])
             )  # fmt: skip
-    return "\n".join([*lines, "", *summary(results, clock)])
+    return "\n".join([*lines, "", *summary(results, clock), "", *sets(results, clock)])
+
+
+def sets(results: dict[str, Any], clock: str = "cpu") -> Iterator[str]:
+    """What sets of features cost beside their dearest member, and the writes of the others' results."""
+    head = ["network", "set", "satchel", "dearest member", f"{SET:g} × dearest + writes", ""]
+    yield table_line(head)
+    yield table_line(["---"] * len(head))
+    for network, cells in results["networks"].items():
+        for cell, found in cells.items():
+            ours, members = value(found.get("satchel", {}), clock), CELLS[cell]
+            ratios = {name: value(cells.get(name, {}).get("satchel", {}), clock) for name in members}
+            written = found.get("satchel", {}).get("bound", {}).get("written")
+            if len(members) < 2 or isinf(ours) or isinf(max(ratios.values())) or written is None:
+                continue
+            dearest = max(members, key=lambda name: ratios[name])
+            gradient = found["satchel"][clock]["plain_ms"] / 1000
+            others = sum(written[name][clock] for name in members if name != dearest) / gradient
+            most = SET * ratios[dearest] + others
+            numbers = [_number(ours), f"{_number(ratios[dearest])} ({dearest})", _number(most)]
+            yield table_line([network, cell, *numbers, "✓" if ours <= most else ""])
 
 
 def summary(results: dict[str, Any], clock: str = "cpu") -> Iterator[str]:

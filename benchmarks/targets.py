@@ -6,6 +6,8 @@ from cells import FEATURES
 
 #: Geometric means over all cells, of the ratios to the best peer's and to BackPACK's.
 BEST_PEER, BACKPACK = 0.55, 0.4
+#: What a set of features may cost, in that of its dearest member, beside the writes of the others' results.
+SET = 1.1
 
 TARGETS: dict[str, dict[str, float]] = {
     "logreg": {**dict.fromkeys(FEATURES, 2.5), "KFAC": 5.0, "KFLR": 5.0},

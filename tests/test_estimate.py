@@ -14,7 +14,7 @@ import satchel
 from conftest import FEATURES
 from satchel import backpack, extend
 from satchel.extensions import KFRA, BatchGrad, SqrtGGNExact, SqrtGGNMC
-from satchel.runtime import available, estimate
+from satchel.runtime import available, demand, estimate
 
 NETWORKS = {
     "linear": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), (4,)),
@@ -49,7 +49,8 @@ class Trained:
 
 @pytest.fixture
 def left(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Say how much memory is left."""
+    """Say how much memory is left. Passes of before, which were too small to ask, are forgotten."""
+    demand._known.cache_clear()
     monkeypatch.setattr(estimate, "SMALL", 0)
     return lambda size: monkeypatch.setattr(estimate, "available", lambda device: size)
 

@@ -85,11 +85,11 @@ def accumulator(parameter: Tensor) -> Node:
 def accumulators_below(node: Node) -> Iterator[tuple[Tensor, Node]]:
     """The leaves that a node sends gradients to, directly or through a transpose, with the nodes that add these."""
     for below, _ in node.next_functions:
-        if below is not None:
-            (below, _), *_ = below.next_functions if below.name() == _TRANSPOSE else ((below, 0),)
-            leaf = None if below is None else leaf_of(below)
-            if leaf is not None:
-                yield leaf, below
+        if below is not None and below.name() == _TRANSPOSE:
+            below = below.next_functions[0][0]
+        leaf = None if below is None else leaf_of(below)
+        if leaf is not None and below is not None:
+            yield leaf, below
 
 
 def will_run(accumulator: Node) -> bool:

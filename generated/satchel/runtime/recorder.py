@@ -77,9 +77,9 @@ class Recorder:
                 _attach(node, Mark(self.name, reference, linear=True))
             if own:
                 return
-        for node in dict.fromkeys(tensor.grad_fn for tensor in _tensors(output)):
-            if node is not None:
-                _attach(node, Mark(self.name, reference))
+        for own_node in dict.fromkeys(tensor.grad_fn for tensor in _tensors(output)):
+            if own_node is not None:
+                _attach(own_node, Mark(self.name, reference))
 
     def _layer(self, layer: Layer, reference: weakref.ref[nn.Module], x: Tensor, output: Tensor) -> None:
         module = reference()
