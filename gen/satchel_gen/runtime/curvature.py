@@ -31,7 +31,7 @@ from .errors import (
 )
 from .evaluate import evaluate
 from .flags import Flag, first_raised
-from .hessian import HessianSweep, residuals_of
+from .hessian import HessianSweep, may_add, residuals_of
 from .householder import independent
 from .lazy import lazy
 from .mixed import parameter_terms
@@ -263,6 +263,8 @@ def _columns(edge: Edge, factor: Tensor, plan: Plan, source: Source, demand: Dem
 
 def _residual(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> None:
     """Sweep what the steps themselves add to the curvature."""
+    if not any(may_add(plan, step) for step in plan.steps):  # as in a network of linear layers and rectifiers
+        return
 
     def visit_diagonal(call: Call, diagonal: Tensor) -> None:
         for name, parameter in call.parameters.items():

@@ -53,7 +53,7 @@ def residuals_of(
     found: dict[Node, Diagonal | Blocks] = {}
     at_uses: dict[Node, Mapping[int, Tensor]] = {}
     live = {edge: delta[None] for edge, delta in start.items()}
-    curved = [number for number, step in enumerate(plan.steps) if _may_add(plan, step)]
+    curved = [number for number, step in enumerate(plan.steps) if may_add(plan, step)]
     for step in plan.steps[: max(curved, default=-1) + 1]:  # δ is asked for no further
         deltas = take(live, step)
         if not deltas:
@@ -68,7 +68,7 @@ def residuals_of(
     return found, at_uses
 
 
-def _may_add(plan: Plan, step: Step) -> bool:
+def may_add(plan: Plan, step: Step) -> bool:
     """Whether δ is needed at a step."""
     layer = None if step.record is None else step.record.definition
     curved = not step.linear if layer is None else layer.residual is not None or layer.hessian is not None

@@ -20,12 +20,12 @@ def widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(function)
     def call(*operands: Any, **out: Tensor) -> Tensor:
         dtypes = {operand.dtype for operand in operands if isinstance(operand, Tensor)}
-        if len(dtypes) == 1 and dtypes.isdisjoint(_HALF):
+        floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+        if len(floating) < 2 and floating.isdisjoint(_HALF):
             return function(*operands, **out)
         common = torch.float32
-        for dtype in dtypes:
-            if dtype.is_floating_point:
-                common = torch.promote_types(common, dtype)
+        for dtype in floating:
+            common = torch.promote_types(common, dtype)
         return function(*(_to(common, operand) for operand in operands), **out)
 
     return call
