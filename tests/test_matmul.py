@@ -77,3 +77,14 @@ def test_products_of_columns_and_rows() -> None:
     torch.testing.assert_close(found, left @ right)
     torch.testing.assert_close(out[:, 1:], left @ right)
     assert not out[:, 0].any()
+
+
+def test_products_by_sample_of_one_column() -> None:
+    """[1, N, R, O]ᵀ [N, R, I], also written to where it is told; two columns are broadcast."""
+    factor, images = drawn(2, 3, 4, 5, dtype=torch.float64), drawn(3, 4, 6, dtype=torch.float64)
+    want = torch.einsum("vnro,nri->vnoi", factor, images)
+    torch.testing.assert_close(matmul(factor.mT, images), want)
+    torch.testing.assert_close(matmul(factor[:1].mT, images), want[:1])
+    out = torch.empty_like(want[:1])
+    assert matmul(factor[:1].mT, images, out=out).data_ptr() == out.data_ptr()
+    torch.testing.assert_close(out, want[:1])

@@ -104,6 +104,13 @@ def test_blocks_cover_every_column_and_sample_once(columns, samples, each):
     assert (seen == 1).all() and len(parts) == cost.block_count(columns, samples, each)
 
 
+def test_what_is_kept_and_exceeds_the_cache_by_little_is_one_block():
+    each = cost.machine.cache_elements // 10
+    assert list(cost.blocks(1, 12, each, kept=True)) == [(slice(0, 1), slice(0, 12))]
+    assert [s.stop - s.start for _, s in cost.blocks(1, 12, each)] == [6, 6]  # of one length
+    assert len(list(cost.blocks(1, 21, each, kept=True))) == cost.block_count(1, 21, each) == 3
+
+
 def test_counts_are_what_the_shapes_say():
     """2·(columns · samples · positions · outputs · inputs) for the stored product, and its square."""
     _, rule = next(c for c in CHOICES if c[1].name.endswith("sum_of_squares") and "signed" not in c[1].name)

@@ -1,11 +1,11 @@
-"""Sums of squares of few long rows are those that torch gives."""
+"""Sums of squares of few long rows, and products of one column, are those that torch gives."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from satchel.runtime.sums import _LONG, summed, summed_squares
+from satchel.runtime.sums import _LONG, standardised, summed, summed_products, summed_squares
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 3), (2, 4, 3), (2, 0, 3)], ids=str)
@@ -26,3 +26,32 @@ def test_both_ways_are_the_sum(lead: tuple[int, ...], size: int) -> None:
     assert torch.equal(tensor, before)
     (gradient,) = torch.autograd.grad(found.sum(), tensor)
     torch.testing.assert_close(gradient, 2 * tensor)
+
+
+@pytest.mark.parametrize("equation", ["ncs,vncs->vnc", "vncs,ncs->vc"])
+@pytest.mark.parametrize("V", [0, 1, 2])
+def test_products_are_those_of_einsum(V: int, equation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one column without it; and their gradient."""
+    x, y = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 4), (V, 2, 3, 4)))
+    operands = (x, y) if equation.startswith("n") else (y, x)
+    want = torch.einsum(equation, *operands)
+    if V == 1:
+        monkeypatch.setattr(torch, "einsum", None)
+    found = summed_products(equation, *operands)
+    torch.testing.assert_close(found, want)
+    weights = torch.randn_like(want)
+    gradients = (torch.autograd.grad((f * weights).sum(), (x, y)) for f in (found, want))
+    torch.testing.assert_close(next(gradients), next(gradients))
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+@pytest.mark.parametrize("shape", [(3, 2, 4, 5), (0, 2, 4, 5), (4, 5), (2, 1, 1)], ids=str)
+def test_standardised_inputs_are_those_of_layer_norm(shape: tuple[int, ...], axes: int) -> None:
+    """In any layout, and their gradient."""
+    tensor = torch.randn(shape[::-1], dtype=torch.float64).permute(*reversed(range(len(shape)))).requires_grad_()
+    want = torch.nn.functional.layer_norm(tensor, shape[-axes:], eps=1e-3)
+    found = standardised(tensor, axes, 1e-3)
+    torch.testing.assert_close(found, want)
+    weights = torch.randn_like(want)
+    (ours,), (theirs,) = (torch.autograd.grad((f * weights).sum(), tensor) for f in (found, want))
+    torch.testing.assert_close(ours, theirs)

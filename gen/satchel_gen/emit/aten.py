@@ -245,7 +245,8 @@ class Body:
             if text is not None:
                 return text
         spec = _spec(node.left.axes, node.right.axes, node.axes)
-        return f'torch.einsum("{spec}", {self(node.left)}, {self(node.right)})'
+        function = "summed_products" if _by_column(node) else "torch.einsum"
+        return f'{function}("{spec}", {self(node.left)}, {self(node.right)})'
 
     def _products(self, node: Products) -> str:
         """A product of matrices, where the operands share no other axis and have one of their own each."""
@@ -295,6 +296,13 @@ class Body:
         if not isinstance(node, Leaf):
             text = self.local({Reduce: "total", Map: "values"}.get(type(node), "product"), text)
         return text if leading == 1 else f"{text}.flatten(0, {leading - 1})"
+
+
+def _by_column(node: Contract) -> bool:
+    """Whether one operand has the axes of the other and columns before them, and the result those that are left, in order."""
+    small, large = sorted((node.left.axes, node.right.axes), key=len)
+    lead = len(large) - len(small)
+    return lead > 0 and large[lead:] == small and node.axes == tuple(i for i in large if i not in node.over)
 
 
 def _is_grouped(left: Node, right: Node, over: Axes, out: Axes) -> bool:

@@ -135,7 +135,7 @@ def _intermediate(name: str, rule: LoweredRule) -> Function:
     chain, arguments, numbers = _chain(name, rule)
     *before, last = chain
     body = Body(dict(arguments))
-    known = idioms(chain, body)
+    known = idioms(chain)
     _emit_chain(body, before, _read(last, known), known)
     value = _value(last, body, known)
     formula = "\n".join(wrapped(render_formula(stage.formula)) for stage in chain)
@@ -157,7 +157,7 @@ def _chain(name: str, rule: LoweredRule) -> tuple[tuple[Stage, ...], dict[str, A
 def _emit_stages(body: Body, rule: LoweredRule) -> None:
     """The intermediates before a rule's value: by a call of their function where several rules share them."""
     if not rule.on_parameter:
-        _emit_chain(body, rule.stages, _names(rule.formula), idioms(rule.stages, body))
+        _emit_chain(body, rule.stages, _names(rule.formula), idioms(rule.stages))
     for name in _own_intermediates(rule):
         _, arguments, numbers = _chain(name, rule)
         body.lines.append(f"{name} = {name}_from({', '.join([*arguments, *numbers])})")

@@ -11,7 +11,6 @@ from sympy import Expr, Indexed, IndexedBase
 from ..definitions.standardised import normalised, shift, shifted, standardised
 from ..lowering.composed import Stage, stage_of
 from ..notation import LogSumExp, reads
-from .aten import Body
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Idiom:
     read: str
 
 
-def idioms(stages: Sequence[Stage], body: Body) -> dict[str, Idiom]:
+def idioms(stages: Sequence[Stage]) -> dict[str, Idiom]:
     """The intermediates that have one, by name."""
     sums = {IndexedBase(s.name)[s.formula.axes]: s.logsumexp for s in stages if s.logsumexp is not None}
     found = {str(target.base): Idiom(logsumexp(total), str(total.body.base)) for target, total in sums.items()}
@@ -30,7 +29,7 @@ def idioms(stages: Sequence[Stage], body: Body) -> dict[str, Idiom]:
         (term, *others) = stage.formula.terms
         if not others and not term.sums and (total := softmax_of(term.factor, sums)) is not None:
             found[stage.name] = Idiom(softmax(total), str(total.body.base))
-    return found | _standardised(stages, body)
+    return found | _standardised(stages)
 
 
 def softmax_of(value: Expr, sums: Mapping[Indexed, LogSumExp]) -> LogSumExp | None:
@@ -51,7 +50,7 @@ def _dims(total: LogSumExp) -> int | tuple[int, ...]:
     return dims[0] if len(dims) == 1 else dims
 
 
-def _standardised(stages: Sequence[Stage], body: Body) -> dict[str, Idiom]:
+def _standardised(stages: Sequence[Stage]) -> dict[str, Idiom]:
     """What is left to standardise after the first centring, where it is over the last axes: two passes for six."""
     named = {stage.name: stage for stage in stages}
     first = named.get(str(shift))
@@ -63,4 +62,4 @@ def _standardised(stages: Sequence[Stage], body: Body) -> dict[str, Idiom]:
     same = all(named.get(s.name) == stage_of(s) for s in standardised(x, *over))
     if not same or list(x.indices)[-len(over) :] != over:
         return {}
-    return {str(normalised): Idiom(f"F.layer_norm({shifted}, {body.sizes(over)}, eps=eps)", str(shifted))}
+    return {str(normalised): Idiom(f"standardised({shifted}, {len(over)}, eps)", str(shifted))}

@@ -93,6 +93,8 @@ machine = Machine()
 _SAVED = 0.65
 #: Columns of a sample that are taken together where a cache does not hold them, but as many do.
 _TOGETHER = 4
+#: Caches that products which are kept may fill in one block.
+_JOINED = 2
 _forced: list[str] = []
 _recordings: list[list[tuple[Program, ...]]] = []
 
@@ -163,17 +165,25 @@ def block_count(columns: int, samples: int, each: int) -> int:
     return -(-max(columns, 1) // wide) * -(-max(samples, 1) // long)
 
 
-def blocks(columns: int, samples: int, each: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of columns and samples whose products, of `each` elements per column and sample, stay in cache; at least one."""
-    wide, long = _block_shape(columns, samples, each)
+def blocks(columns: int, samples: int, each: int, kept: bool = False) -> Iterator[tuple[slice, slice]]:
+    """Slices of columns and samples whose products, of `each` elements per column and sample, stay in cache; at least one.
+
+    One, where the products are kept and exceed the cache by little: joining blocks is a copy to fresh pages.
+    """
+    if kept and columns * samples * each <= _JOINED * machine.cache_elements:
+        wide, long = max(columns, 1), max(samples, 1)
+    else:
+        wide, long = _block_shape(columns, samples, each)
     for column in range(0, max(columns, 1), wide):
         for sample in range(0, max(samples, 1), long):
             yield slice(column, column + wide), slice(sample, sample + long)
 
 
 def _block_shape(columns: int, samples: int, each: int) -> tuple[int, int]:
-    """Columns first: they share what is made of a sample, which pays for a few that leave the nearest cache."""
+    """Columns first: they share what is made of a sample, which pays for a few that leave the nearest cache. Blocks of samples are
+    of one length: a short one at the end costs as many calls."""
     room = machine.cache_elements // max(1, each)
     few = min(_TOGETHER, _TOGETHER * machine.cache_elements // max(1, each))
     wide = min(columns, max(1, few, room)) or 1
-    return wide, max(1, min(samples, room // wide))
+    count = -(-samples // max(1, room // wide))
+    return wide, max(1, -(-samples // max(1, count)))

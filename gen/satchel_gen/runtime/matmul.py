@@ -18,6 +18,10 @@ def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """A B [*, L] of A [*, K] and a matrix B [K, L], or matrices [*, K, L]; written to `out` where that is given."""
     if left.shape[-1] == 1:  # of a column and a row: as a product of matrices that takes several times as long
         return torch.mul(left, right, out=out)
+    if (
+        right.ndim == 3 and left.ndim == 4 and len(left) == 1
+    ):  # of one column as it lies: broadcast operands would be copied
+        return torch.bmm(left[0], right, out=None if out is None else out[0])[None]
     found = left @ right if right.ndim > 2 else _with_matrix(left, right)
     return found if out is None else out.copy_(found)
 

@@ -15,12 +15,11 @@ output[n, g, c, s] = normalised[n, g, c, s] weight[g, c] + bias[g, c]
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.sums import summed, summed_squares
+from ..runtime.sums import standardised, summed, summed_products, summed_squares
 
 
 @widened
@@ -49,7 +48,7 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     variance = centred.square().sum((2, 3)) / (C * S)
     rstd = torch.pow(variance + eps, -1 / 2)
     bar_normalised = weight[:, :, None] * factor
-    bar_rstd = torch.einsum("ngcs,vngcs->vng", centred, bar_normalised)
+    bar_rstd = summed_products("ngcs,vngcs->vng", centred, bar_normalised)
     bar_variance = -torch.pow(variance + eps, -3 / 2) * bar_rstd / 2
     bar_centred = rstd[:, :, None, None] * bar_normalised + (2 * bar_variance / (C * S))[:, :, :, None, None] * centred
     bar_mean = -bar_centred.sum((3, 4))
@@ -91,9 +90,9 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     bar_variance = -(bar_rstd / torch.pow(variance + eps, 3 / 2)) / 2
     dot_mean = tangent.sum((3, 4)) / (C * S)
     dot_centred = tangent - dot_mean[:, :, :, None, None]
-    dot_variance = 2 * torch.einsum("ngcs,vngcs->vng", centred, dot_centred) / (C * S)
+    dot_variance = 2 * summed_products("ngcs,vngcs->vng", centred, dot_centred) / (C * S)
     dot_rstd = -torch.pow(variance + eps, -3 / 2) * dot_variance / 2
-    dot_bar_rstd = torch.einsum("ngcs,vngcs->vng", bar_normalised, dot_centred)
+    dot_bar_rstd = summed_products("ngcs,vngcs->vng", bar_normalised, dot_centred)
     dot_bar_variance = (
         torch.pow(variance + eps, -3 / 2) * (3 * bar_rstd * dot_variance / (variance + eps) - 2 * dot_bar_rstd) / 4
     )
@@ -120,7 +119,7 @@ def normalised_from(input: Tensor, eps: float) -> Tensor:
     *_, C, S = input.shape
     shift = input.sum((2, 3)) / (C * S)
     shifted = input - shift[:, :, None, None]
-    return F.layer_norm(shifted, (C, S), eps=eps)
+    return standardised(shifted, 2, eps)
 
 
 @widened
@@ -130,7 +129,7 @@ def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, G, C, S], input [N, G, C, S] → [V, N, G, C]
     """
     normalised = normalised_from(input, eps)
-    return torch.einsum("ngcs,vngcs->vngc", normalised, factor)
+    return summed_products("ngcs,vngcs->vngc", normalised, factor)
 
 
 @widened
@@ -140,7 +139,7 @@ def weight_sample_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, G, C, S], input [N, G, C, S] → [N, G, C]
     """
     normalised = normalised_from(input, eps)
-    return summed_squares(torch.einsum("ngcs,vngcs->vngc", normalised, factor), 1)
+    return summed_squares(summed_products("ngcs,vngcs->vngc", normalised, factor), 1)
 
 
 @widened
@@ -150,7 +149,7 @@ def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, ep
     factor [V, N, G, C, S], sign [V, N], input [N, G, C, S] → [N, G, C]
     """
     normalised = normalised_from(input, eps)
-    return (torch.einsum("ngcs,vngcs->vngc", normalised, factor).square() * sign[:, :, None, None]).sum(0)
+    return (summed_products("ngcs,vngcs->vngc", normalised, factor).square() * sign[:, :, None, None]).sum(0)
 
 
 @widened
@@ -170,7 +169,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, G, C, S], input [N, G, C, S] → [N]
     """
     normalised = normalised_from(input, eps)
-    return torch.einsum("ngcs,vngcs->vngc", normalised, factor).square().sum((0, 2, 3))
+    return summed_products("ngcs,vngcs->vngc", normalised, factor).square().sum((0, 2, 3))
 
 
 @widened
@@ -180,7 +179,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, G, C, S], input [N, G, C, S] → [G, C]
     """
     normalised = normalised_from(input, eps)
-    return summed_squares(torch.einsum("ngcs,vngcs->vngc", normalised, factor), 2)
+    return summed_squares(summed_products("ngcs,vngcs->vngc", normalised, factor), 2)
 
 
 @widened
@@ -190,7 +189,7 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, ep
     factor [V, N, G, C, S], sign [V, N], input [N, G, C, S] → [G, C]
     """
     normalised = normalised_from(input, eps)
-    return (torch.einsum("ngcs,vngcs->vngc", normalised, factor).square() * sign[:, :, None, None]).sum((0, 1))
+    return (summed_products("ngcs,vngcs->vngc", normalised, factor).square() * sign[:, :, None, None]).sum((0, 1))
 
 
 @widened
@@ -211,8 +210,8 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, eps: float) -> Tens
     """
     N = factor.shape[1]
     normalised = normalised_from(input, eps)
-    mean = torch.einsum("ngcs,vngcs->vgc", normalised, factor) / N
-    return torch.square(torch.einsum("ngcs,vngcs->vngc", normalised, factor) - mean[:, None, :, :]).sum((0, 1))
+    mean = summed_products("ngcs,vngcs->vgc", normalised, factor) / N
+    return torch.square(summed_products("ngcs,vngcs->vngc", normalised, factor) - mean[:, None, :, :]).sum((0, 1))
 
 
 @widened

@@ -15,12 +15,11 @@ output[n, c, s] = normalised[n, c, s] weight[c] + bias[c]
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.sums import summed, summed_squares
+from ..runtime.sums import standardised, summed, summed_products, summed_squares
 from ..runtime.symmetric import gram, summed_gram
 
 
@@ -49,7 +48,7 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     variance = centred.square().sum(2) / S
     rstd = torch.pow(variance + eps, -1 / 2)
     bar_normalised = weight[:, None] * factor
-    bar_rstd = torch.einsum("ncs,vncs->vnc", centred, bar_normalised)
+    bar_rstd = summed_products("ncs,vncs->vnc", centred, bar_normalised)
     bar_variance = -torch.pow(variance + eps, -3 / 2) * bar_rstd / 2
     bar_centred = rstd[:, :, None] * bar_normalised + centred * (2 * bar_variance / S)[:, :, :, None]
     bar_mean = -summed(bar_centred, 3)
@@ -91,9 +90,9 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     bar_variance = -(bar_rstd / torch.pow(variance + eps, 3 / 2)) / 2
     dot_mean = summed(tangent, 3) / S
     dot_centred = tangent - dot_mean[:, :, :, None]
-    dot_variance = 2 * torch.einsum("ncs,vncs->vnc", centred, dot_centred) / S
+    dot_variance = 2 * summed_products("ncs,vncs->vnc", centred, dot_centred) / S
     dot_rstd = -torch.pow(variance + eps, -3 / 2) * dot_variance / 2
-    dot_bar_rstd = torch.einsum("ncs,vncs->vnc", bar_normalised, dot_centred)
+    dot_bar_rstd = summed_products("ncs,vncs->vnc", bar_normalised, dot_centred)
     dot_bar_variance = (
         torch.pow(variance + eps, -3 / 2) * (3 * bar_rstd * dot_variance / (variance + eps) - 2 * dot_bar_rstd) / 4
     )
@@ -120,7 +119,7 @@ def normalised_from(input: Tensor, eps: float) -> Tensor:
     S = input.shape[2]
     shift = summed(input, 2) / S
     shifted = input - shift[:, :, None]
-    return F.layer_norm(shifted, (S,), eps=eps)
+    return standardised(shifted, 1, eps)
 
 
 @widened
@@ -130,7 +129,7 @@ def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, C, S], input [N, C, S] → [V, N, C]
     """
     normalised = normalised_from(input, eps)
-    return torch.einsum("ncs,vncs->vnc", normalised, factor)
+    return summed_products("ncs,vncs->vnc", normalised, factor)
 
 
 @widened
@@ -140,7 +139,7 @@ def weight_sample_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, C, S], input [N, C, S] → [N, C]
     """
     normalised = normalised_from(input, eps)
-    return summed_squares(torch.einsum("ncs,vncs->vnc", normalised, factor), 1)
+    return summed_squares(summed_products("ncs,vncs->vnc", normalised, factor), 1)
 
 
 @widened
@@ -150,7 +149,7 @@ def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, ep
     factor [V, N, C, S], sign [V, N], input [N, C, S] → [N, C]
     """
     normalised = normalised_from(input, eps)
-    return (torch.einsum("ncs,vncs->vnc", normalised, factor).square() * sign[:, :, None]).sum(0)
+    return (summed_products("ncs,vncs->vnc", normalised, factor).square() * sign[:, :, None]).sum(0)
 
 
 @widened
@@ -170,7 +169,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, C, S], input [N, C, S] → [N]
     """
     normalised = normalised_from(input, eps)
-    return torch.einsum("ncs,vncs->vnc", normalised, factor).square().sum((0, 2))
+    return summed_products("ncs,vncs->vnc", normalised, factor).square().sum((0, 2))
 
 
 @widened
@@ -180,7 +179,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, C, S], input [N, C, S] → [C]
     """
     normalised = normalised_from(input, eps)
-    return summed_squares(torch.einsum("ncs,vncs->vnc", normalised, factor), 2)
+    return summed_squares(summed_products("ncs,vncs->vnc", normalised, factor), 2)
 
 
 @widened
@@ -190,7 +189,7 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, ep
     factor [V, N, C, S], sign [V, N], input [N, C, S] → [C]
     """
     normalised = normalised_from(input, eps)
-    return (torch.einsum("ncs,vncs->vnc", normalised, factor).square() * sign[:, :, None]).sum((0, 1))
+    return (summed_products("ncs,vncs->vnc", normalised, factor).square() * sign[:, :, None]).sum((0, 1))
 
 
 @widened
@@ -211,8 +210,8 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, eps: float) -> Tens
     """
     N = factor.shape[1]
     normalised = normalised_from(input, eps)
-    mean = torch.einsum("ncs,vncs->vc", normalised, factor) / N
-    return torch.square(torch.einsum("ncs,vncs->vnc", normalised, factor) - mean[:, None, :]).sum((0, 1))
+    mean = summed_products("ncs,vncs->vc", normalised, factor) / N
+    return torch.square(summed_products("ncs,vncs->vnc", normalised, factor) - mean[:, None, :]).sum((0, 1))
 
 
 @widened

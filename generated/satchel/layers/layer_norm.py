@@ -15,12 +15,11 @@ output[n, r, j] = normalised[n, r, j] weight[j] + bias[j]
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.sums import summed, summed_squares
+from ..runtime.sums import standardised, summed, summed_products, summed_squares
 from ..runtime.symmetric import gram
 
 
@@ -49,7 +48,7 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     variance = centred.square().sum(2) / J
     rstd = torch.pow(variance + eps, -1 / 2)
     bar_normalised = weight * factor
-    bar_rstd = torch.einsum("nrj,vnrj->vnr", centred, bar_normalised)
+    bar_rstd = summed_products("nrj,vnrj->vnr", centred, bar_normalised)
     bar_variance = -torch.pow(variance + eps, -3 / 2) * bar_rstd / 2
     bar_centred = rstd[:, :, None] * bar_normalised + centred * (2 * bar_variance / J)[:, :, :, None]
     bar_mean = -summed(bar_centred, 3)
@@ -91,9 +90,9 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     bar_variance = -(bar_rstd / torch.pow(variance + eps, 3 / 2)) / 2
     dot_mean = summed(tangent, 3) / J
     dot_centred = tangent - dot_mean[:, :, :, None]
-    dot_variance = 2 * torch.einsum("nrj,vnrj->vnr", centred, dot_centred) / J
+    dot_variance = 2 * summed_products("nrj,vnrj->vnr", centred, dot_centred) / J
     dot_rstd = -torch.pow(variance + eps, -3 / 2) * dot_variance / 2
-    dot_bar_rstd = torch.einsum("nrj,vnrj->vnr", bar_normalised, dot_centred)
+    dot_bar_rstd = summed_products("nrj,vnrj->vnr", bar_normalised, dot_centred)
     dot_bar_variance = (
         torch.pow(variance + eps, -3 / 2) * (3 * bar_rstd * dot_variance / (variance + eps) - 2 * dot_bar_rstd) / 4
     )
@@ -120,7 +119,7 @@ def normalised_from(input: Tensor, eps: float) -> Tensor:
     J = input.shape[2]
     shift = summed(input, 2) / J
     shifted = input - shift[:, :, None]
-    return F.layer_norm(shifted, (J,), eps=eps)
+    return standardised(shifted, 1, eps)
 
 
 @widened
@@ -130,7 +129,7 @@ def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J] → [V, N, J]
     """
     normalised = normalised_from(input, eps)
-    return torch.einsum("nrj,vnrj->vnj", normalised, factor)
+    return summed_products("nrj,vnrj->vnj", normalised, factor)
 
 
 @widened
@@ -140,7 +139,7 @@ def weight_sample_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J] → [N, J]
     """
     normalised = normalised_from(input, eps)
-    return summed_squares(torch.einsum("nrj,vnrj->vnj", normalised, factor), 1)
+    return summed_squares(summed_products("nrj,vnrj->vnj", normalised, factor), 1)
 
 
 @widened
@@ -150,7 +149,7 @@ def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, ep
     factor [V, N, R, J], sign [V, N], input [N, R, J] → [N, J]
     """
     normalised = normalised_from(input, eps)
-    return (torch.einsum("nrj,vnrj->vnj", normalised, factor).square() * sign[:, :, None]).sum(0)
+    return (summed_products("nrj,vnrj->vnj", normalised, factor).square() * sign[:, :, None]).sum(0)
 
 
 @widened
@@ -170,7 +169,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J] → [N]
     """
     normalised = normalised_from(input, eps)
-    return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum((0, 2))
+    return summed_products("nrj,vnrj->vnj", normalised, factor).square().sum((0, 2))
 
 
 @widened
@@ -180,7 +179,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J] → [J]
     """
     normalised = normalised_from(input, eps)
-    return summed_squares(torch.einsum("nrj,vnrj->vnj", normalised, factor), 2)
+    return summed_squares(summed_products("nrj,vnrj->vnj", normalised, factor), 2)
 
 
 @widened
@@ -190,7 +189,7 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, ep
     factor [V, N, R, J], sign [V, N], input [N, R, J] → [J]
     """
     normalised = normalised_from(input, eps)
-    return (torch.einsum("nrj,vnrj->vnj", normalised, factor).square() * sign[:, :, None]).sum((0, 1))
+    return (summed_products("nrj,vnrj->vnj", normalised, factor).square() * sign[:, :, None]).sum((0, 1))
 
 
 @widened
@@ -211,8 +210,8 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, eps: float) -> Tens
     """
     N = factor.shape[1]
     normalised = normalised_from(input, eps)
-    mean = torch.einsum("nrj,vnrj->vj", normalised, factor) / N
-    return torch.square(torch.einsum("nrj,vnrj->vnj", normalised, factor) - mean[:, None, :]).sum((0, 1))
+    mean = summed_products("nrj,vnrj->vj", normalised, factor) / N
+    return torch.square(summed_products("nrj,vnrj->vnj", normalised, factor) - mean[:, None, :]).sum((0, 1))
 
 
 @widened

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.sums import summed_products
 
 
 @widened
@@ -36,7 +37,7 @@ def hessian(delta: Tensor, tangent: Tensor, output: Tensor) -> Tensor:
     delta [N, R, K, S], tangent [V, N, R, K, S], output [N, R, K, S] → [V, N, R, K, S]
     """
     bar_lse = -delta.sum(2)
-    dot_lse = torch.einsum("vnrks,nrks->vnrs", tangent, torch.exp(output))
+    dot_lse = summed_products("vnrks,nrks->vnrs", tangent, torch.exp(output))
     dot_output = tangent - dot_lse[:, :, :, None, :]
     return bar_lse[:, :, None, :] * torch.exp(output) * dot_output
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.sums import summed_squares
+from ..runtime.sums import summed_products, summed_squares
 
 
 @widened
@@ -68,7 +68,7 @@ def weight_per_sample(factor: Tensor, input: Tensor) -> Tensor:
 
     factor [V, N, C, S], input [N, C, S] → [V, N, C]
     """
-    return torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input))
+    return summed_products("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input))
 
 
 @widened
@@ -78,7 +78,7 @@ def weight_sample_squares(factor: Tensor, input: Tensor) -> Tensor:
     factor [V, N, C, S], input [N, C, S] → [N, C]
     """
     return summed_squares(
-        torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)), 1
+        summed_products("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)), 1
     )
 
 
@@ -90,7 +90,7 @@ def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor) ->
     factor [V, N, C, S], sign [V, N], input [N, C, S] → [N, C]
     """
     return (
-        torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)).square()
+        summed_products("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)).square()
         * sign[:, :, None]
     ).sum(0)
 
@@ -111,7 +111,9 @@ def weight_squared_norm(factor: Tensor, input: Tensor) -> Tensor:
     factor [V, N, C, S], input [N, C, S] → [N]
     """
     return (
-        torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)).square().sum((0, 2))
+        summed_products("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input))
+        .square()
+        .sum((0, 2))
     )
 
 
@@ -122,7 +124,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor) -> Tensor:
     factor [V, N, C, S], input [N, C, S] → [C]
     """
     return summed_squares(
-        torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)), 2
+        summed_products("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)), 2
     )
 
 
@@ -134,7 +136,7 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor) ->
     factor [V, N, C, S], sign [V, N], input [N, C, S] → [C]
     """
     return (
-        torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)).square()
+        summed_products("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)).square()
         * sign[:, :, None]
     ).sum((0, 1))
 
@@ -156,9 +158,10 @@ def weight_squared_deviations(factor: Tensor, input: Tensor) -> Tensor:
     factor [V, N, C, S], input [N, C, S] → [C]
     """
     N = factor.shape[1]
-    mean = torch.einsum("vncs,ncs->vc", factor, torch.where(input > 0, input.new_tensor(0.0), input)) / N
+    mean = summed_products("vncs,ncs->vc", factor, torch.where(input > 0, input.new_tensor(0.0), input)) / N
     return torch.square(
-        torch.einsum("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)) - mean[:, None, :]
+        summed_products("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input))
+        - mean[:, None, :]
     ).sum((0, 1))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.sums import summed_squares
+from ..runtime.sums import summed_products, summed_squares
 
 
 @widened
@@ -33,7 +33,7 @@ def vjp(factor: Tensor, input: Tensor, weight: Tensor, eps: float) -> Tensor:
     square = input.square().sum(2) / J
     rrms = torch.pow(square + eps, -1 / 2)
     bar_normalised = weight * factor
-    bar_rrms = torch.einsum("nrj,vnrj->vnr", input, bar_normalised)
+    bar_rrms = summed_products("nrj,vnrj->vnr", input, bar_normalised)
     bar_square = -torch.pow(square + eps, -3 / 2) * bar_rrms / 2
     return rrms[:, :, None] * bar_normalised + input * (2 * bar_square / J)[:, :, :, None]
 
@@ -59,9 +59,9 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor, weight: Tensor, eps: 
     bar_normalised = weight * delta
     bar_rrms = (bar_normalised * input).sum(2)
     bar_square = -(bar_rrms / torch.pow(square + eps, 3 / 2)) / 2
-    dot_square = 2 * torch.einsum("nrj,vnrj->vnr", input, tangent) / J
+    dot_square = 2 * summed_products("nrj,vnrj->vnr", input, tangent) / J
     dot_rrms = -torch.pow(square + eps, -3 / 2) * dot_square / 2
-    dot_bar_rrms = torch.einsum("nrj,vnrj->vnr", bar_normalised, tangent)
+    dot_bar_rrms = summed_products("nrj,vnrj->vnr", bar_normalised, tangent)
     dot_bar_square = (
         torch.pow(square + eps, -3 / 2) * (3 * bar_rrms * dot_square / (square + eps) - 2 * dot_bar_rrms) / 4
     )
@@ -92,7 +92,7 @@ def weight_per_sample(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J] → [V, N, J]
     """
     normalised = normalised_from(input, eps)
-    return torch.einsum("nrj,vnrj->vnj", normalised, factor)
+    return summed_products("nrj,vnrj->vnj", normalised, factor)
 
 
 @widened
@@ -102,7 +102,7 @@ def weight_sample_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J] → [N, J]
     """
     normalised = normalised_from(input, eps)
-    return summed_squares(torch.einsum("nrj,vnrj->vnj", normalised, factor), 1)
+    return summed_squares(summed_products("nrj,vnrj->vnj", normalised, factor), 1)
 
 
 @widened
@@ -112,7 +112,7 @@ def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, ep
     factor [V, N, R, J], sign [V, N], input [N, R, J] → [N, J]
     """
     normalised = normalised_from(input, eps)
-    return (torch.einsum("nrj,vnrj->vnj", normalised, factor).square() * sign[:, :, None]).sum(0)
+    return (summed_products("nrj,vnrj->vnj", normalised, factor).square() * sign[:, :, None]).sum(0)
 
 
 @widened
@@ -132,7 +132,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J] → [N]
     """
     normalised = normalised_from(input, eps)
-    return torch.einsum("nrj,vnrj->vnj", normalised, factor).square().sum((0, 2))
+    return summed_products("nrj,vnrj->vnj", normalised, factor).square().sum((0, 2))
 
 
 @widened
@@ -142,7 +142,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J] → [J]
     """
     normalised = normalised_from(input, eps)
-    return summed_squares(torch.einsum("nrj,vnrj->vnj", normalised, factor), 2)
+    return summed_squares(summed_products("nrj,vnrj->vnj", normalised, factor), 2)
 
 
 @widened
@@ -152,7 +152,7 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, ep
     factor [V, N, R, J], sign [V, N], input [N, R, J] → [J]
     """
     normalised = normalised_from(input, eps)
-    return (torch.einsum("nrj,vnrj->vnj", normalised, factor).square() * sign[:, :, None]).sum((0, 1))
+    return (summed_products("nrj,vnrj->vnj", normalised, factor).square() * sign[:, :, None]).sum((0, 1))
 
 
 @widened
@@ -173,8 +173,8 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, eps: float) -> Tens
     """
     N = factor.shape[1]
     normalised = normalised_from(input, eps)
-    mean = torch.einsum("nrj,vnrj->vj", normalised, factor) / N
-    return torch.square(torch.einsum("nrj,vnrj->vnj", normalised, factor) - mean[:, None, :]).sum((0, 1))
+    mean = summed_products("nrj,vnrj->vj", normalised, factor) / N
+    return torch.square(summed_products("nrj,vnrj->vnj", normalised, factor) - mean[:, None, :]).sum((0, 1))
 
 
 @widened

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.sums import summed_products
 
 
 @widened
@@ -22,7 +23,7 @@ def vjp(factor: Tensor, output: Tensor) -> Tensor:
 
     factor [V, N, R, K, S], output [N, R, K, S] → [V, N, R, K, S]
     """
-    bar_lse = -torch.einsum("nrks,vnrks->vnrs", output, factor)
+    bar_lse = -summed_products("nrks,vnrks->vnrs", output, factor)
     return output * (bar_lse[:, :, :, None, :] + factor)
 
 
@@ -38,9 +39,9 @@ def hessian(delta: Tensor, tangent: Tensor, output: Tensor) -> Tensor:
     delta [N, R, K, S], tangent [V, N, R, K, S], output [N, R, K, S] → [V, N, R, K, S]
     """
     bar_lse = -(delta * output).sum(2)
-    dot_lse = torch.einsum("nrks,vnrks->vnrs", output, tangent)
+    dot_lse = summed_products("nrks,vnrks->vnrs", output, tangent)
     dot_output = output * (tangent - dot_lse[:, :, :, None, :])
-    dot_bar_lse = -torch.einsum("nrks,vnrks->vnrs", delta, dot_output)
+    dot_bar_lse = -summed_products("nrks,vnrks->vnrs", delta, dot_output)
     return bar_lse[:, :, None, :] * dot_output + delta * dot_output + dot_bar_lse[:, :, :, None, :] * output
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.sums import summed_products
 
 
 @widened
@@ -29,7 +30,7 @@ def vjp(factor: Tensor, input: Tensor) -> Tensor:
     """
     negative = -input
     lse = torch.logsumexp(negative, 2)
-    bar_lse = -torch.einsum("vnrks,nrks->vnrs", factor, torch.exp(negative - lse[:, :, None, :]))
+    bar_lse = -summed_products("vnrks,nrks->vnrs", factor, torch.exp(negative - lse[:, :, None, :]))
     bar_negative = torch.exp(negative - lse[:, :, None, :]) * (bar_lse[:, :, :, None, :] + factor)
     return -bar_negative
 
@@ -54,9 +55,9 @@ def hessian(delta: Tensor, tangent: Tensor, input: Tensor) -> Tensor:
     lse = torch.logsumexp(negative, 2)
     bar_lse = -(delta * torch.exp(negative - lse[:, :, None, :])).sum(2)
     dot_negative = -tangent
-    dot_lse = torch.einsum("vnrks,nrks->vnrs", dot_negative, torch.exp(negative - lse[:, :, None, :]))
+    dot_lse = summed_products("vnrks,nrks->vnrs", dot_negative, torch.exp(negative - lse[:, :, None, :]))
     dot_bar_lse = (
-        -torch.einsum("nrks,vnrks->vnrs", delta * torch.exp(negative - lse[:, :, None, :]), dot_negative)
+        -summed_products("nrks,vnrks->vnrs", delta * torch.exp(negative - lse[:, :, None, :]), dot_negative)
         + (delta * torch.exp(negative - lse[:, :, None, :])).sum(2) * dot_lse
     )
     dot_bar_negative = torch.exp(negative - lse[:, :, None, :]) * (

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..runtime.precision import widened
 from ..runtime.rules import Loss, Rule
 from ..runtime.sampling import categorical
+from ..runtime.sums import summed_products
 
 
 @widened
@@ -32,10 +33,10 @@ def gradient(input: Tensor, target: Tensor, weight: Tensor, ignore_index: int, l
     """
     K = input.shape[1]
     classes = torch.arange(K, device=input.device)
-    counted = torch.einsum(
+    counted = summed_products(
         "k,nrk->nr", 1 - (classes == ignore_index).to(input.dtype), (target[:, :, None] == classes).to(input.dtype)
     )
-    total = counted * torch.einsum(
+    total = counted * summed_products(
         "nrk,k->nr",
         label_smoothing / K + (1 - label_smoothing) * (target[:, :, None] == classes).to(input.dtype),
         weight,
@@ -55,10 +56,10 @@ def exact_factor(input: Tensor, target: Tensor, weight: Tensor, ignore_index: in
     """
     _, K, R = input.shape
     classes = torch.arange(K, device=input.device)
-    counted = torch.einsum(
+    counted = summed_products(
         "k,nrk->nr", 1 - (classes == ignore_index).to(input.dtype), (target[:, :, None] == classes).to(input.dtype)
     )
-    total = counted * torch.einsum(
+    total = counted * summed_products(
         "nrk,k->nr",
         label_smoothing / K + (1 - label_smoothing) * (target[:, :, None] == classes).to(input.dtype),
         weight,
@@ -85,10 +86,10 @@ def mc_factor(
     M = sampled.shape[0]
     K = input.shape[1]
     classes = torch.arange(K, device=input.device)
-    counted = torch.einsum(
+    counted = summed_products(
         "k,nrk->nr", 1 - (classes == ignore_index).to(input.dtype), (target[:, :, None] == classes).to(input.dtype)
     )
-    total = counted * torch.einsum(
+    total = counted * summed_products(
         "nrk,k->nr",
         label_smoothing / K + (1 - label_smoothing) * (target[:, :, None] == classes).to(input.dtype),
         weight,
@@ -122,10 +123,10 @@ def exact_factor_undefined(
     """
     K = input.shape[1]
     classes = torch.arange(K, device=input.device)
-    counted = torch.einsum(
+    counted = summed_products(
         "k,nrk->nr", 1 - (classes == ignore_index).to(input.dtype), (target[:, :, None] == classes).to(input.dtype)
     )
-    total = counted * torch.einsum(
+    total = counted * summed_products(
         "nrk,k->nr",
         label_smoothing / K + (1 - label_smoothing) * (target[:, :, None] == classes).to(input.dtype),
         weight,

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..runtime.precision import widened
 from ..runtime.rules import Loss, Rule
 from ..runtime.sampling import categorical
+from ..runtime.sums import summed_products
 
 
 @widened
@@ -55,7 +56,7 @@ def mc_factor(sampled: Tensor, input: Tensor, target: Tensor, weight: Tensor, ig
     K = input.shape[1]
     classes = torch.arange(K, device=weight.device)
     classes2 = torch.arange(K, device=input.device)
-    total = torch.einsum(
+    total = summed_products(
         "k,nrk->nr",
         (1 - (classes == ignore_index).to(weight.dtype)) * weight,
         (target[:, :, None] == classes2).to(input.dtype),
@@ -73,7 +74,7 @@ def mc_factor_undefined(input: Tensor, target: Tensor, weight: Tensor, ignore_in
     K = input.shape[1]
     classes = torch.arange(K, device=weight.device)
     classes2 = torch.arange(K, device=input.device)
-    total = torch.einsum(
+    total = summed_products(
         "k,nrk->nr",
         (1 - (classes == ignore_index).to(weight.dtype)) * weight,
         (target[:, :, None] == classes2).to(input.dtype),
@@ -90,7 +91,7 @@ def mean_divisor(input: Tensor, target: Tensor, weight: Tensor, ignore_index: in
     K = input.shape[1]
     classes = torch.arange(K, device=weight.device)
     classes2 = torch.arange(K, device=input.device)
-    total = torch.einsum(
+    total = summed_products(
         "k,nrk->nr",
         (1 - (classes == ignore_index).to(weight.dtype)) * weight,
         (target[:, :, None] == classes2).to(input.dtype),

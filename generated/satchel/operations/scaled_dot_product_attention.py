@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Operation, OperationNode, Rule
+from ..runtime.sums import summed_products
 
 
 @widened
@@ -72,12 +73,12 @@ def hessian_query(
     dot_scores = scale * torch.einsum("nhsd,vnhgtd->vnhgts", key, tangent_query) + scale * torch.einsum(
         "nhgtd,vnhsd->vnhgts", query, tangent_key
     )
-    dot_lse = torch.einsum("nhgts,vnhgts->vnhgt", weights, dot_scores)
+    dot_lse = summed_products("nhgts,vnhgts->vnhgt", weights, dot_scores)
     dot_weights = weights * (dot_scores - dot_lse[:, :, :, :, :, None])
     dot_bar_weights = (mask > -math.inf).to(mask.dtype) * torch.einsum(
         "nhgte,vnhse->nhgtvs", delta, tangent_value
     ).permute(4, 0, 1, 2, 3, 5)
-    dot_bar_lse = -torch.einsum("nhgts,vnhgts->vnhgt", bar_weights, dot_weights) - torch.einsum(
+    dot_bar_lse = -summed_products("nhgts,vnhgts->vnhgt", bar_weights, dot_weights) - summed_products(
         "nhgts,vnhgts->vnhgt", weights, dot_bar_weights
     )
     dot_bar_scores = (
@@ -143,12 +144,12 @@ def hessian_key(
     dot_scores = scale * torch.einsum("nhsd,vnhgtd->vnhgts", key, tangent_query) + scale * torch.einsum(
         "nhgtd,vnhsd->vnhgts", query, tangent_key
     )
-    dot_lse = torch.einsum("nhgts,vnhgts->vnhgt", weights, dot_scores)
+    dot_lse = summed_products("nhgts,vnhgts->vnhgt", weights, dot_scores)
     dot_weights = weights * (dot_scores - dot_lse[:, :, :, :, :, None])
     dot_bar_weights = (mask > -math.inf).to(mask.dtype) * torch.einsum(
         "nhgte,vnhse->nhgtvs", delta, tangent_value
     ).permute(4, 0, 1, 2, 3, 5)
-    dot_bar_lse = -torch.einsum("nhgts,vnhgts->vnhgt", bar_weights, dot_weights) - torch.einsum(
+    dot_bar_lse = -summed_products("nhgts,vnhgts->vnhgt", bar_weights, dot_weights) - summed_products(
         "nhgts,vnhgts->vnhgt", weights, dot_bar_weights
     )
     dot_bar_scores = (
@@ -196,7 +197,7 @@ def hessian_value(
     dot_scores = scale * torch.einsum("nhsd,vnhgtd->vnhgts", key, tangent_query) + scale * torch.einsum(
         "nhgtd,vnhsd->vnhgts", query, tangent_key
     )
-    dot_lse = torch.einsum("nhgts,vnhgts->vnhgt", weights, dot_scores)
+    dot_lse = summed_products("nhgts,vnhgts->vnhgt", weights, dot_scores)
     dot_weights = weights * (dot_scores - dot_lse[:, :, :, :, :, None])
     return torch.einsum(
         "vnhgts,nhgtes->vnhse",

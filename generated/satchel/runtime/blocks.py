@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .cost import blocks
-from .memory import empty
+from .memory import FRESH, empty
 from .rules import Reduction
 from .sums import summed_squares
 
@@ -102,13 +102,16 @@ def in_blocks(
     if deviations is not None and SUM in totals:
         del totals[SUM]
     kept: Tensor | None = None
-    for columns, samples in blocks(V, N, each):
+    for columns, samples in blocks(V, N, each, keep):
         own = [operand[samples] for operand in operands[:by_sample]]
         into = {} if kept is None or not writes else {"out": kept[columns, samples]}
         pullbacks = pull(factor[columns, samples], *own, *operands[by_sample:], **into)
         for total in totals.values():
             total.add(pullbacks, tuple(some[columns, samples] for some in signs), samples.start)
-        if keep:
+        whole = pullbacks.shape[:2] == (V, N) and pullbacks.nbytes < FRESH
+        if keep and whole and not into:
+            kept = pullbacks
+        elif keep:
             kept = empty((V, N, *pullbacks.shape[2:]), like=pullbacks) if kept is None else kept
             if not into:
                 kept[columns, samples] = pullbacks
