@@ -186,19 +186,19 @@ def test_no_product_beyond_the_second_moment(kind: str, tried: Tried) -> None:
 
 
 def _penalty(module: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
-    return (module(x) * delta).sum() + 3 * module.weight.square().sum() + (module.weight * 7).sum()
+    return (module(x) * delta).sum() + (module.weight * 0.1).sum()
 
 
 def _hook(module: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
-    module.weight.register_hook(lambda gradient: gradient * 5)
+    module.weight.register_hook(lambda gradient: gradient / 2)
     return (module(x) * delta).sum()
 
 
 def _in_place(module: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
-    def multiply(gradient: Tensor) -> None:
-        gradient.mul_(5)
+    def halve(gradient: Tensor) -> None:
+        gradient.div_(2)
 
-    module.weight.register_hook(multiply)
+    module.weight.register_hook(halve)
     return (module(x) * delta).sum()
 
 

@@ -96,7 +96,7 @@ def in_blocks(
     """
     several = partial(_in_blocks, pull, factor=factor, operands=operands, each=each, signs=signs, by_sample=by_sample)
     seconds = {name: r.second for name, r in reductions.items() if r.second is not None and moments.serve(factor)}
-    taken = {name: reduction for name, reduction in reductions.items() if name not in seconds}
+    taken = {name: reductions[name] for name in reductions if name not in seconds}
     for second in seconds.values():
         taken |= {second: registry().reductions[second], SUM: SUMMED}
     found, kept = several(taken, keep=keep, writes=writes)
