@@ -10,6 +10,7 @@ from ..calculus.additive import Reduction, is_additive, reduction
 from ..calculus.derive import Statement
 from ..calculus.instantiate import Formula
 from ..calculus.terms import Term
+from ..definitions.model import Quantity
 from ..definitions.quantities import BLOCK, INPUT_FACTORS, OUTPUT_FACTORS, PULLBACKS, g, n, p, q
 from ..lowering.deviations import deviation_variants
 from ..lowering.plan import Axes, extent_symbol, plan
@@ -28,6 +29,7 @@ class ReductionContext:
     over: str
     signed: bool
     positions: bool
+    second: str | None
 
 
 def reduction_contexts() -> list[ReductionContext]:
@@ -55,7 +57,13 @@ def _context(found: Reduction) -> ReductionContext:
     formula = str(Statement(sympy.IndexedBase(quantity.name)[quantity.axes], found.value))
     function = Function(quantity.name, formula, "", tuple(arguments), lines, text, entry=False, numbers=counts)
     over = "columns" if n in quantity.axes else "deviations" if found.value.has(Centred) else "samples"
-    return ReductionContext(function, stored, over, "sign" in read, bool(counts))
+    return ReductionContext(function, stored, over, "sign" in read, bool(counts), _second_moment(quantity))
+
+
+def _second_moment(quantity: Quantity) -> str | None:
+    """Of squared deviations from a mean, the quantity that does not take it off."""
+    plain = quantity.value.xreplace({centred: centred.body for centred in quantity.value.atoms(Centred)})
+    return next((q.name for q in PULLBACKS if q.value == plain), None) if plain != quantity.value else None
 
 
 def _variant(found: Reduction) -> Variant:

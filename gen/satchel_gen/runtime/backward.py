@@ -33,6 +33,7 @@ from .torch_private import (
     is_accumulator,
     keeps_graph,
     node_outputs,
+    transposition,
 )
 from .wanted import Wanted
 
@@ -197,6 +198,11 @@ class Pass:
             any_parameter = next(iter(wanted.values()))
             delta = any_parameter.new_zeros(record.output_shape)
         self._use(record, wanted, record.at_output(delta[None], lead=1))
+        for parameter in wanted.values():
+            use = self.harvest.takes_total(parameter)
+            node = None if use is None else transposition(current_node(), self.wanted.accumulator(parameter))
+            if use is not None and node is not None:
+                self.handles.append(node.register_prehook(use.receive))
 
     def _spared(
         self, record: Record, wanted: Mapping[str, Tensor], gradients: tuple[Tensor | None, ...]

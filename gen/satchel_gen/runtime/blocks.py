@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import moments
 from .cost import blocks
 from .memory import FRESH, empty
-from .rules import Reduction
+from .rules import Reduction, registry
 from .sums import summed_squares
 
 #: Σ_{v,n} T, the gradient where T are individual ones.
@@ -86,11 +87,35 @@ def in_blocks(
     keep: bool = False,
     writes: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Several quantities of the same pullbacks; and these, if they are to be kept.
+    """Several quantities of the same pullbacks; and these, if they are to be kept. Squared deviations by two moments, where these serve.
 
     pull: T of a factor [V, N, *output] and operands, the first `by_sample` of which are [N, …], written to `out` if it `writes`.
     each: elements of one pullback. keep: whether T is returned, too.
     """
+    several = partial(_in_blocks, pull, factor=factor, operands=operands, each=each, signs=signs, by_sample=by_sample)
+    seconds = {name: r.second for name, r in reductions.items() if r.second is not None and moments.serve(factor)}
+    taken = {name: reductions[name] for name in reductions if name not in seconds}
+    for second in seconds.values():
+        taken |= {second: registry().reductions[second], SUM: SUMMED}
+    found, kept = several(taken, keep=keep, writes=writes)
+    for name, second in seconds.items():
+        value = moments.difference(found[second], found[SUM], factor.shape[1])
+        found[name] = several({name: reductions[name]})[0][name] if value is None else value
+    return {name: found[name] for name in reductions}, kept
+
+
+def _in_blocks(
+    pull: Callable[..., Tensor],
+    reductions: Mapping[str, Reduction],
+    factor: Tensor,
+    operands: Sequence[Any],
+    each: int,
+    signs: Sequence[Tensor],
+    by_sample: int,
+    keep: bool = False,
+    writes: bool = False,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The same, squared deviations by their running mean."""
     V, N = factor.shape[:2]
     totals: dict[str, _Total | _Deviations] = {
         name: _Deviations() if reduction.over == "deviations" else _Total(reduction)

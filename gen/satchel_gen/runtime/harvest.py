@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from . import moments
 from .blocks import SUM
 from .demand import RESIDUALS, Demand, Source
 from .errors import FieldMissing
@@ -15,12 +16,20 @@ from .fields import Owner, memory_of
 from .memory import keep
 from .modes import grad_mode
 from .record import Record
-from .rules import Need, Sizes
+from .rules import Need, Sizes, registry
 from .subsampling import quantities_of
+from .torch_private import has_exact_products
 from .uses import PER_SAMPLE, Use
 
 GRADIENT, INPUT = Source("gradient"), Source("input")
 _SUM = Need("gradient", SUM)
+#: Of these, autograd's sums over samples are as exact as ours.
+_EXACT = (torch.float32, torch.float64)
+
+
+def _is_centred(quantity: str) -> bool:
+    reduction = registry().reductions.get(quantity)
+    return reduction is not None and reduction.second is not None
 
 
 class Harvest:
@@ -46,6 +55,16 @@ class Harvest:
         self._uses.setdefault(id(parameter), []).append(Use(record, name, factor))
         return first
 
+    def takes_total(self, parameter: Tensor) -> Use | None:
+        """The parameter's only use, if autograd's sum over samples serves what is asked of its δ."""
+        use, *others = self._uses[id(parameter)]
+        needs = self.demand.needs([use.layer], GRADIENT)
+        if others or not any(_is_centred(need.quantity) and use.offers(need.quantity) for need in needs):
+            return None
+        if use.factor is None or use.factor.dtype != parameter.dtype or parameter.dtype not in _EXACT:
+            return None
+        return use if moments.serve(use.factor) and has_exact_products() else None
+
     def accumulate(self, parameter: Tensor, source: Source, found: dict[Need, Tensor]) -> None:
         """Note what a sweep found. Quantities add over columns, spaces and losses; individual columns stand side by side."""
         results = self._curvature.setdefault(id(parameter), {})
@@ -58,9 +77,9 @@ class Harvest:
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """Σ_n g_n of the parameter's first use, if individual gradients are computed for what is asked of δ: these are kept then."""
-        (use,) = self._uses[id(parameter)]
+        use, *others = self._uses[id(parameter)]
         needs = self.demand.needs([use.layer], GRADIENT)
-        if not needs or use.factor is None:
+        if others or not needs or use.factor is None:  # without a loss, each use may be found by a walk of its own
             return None
         self._free(parameter, self.serving([use]))
         found = quantities_of([use], (*needs, _SUM))

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import moments
 from .blocks import SUM, SUMMED, Blockwise, in_blocks
 from .cost import Program, cheapest
 from .errors import SharedByKinds
@@ -82,7 +83,35 @@ def _given(use: Use, name: str, extra: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _cheapest(use: Use, rules: Mapping[str, Rule], extra: Sequence[Tensor], summed: bool) -> dict[str, Tensor]:
-    """What has several programs, by its cheapest; and individual pullbacks, where blocks of them serve that, too."""
+    """What has several programs, by its cheapest; and individual pullbacks, where blocks of them serve that, too.
+
+    Squared deviations by the second moment and autograd's sum, where that is known.
+    """
+    assert use.factor is not None
+    seconds = _seconds(use, rules)
+    taken = {name: rule for name, rule in rules.items() if name not in seconds}
+    found = _ranked(use, taken | {second: use.rules[second] for second in seconds.values()}, extra, summed)
+    for name, second in seconds.items():
+        squares, total = found[second], use.total
+        assert total is not None
+        value = moments.difference(squares, total.gradient.reshape(squares.shape), use.factor.shape[1])
+        found |= _ranked(use, {name: rules[name]}, extra, False) if value is None else {name: value}
+    return {name: value for name, value in found.items() if name in rules or name == SUM}
+
+
+def _seconds(use: Use, rules: Mapping[str, Rule]) -> dict[str, str]:
+    """Squared deviations that have several programs and that autograd's sum serves; with the second moment of each."""
+    assert use.factor is not None
+    if use.total is None or not use.total.unchanged or not moments.serve(use.factor):
+        return {}
+    reductions = registry().reductions
+    costly = [name for name, rule in rules.items() if isinstance(rule.aten, cheapest) and name in reductions]
+    found = {name: second for name in costly if (second := reductions[name].second) is not None}
+    return {name: second for name, second in found.items() if not uses_kernel(use.rules[second], [use.factor])}
+
+
+def _ranked(use: Use, rules: Mapping[str, Rule], extra: Sequence[Tensor], summed: bool) -> dict[str, Tensor]:
+    """Each by its cheapest program, or several by the same blocks."""
     values: dict[str, list[Any]] = {}
     choices: dict[str, tuple[Program, ...]] = {}
     for name, rule in rules.items():

@@ -238,6 +238,7 @@ class Reduction:
     function:  its total, then signs [V, N] or the number of `positions`, where the formula reads these → the quantity
     over:      how the values of blocks of samples combine: "columns" if each belongs to a sample, so that they stand side by side;
                "samples" if they add; "deviations" if each is Σ (T − mean_n T)², and they are merged
+    second:    of "deviations", the quantity Σ T²
     """
 
     of: str
@@ -245,6 +246,7 @@ class Reduction:
     over: Literal["columns", "samples", "deviations"] = "samples"
     signed: bool = False
     positions: bool = False
+    second: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,20 @@ from .axes import names as axis_names
 from .evaluate import evaluate
 from .record import Record
 from .rules import Layer, Rule
+from .torch_private import version
 
 PER_SAMPLE = "per_sample"
+
+
+class Arrived(NamedTuple):
+    """A gradient that belongs to autograd, and its version then: a hook may have changed it since."""
+
+    gradient: Tensor
+    version: int
+
+    @property
+    def unchanged(self) -> bool:
+        return version(self.gradient) == self.version
 
 
 @dataclass(eq=False)
@@ -25,12 +37,14 @@ class Use:
     """A parameter of a layer's call, and the canonical tensor at its output: columns [V, *output], or one [*output], or none.
 
     memo: what the parameters of one call have in common: values of rules that read the factor alone.
+    total: Σ_n of its pullbacks of the one column, where autograd has computed them.
     """
 
     record: Record
     name: str
     factor: Tensor | None = None
     memo: dict[Callable[..., Tensor], Tensor] = field(default_factory=dict)
+    total: Arrived | None = None
 
     @property
     def layer(self) -> Layer:
@@ -42,6 +56,11 @@ class Use:
 
     def operand(self, name: str) -> Any:
         return self.record.operand(name)
+
+    def receive(self, gradients: tuple[Tensor | None, ...]) -> None:
+        """Note the transpose of `total`, which autograd is about to take back."""
+        (gradient,) = gradients
+        self.total = None if gradient is None else Arrived(gradient.mT, version(gradient))
 
     def offers(self, quantity: str) -> bool:
         return quantity in self.rules

@@ -72,7 +72,7 @@ REDUCTIONS: dict[str, Reduction] = {
     "squared_norm": Reduction("per_sample", squared_norm, over="columns"),
     "sum_of_squares": Reduction("per_sample", sum_of_squares),
     "signed_sum_of_squares": Reduction("per_sample", signed_sum_of_squares, signed=True),
-    "squared_deviations": Reduction("per_sample", squared_deviations, over="deviations"),
+    "squared_deviations": Reduction("per_sample", squared_deviations, over="deviations", second="sum_of_squares"),
     "block": Reduction("per_sample", block),
     "output_factor_reduce": Reduction("output_sum", output_factor_reduce),
     "input_factor_expand": Reduction("input_factor_backpack", input_factor_expand, positions=True),

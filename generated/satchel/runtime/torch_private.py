@@ -163,6 +163,14 @@ def leaf_of(node: Node) -> Tensor | None:
     return getattr(node, "variable", None)
 
 
+def transposition(node: Node, accumulator: Node | None) -> Node | None:
+    """The node between that of a linear layer and its parameter's: it receives the transpose of what the layer adds to the gradient."""
+    for above, _ in node.next_functions:
+        if above is not None and above.name() == _TRANSPOSE and above.next_functions[0][0] is accumulator:
+            return above
+    return None
+
+
 def is_accumulator(node: Node) -> bool:
     return node.name() == "torch::autograd::AccumulateGrad"
 
@@ -249,6 +257,12 @@ def has_product(*matrices: Tensor) -> bool:
         and all(m.device.type == "cpu" and m.dtype == torch.float32 for m in matrices)
         and not (torch.is_grad_enabled() and any(m.requires_grad for m in matrices))
     )
+
+
+def has_exact_products() -> bool:
+    """Whether products of float32 on a CPU are those of float32, not of a narrower dtype."""
+    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    return getattr(settings, "fp32_precision", "ieee") in ("none", "ieee")
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
