@@ -220,6 +220,8 @@ def _choice(rule: LoweredRule, variant: Variant, body: Body) -> Choice:
         called = f"{variant.calls} * block_count({columns}, {samples}, {each})"
         blocked = {"peak": each}
     valid = " and ".join(f"{body.scalar(Extent(i))} == 1" for i in variant.unit)
+    if variant.several:
+        valid = f"{body.scalar(sympy.Mul(*map(Extent, variant.several)))} > 1"
     costs = {"flops": variant.flops, "elements": variant.elements, "scratch": variant.scratch}
     counted = {name: body.scalar(cost) for name, cost in costs.items() if cost != 0}
     return Choice(function, {**counted, **blocked, "calls": called}, valid)

@@ -20,7 +20,8 @@ from .plan import Axes, Leaf, Map, Node, Reduce, calls, elements_moved, flops, l
 
 @dataclass(frozen=True)
 class Variant:
-    """One program for a rule. `unit` are axes that must have extent 1; `inner` is the product before it is squared.
+    """One program for a rule. `unit` are axes that must have extent 1, `several` those that must not all have it; `inner` is the product
+    before it is squared.
 
     `named` intermediates are computed first, in order; the tree, and those that follow, read them by name.
     """
@@ -28,6 +29,7 @@ class Variant:
     name: str
     tree: Node
     unit: Axes = ()
+    several: Axes = ()
     inner: Node | None = None
     named: tuple[tuple[str, Node], ...] = ()
 
@@ -88,8 +90,9 @@ def variants(formula: Formula) -> tuple[Variant, ...]:
     found = [] if inner.factor.has(Access) else [Variant("separated", plan(apart, formula.axes, dropped), unit)]
     found.append(Variant("blockwise", per_sample, inner=stored))
     gram = _gram(term)
-    if gram is not None:
-        found.append(Variant("gram", plan(gram, formula.axes)))
+    if gram is not None:  # of one summand it is made of dot products, which the separated program takes all at once
+        several = unit if found[0].name == "separated" else ()
+        found.append(Variant("gram", plan(gram, formula.axes), several=several))
     return tuple(found)
 
 

@@ -30,15 +30,17 @@ def evaluate(
     values = [*arguments, *map(operand, rule.operands)]
     if rule.kernel is None or differentiable or not _fused(values):
         given = {} if out is None else {"out": out}
-        if rule.heavy or isinstance(definition, Loss):  # a loss's factor is larger than what it is made of
+        if rule.heavy:
             return rule.aten(*values, **given)
-        return with_few_threads(rule.aten, _seconds(values), _CALLS, values, given)
+        return with_few_threads(rule.aten, _seconds(values, isinstance(definition, Loss)), _CALLS, values, given)
     return getattr(import_module(f"{_PACKAGE}.kernels.{definition.kernels}"), rule.kernel)(*values)
 
 
-def _seconds(values: list[Any]) -> float:
-    """What a rule takes one thread that reads each element a few times."""
-    return _EACH * sum(value.numel() for value in values if isinstance(value, Tensor))
+def _seconds(values: list[Any], factor: bool) -> float:
+    """What a rule takes one thread that reads each element a few times; or, of a loss, writes a column for each element of a sample."""
+    shapes = [value.shape for value in values if isinstance(value, Tensor)]
+    columns = max((shape[1:].numel() for shape in shapes), default=1) if factor else 1
+    return _EACH * columns * sum(shape.numel() for shape in shapes)
 
 
 def uses_kernel(rule: Rule, values: list[Any]) -> bool:

@@ -185,6 +185,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor, weight: Tensor) -> tuple[
             elements=N + N * R + D * N * V,
             scratch=4 * N + N * R + 4 * K * N + 2 * D * N * V + 4 * K * N * R,
             calls=8,
+            valid=R > 1,
         ),
     )
 

@@ -185,6 +185,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor) -> tuple[Program, ...]:
             elements=N + I * N * R + N * O * R * V,
             scratch=4 * N * R**2 + I * N * R + N * O * R * V,
             calls=3,
+            valid=R > 1,
         ),
     )
 
