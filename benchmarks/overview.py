@@ -1,4 +1,4 @@
-"""One table of everything: satchel beside BackPACK and the best of all peers, its lower bound and its target."""
+"""Tables of everything: satchel beside BackPACK and the best of all peers, its lower bound and its target."""
 
 from __future__ import annotations
 
@@ -34,7 +34,25 @@ def overview(results: dict[str, Any], clock: str = "cpu") -> str:
                     f"{_megabytes(value(found.get('satchel', {}), 'memory'))} / {_megabytes(least)}",
                 ])
             )  # fmt: skip
-    return "\n".join([*lines, "", *summary(results, clock), "", *sets(results, clock)])
+    return "\n".join([*lines, "", *summary(results, clock), "", *sets(results, clock), "", *wide(results, clock)])
+
+
+def wide(results: dict[str, Any], clock: str = "cpu") -> Iterator[str]:
+    """README's table, networks across: satchel / BackPACK / the best peer; satchel alone where there is no peer."""
+    networks = {name: cells for name, cells in results["networks"].items() if len(cells) > 1}
+    yield table_line(["features", *networks])
+    yield table_line(["---"] * (1 + len(networks)))
+    for cell in CELLS:
+        yield table_line([cell, *(_beside(cells.get(cell, {}), clock) for cells in networks.values())])
+
+
+def _beside(found: dict[str, Any], clock: str) -> str:
+    ours, others = value(found.get("satchel", {}), clock), peers(found, clock)
+    best = min(others.values(), default=inf)
+    if isinf(ours):
+        return "–"
+    shown = f"**{_number(ours)}**" if ours <= best else _number(ours)
+    return shown if isinf(best) else f"{shown} / {_number(others.get('backpack', inf))} / {_number(best)}"
 
 
 def sets(results: dict[str, Any], clock: str = "cpu") -> Iterator[str]:
