@@ -101,18 +101,21 @@ def test_one_of_two_losses_not_extended(feature: Any, more: Callable[..., Tensor
 
 @pytest.mark.parametrize("feature", CURVATURE)
 @pytest.mark.parametrize("losses", [1, 2])
-def test_what_losses_send_is_not_computed_again(feature: Any, losses: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One loss alone is known by the tensor that it sends."""
+@pytest.mark.parametrize("curved", [False, True])
+def test_what_losses_send_is_not_computed_again(
+    feature: Any, losses: int, curved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One loss alone is known by the tensor that it sends; residuals need it where a step is curved."""
     computed: list[bool] = []
     gradient = curvature.Start.__dict__["gradient"]
     monkeypatch.setattr(
         curvature.Start, "gradient", property(lambda start: computed.append(True) or gradient.compute(start))
     )
-    model, loss = extend(sequence(nn.ReLU())), extend(nn.CrossEntropyLoss())
+    model, loss = extend(sequence(nn.Tanh() if curved else nn.ReLU())), extend(nn.CrossEntropyLoss())
     with backpack(feature()):
         f = model(x)
         sum(loss(f, y) for _ in range(losses)).backward()
-    residual = feature.__name__.endswith("DiagHessian")
+    residual = curved and feature.__name__.endswith("DiagHessian")
     assert len(computed) == losses * ((losses > 1) + residual)
 
 
