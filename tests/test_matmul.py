@@ -16,6 +16,13 @@ def drawn(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["fast MKL", "slow MKL"])
+def slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether MKL is taken to be slow, so that copies pay."""
+    monkeypatch.setattr("satchel.runtime.matmul._copies_pay", lambda: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("M,K,L", SIZES)
@@ -28,14 +35,17 @@ def test_matmul(M: int, K: int, L: int, transposed: tuple[bool, bool], dtype: to
         torch.testing.assert_close(matmul(left.unflatten(0, (1, 1, M)), right)[0, 0], matmul(left, right))
 
 
-def test_large_products_are_onednns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless they are differentiated."""
+def test_large_products_are_onednns(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless they are differentiated, or must be copied for it while MKL is as fast."""
     calls = []
     original = torch_private.product
     monkeypatch.setattr("satchel.runtime.matmul.product", lambda *given: calls.append(1) or original(*given))
     left, right = drawn(130, 200, dtype=torch.float32), drawn(200, 150, dtype=torch.float32)
-    matmul(left, right)
+    matmul(left, right.mT.contiguous().mT)
     assert len(calls) == torch_private.has_product(left, right)
+    calls.clear()
+    matmul(left, right)
+    assert len(calls) == (slow and torch_private.has_product(left, right))
     calls.clear()
     matmul(left, right.requires_grad_()).sum().backward()
     assert not calls

@@ -14,6 +14,7 @@ from satchel import backpack, extend, settings
 from satchel.extensions import BatchGrad, DiagGGNExact, DiagHessian
 from satchel.runtime import survey
 from satchel.runtime.errors import MemoryLimit, SatchelError
+from satchel.runtime.record import Record
 
 N = 5
 
@@ -110,6 +111,15 @@ def test_options_of_modules_may_change() -> None:
         run()
     model[0].scale_grad_by_freq = False
     run()
+
+
+def test_an_option_that_is_no_value(monkeypatch: pytest.MonkeyPatch, surveys: list[int]) -> None:
+    """It cannot be looked up, so every pass is surveyed."""
+    monkeypatch.setattr(Record, "structure", property(lambda record: [record.input_shape]))
+    model = model_of(lambda h: h)
+    for _ in range(2):
+        step(model, BatchGrad())
+    assert len(surveys) == 2
 
 
 def test_memory_of_structures_is_bounded(monkeypatch: pytest.MonkeyPatch, surveys: list[int]) -> None:

@@ -134,10 +134,8 @@ class Pass:
     def _below_no_loss(self, node: Node, entries: Sequence[Entry]) -> None:
         """Walk below a node that no walk has met: nothing that needs curvature may be new there."""
         record = record_among(entries)
-        if (
-            record and not record.parameters and record.edge and record.edge[0] in self.surveyed
-        ):  # went past a reshaping
-            return
+        if record and not record.parameters and record.edge and record.edge[0] in self.surveyed:
+            return  # walks went past a reshaping
         shapes = {(node, number): shape for number, (shape, _, _) in enumerate(node_outputs(node))}
         plan = walk(shapes, self.wanted)
         first = next((shape for shape in shapes.values() if shape), ())

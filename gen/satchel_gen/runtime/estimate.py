@@ -33,21 +33,21 @@ def check(plan: Plan, demand: Demand, samples: int, columns: int) -> bool:
         return False
     places = [uses[0] for uses in plan.uses.values()]
     parameters = [place.parameter for place in places]
-    averaged = Source("averaged") in demand.sources(plan.definitions)
-    if averaged:
+    asked = False
+    if Source("averaged") in demand.sources(plan.definitions):
         needed, where = needed_bytes(plan, samples, parameters[0].element_size())
-        _refuse(demand.features(plan.definitions, "averaged"), where, needed, parameters[0].device)
+        asked = _refuse(demand.features(plan.definitions, "averaged"), where, needed, parameters[0].device)
     copies = samples * sum(max(columns, extension.mc_samples or 1) for extension in demand.extensions)
     if copies * sum(map(_bytes, parameters)) <= SMALL:  # whatever it is that they ask for
-        return averaged
+        return asked
     sizes = [
         (_field_bytes(demand, e, place, samples, columns), place, e.name) for place in places for e in demand.extensions
     ]
     _, place, _ = max(sizes, key=lambda some: some[0])
     features = dict.fromkeys(name for size, _, name in sizes if size)
     where = f"{place.call.record.where}, parameter {place.name!r}"
-    _refuse(features, where, sum(size for size, *_ in sizes), place.parameter.device, _replaced(parameters, demand))
-    return True
+    needed, device = sum(size for size, *_ in sizes), place.parameter.device
+    return _refuse(features, where, needed, device, _replaced(parameters, demand)) or asked
 
 
 def _field_bytes(demand: Demand, extension: Extension, place: Place, samples: int, columns: int) -> int:
@@ -67,15 +67,17 @@ def _replaced(parameters: Iterable[Tensor], demand: Demand) -> int:
     return sum(_bytes(field) for field in fields if isinstance(field, Tensor))
 
 
-def _refuse(features: Collection[str], where: str, needed: int, device: torch.device, replaced: int = 0) -> None:
+def _refuse(features: Collection[str], where: str, needed: int, device: torch.device, replaced: int = 0) -> bool:
+    """Whether the machine had to be asked."""
     if needed <= SMALL:
-        return
+        return False
     there = available(device)
     if there is not None and needed > there + replaced:
         kept.clear()
         there = available(device) or 0
         if needed > there + replaced:
             raise NotEnoughMemory(features, where, needed, there + replaced)
+    return True
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -1,26 +1,30 @@
-"""Products with a matrix. On CPUs by oneDNN where that pays: MKL's, which `torch.mm` calls, take twice as long on processors that are
-not Intel's.
+"""Products with a matrix. On CPUs by oneDNN where that pays: MKL's, which `torch.mm` calls, take a tenth longer, and twice as long on
+some processors that are not Intel's.
 """
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from .torch_private import has_product, product
 
-#: Operations of a product below which a call of oneDNN costs more than it saves, and those that pay for an element that is copied.
+#: Operations of a product below which a call of oneDNN costs more than it saves, and those that pay for an element that is copied where
+#: MKL takes so many times as long.
 _LARGE = 1 << 20
 _PER_COPY = 100
+_SLOW = 1.4
 
 
 def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """A B [*, L] of A [*, K] and a matrix B [K, L], or matrices [*, K, L]; written to `out` where that is given."""
     if left.shape[-1] == 1:  # of a column and a row: as a product of matrices that takes several times as long
         return torch.mul(left, right, out=out)
-    if (
-        right.ndim == 3 and left.ndim == 4 and len(left) == 1
-    ):  # of one column as it lies: broadcast operands would be copied
+    if right.ndim == 3 and left.ndim == 4 and len(left) == 1:  # as it lies: broadcast operands would be copied
         return torch.bmm(left[0], right, out=None if out is None else out[0])[None]
     found = left @ right if right.ndim > 2 else _with_matrix(left, right)
     return found if out is None else out.copy_(found)
@@ -33,6 +37,23 @@ def _with_matrix(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
     # oneDNN reads rows of A and columns of B.
     copied = (0 if left.is_contiguous() else left.numel()) + (0 if right.mT.is_contiguous() else K * L)
-    if work < _PER_COPY * copied or not has_product(left, right):
+    if work < _PER_COPY * copied or not has_product(left, right) or (copied and not _copies_pay()):
         return left @ right
     return product(left.reshape(-1, K), right.mT).reshape(*left.shape[:-1], L)
+
+
+@cache
+def _copies_pay() -> bool:
+    """Whether MKL is slow on this machine: measured once, in a few milliseconds. No borderline: the ratio is 1.1 or 2."""
+    matrix = torch.ones(256, 256)
+    return _seconds(lambda: matrix @ matrix.mT) > _SLOW * _seconds(lambda: product(matrix, matrix))
+
+
+def _seconds(run: Callable[[], Tensor]) -> float:
+    """The least time of several tries."""
+    found = []
+    for _ in range(6):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return min(found)

@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 from .axes import Batch
 from .demand import SECOND_ORDER, Demand
-from .passing import edge_shape
 from .plan import Plan, Step
 from .record import Edge
 from .settings import current
-from .torch_private import axis_structure
+from .torch_private import axis_structure, node_output_shapes
 
 
 class Surveyed(NamedTuple):
@@ -42,12 +41,15 @@ def structure(
         inputs = [(position, places[node], number) for position, (node, number) in step.inputs]
         steps.append((own, *uses, *inputs))
     starts = [(places.get(node), number, *shape) for (node, number), shape in start.items()]
-    return (*steps, *starts, *samples, current().memory_limit)
+    key = (*steps, *starts, *samples, current().memory_limit)
+    try:
+        hash(key)
+    except TypeError:  # a module's option that is no value, as a list
+        return None
+    return key
 
 
 def _of_node(step: Step) -> Hashable | None:
+    """Shapes of inputs are those of the outputs below."""
     own = axis_structure(step.node)
-    if own is None:
-        return None
-    edges = [edge for _, edge in step.inputs]
-    return (own, *(edge_shape(edge) for edge in (*step.outputs, *edges)))
+    return None if own is None else (own, node_output_shapes(step.node))

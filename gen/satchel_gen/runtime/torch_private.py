@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -105,6 +106,11 @@ def node_outputs(node: Node) -> Sequence[tuple[tuple[int, ...], torch.dtype, tor
     return [(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata]
 
 
+def node_output_shapes(node: Node) -> tuple[tuple[int, ...], ...]:
+    """Shapes of all gradients that `node` receives."""
+    return tuple(tuple(m.shape) for m in node._input_metadata)
+
+
 def node_output_shape(node: Node, output_nr: int) -> tuple[int, ...]:
     """Shape of one of the gradients that `node` receives."""
     return tuple(node._input_metadata[output_nr].shape)
@@ -204,8 +210,13 @@ def axis_structure(node: Node) -> Hashable | None:
     if name in RESHAPING or name in _BY_SAMPLE:
         return name
     if name in _ELEMENTWISE or name in _ARRANGING:
-        return (name, *(saved(node, along) for along in ("dim", "dims", "dim0", "dim1")))
+        return (name, *(getattr(node, along) for along in _saved_axes(type(node))))
     return None
+
+
+@cache
+def _saved_axes(kind: type[Node]) -> tuple[str, ...]:
+    return tuple(along for along in ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1") if hasattr(kind, along))
 
 
 def _arranged(node: Node, name: str, axis: int, before: int, after: int) -> int | None:

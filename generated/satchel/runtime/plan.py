@@ -16,7 +16,7 @@ from .calls import ByRules, Call
 from .lazy import lazy
 from .record import Edge, Entry, Mark, Record, entries, record_among
 from .rules import Layer
-from .torch_private import is_accumulator, leaf_of, node_output_shape, node_outputs
+from .torch_private import is_accumulator, leaf_of, node_output_shape, node_output_shapes
 from .uses import Use
 from .wanted import Wanted
 
@@ -40,7 +40,7 @@ class Step:
 
     @lazy
     def outputs(self) -> tuple[Edge, ...]:
-        return tuple((self.node, number) for number in range(len(node_outputs(self.node))))
+        return tuple((self.node, number) for number in range(len(node_output_shapes(self.node))))
 
     @property
     def linear(self) -> bool:
@@ -208,8 +208,10 @@ def walk(start: Iterable[Edge], wanted: Wanted) -> Plan:
         calls: tuple[Call, ...] = ()
         leaves: tuple[tuple[int, Edge, Tensor], ...] = ()
         if record is None:
-            below = [(position, edge, leaf_of(edge[0])) for position, edge in edges if edge[0] not in order]
-            leaves = tuple((position, edge, p) for position, edge, p in below if p is not None and p in wanted)
+            outside = [(position, edge) for position, edge in edges if edge[0] not in order]
+            if outside:
+                below = [(position, edge, leaf_of(edge[0])) for position, edge in outside]
+                leaves = tuple((position, edge, p) for position, edge, p in below if p is not None and p in wanted)
         elif parameters := wanted.of(record, node):
             calls = (ByRules(record, parameters),)
         inputs = tuple((position, edge) for position, edge in edges if edge[0] in steps)

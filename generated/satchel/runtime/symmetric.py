@@ -22,10 +22,10 @@ def gram(rows: Tensor, over: int = 1) -> Tensor:
     size = rows.shape[1]
     if rows.is_cuda or size < 2 * _STRIP:
         return matmul(rows.mT, rows) / over
+    if len(rows) < 2 * _STRIP:  # the lower half is computed faster than copied
+        return matmul((rows / over).mT, rows)
     columns = rows.mT.contiguous()
     scaled = columns / over
-    if len(rows) < 2 * _STRIP:  # the lower half is computed faster than copied
-        return matmul(scaled, columns.mT)
     result = rows.new_empty(size, size)
     for first in range(0, size, _STRIP):
         end = min(first + _STRIP, size)
