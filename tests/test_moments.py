@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -72,7 +72,7 @@ def reference(module: nn.Module, x: Tensor, delta: Tensor) -> list[Tensor]:
     return [individual[name].var(0, correction=0) for name in double]
 
 
-def assert_accurate(found: list[Tensor], wanted: list[Tensor], tolerance: float = 1e-5) -> None:
+def assert_accurate(found: Sequence[Any], wanted: list[Tensor], tolerance: float = 1e-5) -> None:
     """Element by element."""
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=0)

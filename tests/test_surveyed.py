@@ -67,7 +67,7 @@ ALIKE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
     "mean": (lambda h: h - h.mean(1, keepdim=True), lambda h: h - h.mean(0, keepdim=True)),
     "transpose": (lambda h: h.unsqueeze(1).transpose(1, 2).squeeze(2), lambda h: h.transpose(0, 1)),
     "permute": (lambda h: h.permute(0, 1), lambda h: h.permute(1, 0)),
-    "unbind": (lambda h: sum(h.unsqueeze(1).unbind(1)), lambda h: torch.stack(h.unbind(0)[::-1])),
+    "unbind": (lambda h: h.unsqueeze(1).unbind(1)[0], lambda h: torch.stack(h.unbind(0)[::-1])),
     "index": (lambda h: h[[0, 1, 2, 3, 4]], lambda h: h[[1, 2, 3, 4, 0]]),
     "matrix": (lambda h: torch.eye(N).double() @ h, lambda h: torch.ones(N, N).double() @ h),
 }
