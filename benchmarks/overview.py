@@ -26,7 +26,7 @@ def overview(results: dict[str, Any], clock: str = "cpu") -> str:
                 table_line([
                     network,
                     cell,
-                    f"**{_number(ours)}**" if ours <= others.get(best, inf) and not isinf(ours) else _number(ours),
+                    _marked(ours, others.get(best, inf)),
                     _number(others.get("backpack", inf)),
                     "–" if isinf(others.get(best, inf)) else f"{_number(others[best])} ({best})",
                     bound_ratio(found, clock),
@@ -49,10 +49,10 @@ def wide(results: dict[str, Any], clock: str = "cpu") -> Iterator[str]:
 def _beside(found: dict[str, Any], clock: str) -> str:
     ours, others = value(found.get("satchel", {}), clock), peers(found, clock)
     best = min(others.values(), default=inf)
-    if isinf(ours):
-        return "–"
-    shown = f"**{_number(ours)}**" if ours <= best else _number(ours)
-    return shown if isinf(best) else f"{shown} / {_number(others.get('backpack', inf))} / {_number(best)}"
+    shown = _marked(ours, best)
+    return (
+        shown if isinf(ours) or isinf(best) else f"{shown} / {_number(others.get('backpack', inf))} / {_number(best)}"
+    )
 
 
 def sets(results: dict[str, Any], clock: str = "cpu") -> Iterator[str]:
@@ -87,6 +87,11 @@ def summary(results: dict[str, Any], clock: str = "cpu") -> Iterator[str]:
         if pairs:
             mean = exp(sum(log(mine / other) for mine, other in pairs) / len(pairs))
             yield f"Geometric mean of the ratio to {what} over {len(pairs)} cells: {mean:.2f} (target {target:g})."
+
+
+def _marked(ours: float, best: float) -> str:
+    """Bold where no peer is faster."""
+    return f"**{_number(ours)}**" if ours <= best and not isinf(ours) else _number(ours)
 
 
 def _megabytes(amount: float) -> str:

@@ -279,6 +279,11 @@ class Registry:
     def _passing(self) -> frozenset[Callable[..., Any]]:
         return frozenset(module.forward for module in self.passing)
 
+    def second_moment(self, quantity: str) -> str | None:
+        """Of squared deviations, the quantity Σ T²; None of any other."""
+        reduction = self.reductions.get(quantity)
+        return None if reduction is None else reduction.second
+
     def is_piecewise_linear(self, module: nn.Module) -> bool:
         """Whether a module is known to be, though it has no rules."""
         return "forward" not in vars(module) and type(module).forward in self._passing

@@ -29,11 +29,6 @@ _SUM = Need("gradient", SUM)
 _EXACT = (torch.float32, torch.float64)
 
 
-def _is_centred(quantity: str) -> bool:
-    reduction = registry().reductions.get(quantity)
-    return reduction is not None and reduction.second is not None
-
-
 class Harvest:
     """Uses of parameters with their δ, and quantities of curvature that sweeps have left."""
 
@@ -61,7 +56,7 @@ class Harvest:
         """The parameter's only use, if autograd's sum over samples serves what is asked of its δ."""
         use, *others = self._uses[id(parameter)]
         needs = self.demand.needs([use.layer], GRADIENT)
-        if others or not any(_is_centred(need.quantity) and use.offers(need.quantity) for need in needs):
+        if others or not any(registry().second_moment(need.quantity) and use.offers(need.quantity) for need in needs):
             return None
         if use.factor is None or use.factor.dtype != parameter.dtype or parameter.dtype not in _EXACT:
             return None

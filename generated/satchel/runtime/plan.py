@@ -16,7 +16,7 @@ from .calls import ByRules, Call
 from .lazy import lazy
 from .record import Edge, Entry, Mark, Record, entries, record_among
 from .rules import Layer
-from .torch_private import is_accumulator, leaf_of, node_output_shape, node_output_shapes
+from .torch_private import is_accumulator, leaf_of, node_output_count, node_output_shape
 from .uses import Use
 from .wanted import Wanted
 
@@ -40,7 +40,7 @@ class Step:
 
     @lazy
     def outputs(self) -> tuple[Edge, ...]:
-        return tuple((self.node, number) for number in range(len(node_output_shapes(self.node))))
+        return tuple((self.node, number) for number in range(node_output_count(self.node)))
 
     @property
     def linear(self) -> bool:

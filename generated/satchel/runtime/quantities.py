@@ -106,9 +106,8 @@ def _seconds(use: Use, rules: Mapping[str, Rule]) -> dict[str, str]:
     assert use.factor is not None
     if use.total is None or not use.total.unchanged or not moments.serve(use.factor):
         return {}
-    reductions = registry().reductions
-    costly = [name for name, rule in rules.items() if isinstance(rule.aten, cheapest) and name in reductions]
-    found = {name: second for name in costly if (second := reductions[name].second) is not None}
+    costly = [name for name, rule in rules.items() if isinstance(rule.aten, cheapest)]
+    found = {name: second for name in costly if (second := registry().second_moment(name)) is not None}
     return {name: second for name, second in found.items() if not uses_kernel(use.rules[second], [use.factor])}
 
 

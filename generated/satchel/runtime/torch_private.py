@@ -108,6 +108,11 @@ def node_outputs(node: Node) -> Sequence[tuple[tuple[int, ...], torch.dtype, tor
     return [(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata]
 
 
+def node_output_count(node: Node) -> int:
+    """How many gradients `node` receives."""
+    return len(node._input_metadata)
+
+
 def node_output_shapes(node: Node) -> tuple[tuple[int, ...], ...]:
     """Shapes of all gradients that `node` receives."""
     return tuple(tuple(m.shape) for m in node._input_metadata)
