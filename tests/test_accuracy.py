@@ -14,7 +14,7 @@ from conftest import DEFINITIONS, module_class
 from satchel import extend
 from satchel.runtime.evaluate import evaluate
 from satchel.runtime.quantities import quantities
-from satchel.runtime.record import layer_record
+from satchel.runtime.record import entries
 from satchel.runtime.uses import Use
 
 N = 3
@@ -37,7 +37,7 @@ NORMS = [
 
 def record_of(module: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
     y = module(x * 1)
-    record = layer_record(y.grad_fn) or layer_record(y._base.grad_fn)
+    record = entries(y.grad_fn).record or entries(y._base.grad_fn).record
     assert record is not None
     return y, record
 

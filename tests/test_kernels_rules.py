@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from emitted import lowered_layers
 from satchel import extend
 from satchel.runtime import triton_launch as launch
-from satchel.runtime.record import Record, layer_record
+from satchel.runtime.record import Record, entries
 from satchel.runtime.rules import Rule
 from satchel_gen.definitions import Example, Layer
 from satchel_gen.lowering.kernels import layer_kernels
@@ -48,7 +48,7 @@ def recorded(module: nn.Module, example: Example) -> Record:
     """One call of the layer."""
     output = module(torch.randn(3, *example.shape, dtype=torch.float64, requires_grad=True) * 1)
     base = output if output._base is None else output._base
-    record = layer_record(output.grad_fn) or layer_record(base.grad_fn)
+    record = entries(output.grad_fn).record or entries(base.grad_fn).record
     assert record is not None
     return record
 

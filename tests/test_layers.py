@@ -19,7 +19,7 @@ from satchel.runtime.calls import ByRules
 from satchel.runtime.evaluate import evaluate
 from satchel.runtime.plan import Place, Step
 from satchel.runtime.quantities import quantities
-from satchel.runtime.record import Record, layer_record
+from satchel.runtime.record import Record, entries
 from satchel.runtime.rules import BLOCK, Need
 from satchel.runtime.uses import Use
 
@@ -47,8 +47,8 @@ class Call:
             self.x = torch.randint(example.below, (N, *example.shape))
         self.inner = self.x * 1 if example.below is None else self.x
         self.y: Tensor = self.module(self.inner)
-        holder = self.y if self.y._base is None or layer_record(self.y.grad_fn) else self.y._base
-        record = layer_record(holder.grad_fn) if holder.grad_fn is not self.inner.grad_fn else None
+        holder = self.y if self.y._base is None or entries(self.y.grad_fn).record else self.y._base
+        record = entries(holder.grad_fn).record if holder.grad_fn is not self.inner.grad_fn else None
         self.differentiable, self.record = example.below is None, record
 
     def draw(self, *lead: int, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd.graph import Node
 
 from satchel.runtime.passing import pull
-from satchel.runtime.plan import Step, _postorder
+from satchel.runtime.plan import Step
 from satchel.runtime.sweep import add, take
 
 
@@ -155,10 +155,24 @@ def test_columns(name):
 def _steps(start: Node, end: Node) -> list[Step]:
     """The nodes on the way, consumers first: what a walk plans where a parameter lies below `end`."""
     steps, reached = [], {end}
-    for node in [node for node in _postorder([start]) if node is not end]:
+    for node in [node for node in _in_order(start) if node is not end]:
         following = enumerate(node.next_functions)
         inputs = tuple((k, (below, number)) for k, (below, number) in following if below in reached)
         if inputs:
             reached.add(node)
             steps.append(Step(node, None, inputs))
     return steps[::-1]
+
+
+def _in_order(start: Node) -> list[Node]:
+    """Each node after all that lie below it."""
+    order: dict[Node, None] = {}
+
+    def visit(node: Node | None) -> None:
+        if node is not None and node not in order:
+            for below, _ in node.next_functions:
+                visit(below)
+            order[node] = None
+
+    visit(start)
+    return list(order)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import prod
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -114,8 +114,7 @@ class Layout:
         return canonical_shape(self.axes[2:], shape, self.extents, self.ranks)
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Which sample an element of a tensor belongs to: flattened, the tensor is [outer, samples, inner].
 
     outer = 1 where the batch is the first axis, alone or joined with positions; a sequence-first tensor [T, N, …] has outer = T.

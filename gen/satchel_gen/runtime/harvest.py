@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from .errors import FieldMissing
 from .extension import Extension
 from .fields import Owner, memory_of
 from .memory import keep
-from .modes import grad_mode
+from .modes import in_grad_mode
 from .record import Record
-from .rules import Need, Sizes, registry
+from .rules import Need, Sizes
 from .subsampling import quantities_of
 from .torch_private import has_exact_products
 from .uses import PER_SAMPLE, Use
@@ -37,24 +37,26 @@ class Harvest:
         self._curvature: dict[int, dict[tuple[Source, Need], list[Tensor]]] = {}
         self._owner = Owner()
         self._ahead: dict[int, tuple[Use, dict[Need, Tensor]]] = {}
+        self._lent: tuple[Record | None, frozenset[int]] = None, frozenset()
 
     @property
-    def pending(self) -> Collection[int]:
-        """Ids of the parameters that have been reached and have no fields yet."""
-        return self._uses.keys()
+    def pending(self) -> Mapping[int, Tensor]:
+        """The parameters that have been reached and have no fields yet, by id."""
+        return self._parameters
 
     def use(self, parameter: Tensor, record: Record, name: str, factor: Tensor | None) -> bool:
         """Note a use with δ [1, *output], where that is asked for; whether it is the parameter's first."""
-        first = id(parameter) not in self._uses
-        self._parameters[id(parameter)] = parameter
-        self._uses.setdefault(id(parameter), []).append(Use(record, name, factor))
-        return first
+        key, use = id(parameter), Use(record, name, factor)
+        if key in self._uses:
+            self._uses[key].append(use)
+            return False
+        self._parameters[key], self._uses[key] = parameter, [use]
+        return True
 
     def takes_total(self, parameter: Tensor) -> Use | None:
         """The parameter's only use, if autograd's sum over samples serves what is asked of its δ."""
         use, *others = self._uses[id(parameter)]
-        needs = self.demand.needs([use.layer], GRADIENT)
-        if others or not any(registry().second_moment(need.quantity) and use.offers(need.quantity) for need in needs):
+        if others or not any(use.offers(quantity) for quantity in self.demand.deviations(use.layer)):
             return None
         if use.factor is None or use.factor.dtype != parameter.dtype or parameter.dtype not in _EXACT:
             return None
@@ -82,36 +84,59 @@ class Harvest:
         self._ahead[id(parameter)] = use, found
         return total
 
-    def reap(self, key: int, unit: float | None) -> list[Use]:
+    def reap(self, parameter: Tensor, unit: float | None) -> list[Use]:
         """Set the fields of a parameter; its uses."""
-        parameter, uses, swept = self._parameters.pop(key), self._uses.pop(key), self._curvature.pop(key, {})
-        samples = uses[0].record.samples
+        key = id(parameter)
+        uses, swept = self._uses.pop(key), self._curvature.pop(key, {})
+        del self._parameters[key]
         features = self.serving(uses)
         results = {key: parts[0] if len(parts) == 1 else torch.cat(parts) for key, parts in swept.items()}
         self._free(parameter, features)
         graph = torch.is_grad_enabled()  # create_graph=True
-        with grad_mode(graph and self.demand.differentiable):
-            use, ahead = self._ahead.pop(key, (None, {}))
-            found = ahead if uses == [use] else self._found(uses, GRADIENT)
-            for need, tensor in found.items():
-                results[GRADIENT, need] = tensor
-        with grad_mode(False):
-            for need, tensor in self._found(uses, INPUT).items():
-                results[INPUT, need] = tensor
-        sizes = Sizes(samples, unit)
-        lent = {memory_of(tensor) for tensor in (parameter, *(tensor for use in uses for tensor in use.tensors))}
+        use, ahead = self._ahead.pop(key, (None, {}))
+        own = uses == [use]
+        found = ahead if own else in_grad_mode(graph and self.demand.differentiable, self._found, uses, GRADIENT)
+        for need, tensor in found.items():
+            results[GRADIENT, need] = tensor
+        for need, tensor in in_grad_mode(False, self._found, uses, INPUT).items():
+            results[INPUT, need] = tensor
+        sizes = Sizes(uses[0].record.samples, unit)
+        lent = {memory_of(parameter)}
+        for use in uses:
+            lent |= self._memory(use)
         fields: list[Tensor] = []
         for extension in features:
-            with grad_mode(graph and extension.differentiable):
-                q = self._asked(extension, uses, results)
-                fields += self._owner.set(parameter, extension.field, extension.value(q, sizes), lent)
+            fields += in_grad_mode(
+                graph and extension.differentiable, self._set, parameter, extension, uses, results, sizes, lent
+            )
         keep(parameter, fields)
         return uses
 
+    def _set(
+        self,
+        parameter: Tensor,
+        extension: Extension,
+        uses: Sequence[Use],
+        results: Mapping[tuple[Source, Need], Tensor],
+        sizes: Sizes,
+        lent: Collection[int],
+    ) -> list[Tensor]:
+        """Set one field; its tensors."""
+        value = extension.value(self._asked(extension, uses, results), sizes)
+        return self._owner.set(parameter, extension.field, value, lent)
+
     def serving(self, uses: Sequence[Use]) -> tuple[Extension, ...]:
         """The features that have a value for a parameter."""
-        first, *others = [self.demand.serving(use.layer, use.name) for use in uses]
+        first, *others = [self.demand.serving(use.record.definition, use.name) for use in uses]
         return tuple(e for e in first if all(e in other for other in others)) if others else first
+
+    def _memory(self, use: Use) -> frozenset[int]:
+        """Where the memory begins of what a use is computed from, which the parameters of a call share."""
+        call, found = self._lent
+        if call is not use.record:
+            found = frozenset(map(memory_of, use.tensors))
+            self._lent = use.record, found
+        return found
 
     @staticmethod
     def _free(parameter: Tensor, features: Sequence[Extension]) -> None:
@@ -123,18 +148,19 @@ class Harvest:
         self._parameters.clear()
         self._uses.clear()
         self._ahead.clear()
+        self._lent = None, frozenset()
         self._curvature.clear()
 
     def _found(self, uses: Sequence[Use], source: Source) -> dict[Need, Tensor]:
         """What needs no sweep."""
-        needs = self.demand.needs([use.layer for use in uses], source)
+        needs = self.demand.needs([use.record.definition for use in uses], source)
         if not needs:
             return {}
         own = uses if source is GRADIENT else [Use(use.record, use.name) for use in uses]
         return quantities_of(own, needs, differentiable=torch.is_grad_enabled())
 
     def _asked(
-        self, extension: Extension, uses: Sequence[Use], results: dict[tuple[Source, Need], Tensor]
+        self, extension: Extension, uses: Sequence[Use], results: Mapping[tuple[Source, Need], Tensor]
     ) -> dict[str, Tensor]:
         """What a feature asked for, by name; residuals that never arose are absent. Only its graph is kept."""
         q: dict[str, Tensor] = {}
@@ -144,4 +170,6 @@ class Harvest:
                 q[need.quantity] = results[key]
             elif need.source not in RESIDUALS and all(use.offers(need.quantity) for use in uses):
                 raise FieldMissing(uses[0].record.where, uses[0].name, [extension.name])  # no sweep has come by
-        return q if torch.is_grad_enabled() else {name: tensor.detach() for name, tensor in q.items()}
+        if torch.is_grad_enabled() or not any([tensor.requires_grad for tensor in q.values()]):
+            return q
+        return {name: tensor.detach() for name, tensor in q.items()}

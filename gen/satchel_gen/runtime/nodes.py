@@ -129,7 +129,7 @@ def _record(step: Step, owner: Owned, layer: Layer, name: str, parameter: Tensor
         parameter_name=owner.name,
     )
     record.versions[name] = parameter._version
-    record.batch = batch
+    record.settle(batch)
     return record
 
 

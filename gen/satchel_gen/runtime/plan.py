@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
@@ -12,14 +12,14 @@ from torch.autograd.graph import Node
 
 from .calls import ByRules, Call
 from .lazy import lazy
-from .record import Edge, Entry, Mark, Record, entries, record_among
+from .record import Edge, Mark, Record, entries
 from .rules import Layer
 from .torch_private import is_accumulator, leaf_of, node_output_count, node_output_shape
 from .uses import Use
 from .wanted import Wanted
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Step:
     """A node that something needed lies below: a call of a layer, or a node that passes a factor by its own backward."""
 
@@ -74,7 +74,7 @@ class Place(NamedTuple):
         return Use(self.call.record, self.name)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Plan:
     """Steps in topological order: a node comes after all its consumers."""
 
@@ -86,28 +86,28 @@ class Plan:
     @lazy
     def records(self) -> tuple[Record, ...]:
         """The calls of layers."""
-        return tuple(step.record for step in self.steps if step.record is not None)
+        return tuple([step.record for step in self.steps if step.record is not None])
 
     @lazy
     def calls(self) -> tuple[Call, ...]:
         """Whatever uses wanted parameters by rules."""
-        return tuple(call for step in self.steps for call in step.calls)
+        return tuple([call for step in self.steps for call in step.calls])
 
     @lazy
     def definitions(self) -> tuple[Layer, ...]:
         """Each once."""
         records = [*self.records, *(call.record for call in self.calls)]
-        return tuple(dict.fromkeys(record.definition for record in records))
+        return tuple(dict.fromkeys([record.definition for record in records]))
 
     @property
     def loose(self) -> tuple[tuple[Step, Tensor], ...]:
         """The wanted parameters that nodes without record use."""
-        return tuple((step, leaf) for step in self.steps for _, _, leaf in step.leaves)
+        return tuple([(step, leaf) for step in self.steps for _, _, leaf in step.leaves])
 
     @lazy
     def unknown(self) -> tuple[Step, ...]:
         """The nodes that pass factors by their own backward."""
-        return tuple(step for step in self.steps if step.record is None)
+        return tuple([step for step in self.steps if step.record is None])
 
     @lazy
     def uses(self) -> Mapping[int, list[Place]]:
@@ -122,6 +122,9 @@ class Plan:
     @lazy
     def tied(self) -> Mapping[int, list[Place]]:
         """Those of the parameters that have several."""
+        used = [id(parameter) for call in self.calls for parameter in call.parameters.values()]
+        if len(set(used)) == len(used):
+            return {}
         return {key: places for key, places in self.uses.items() if len(places) > 1}
 
     @lazy
@@ -176,60 +179,48 @@ def _numel(edge: Edge) -> int:
     return prod(node_output_shape(node, output_nr))
 
 
-class _Met(NamedTuple):
-    """What the walk sees of a node: what forward passes left there, and the edges that a factor takes from it."""
-
-    present: Sequence[Entry]
-    record: Record | None
-    inputs: tuple[tuple[int, Edge], ...]
-
-    @staticmethod
-    def of(node: Node) -> _Met:
-        present = entries(node)
-        record = record_among(present)
-        if record is not None:
-            return _Met(present, record, () if record.edge is None else ((0, record.edge),))
-        following = enumerate(node.next_functions)
-        return _Met(
-            present, None, tuple((position, (n, number)) for position, (n, number) in following if n is not None)
-        )
-
-
 def walk(start: Iterable[Edge], wanted: Wanted) -> Plan:
-    """The plan of everything below `start`. The inside of a recorded layer is not entered: its rules stand for it."""
+    """The plan of everything below `start`, each node after all that lie below it. No recursion: graphs are deep.
+
+    The inside of a recorded layer is not entered: its rules stand for it.
+    """
     start = tuple(start)
-    order = _postorder([node for node, _ in start])
+    entered: dict[Node, list[tuple[int, Edge]]] = {}  # with the edges that a factor takes from there
+    nodes: set[Node] = set()
     steps: dict[Node, Step] = {}
     marks: list[Mark] = []
-    for node, (present, record, edges) in order.items():
-        marks += [entry for entry in present if type(entry) is Mark]
-        calls: tuple[Call, ...] = ()
-        leaves: tuple[tuple[int, Edge, Tensor], ...] = ()
-        if record is None:
-            outside = [(position, edge) for position, edge in edges if edge[0] not in order]
-            if outside:
-                below = [(position, edge, leaf_of(edge[0])) for position, edge in outside]
-                leaves = tuple((position, edge, p) for position, edge, p in below if p is not None and p in wanted)
-        elif parameters := wanted.of(record, node):
-            calls = (ByRules(record, parameters),)
-        inputs = tuple((position, edge) for position, edge in edges if edge[0] in steps)
-        if inputs or calls or leaves:
-            steps[node] = Step(node, record, inputs, calls, leaves)
-    return Plan(start, tuple(reversed(steps.values())), frozenset(order), tuple(marks))
-
-
-def _postorder(roots: list[Node]) -> dict[Node, _Met]:
-    """Every node below `roots`, after all that lie below it. Accumulators are left out. No recursion: graphs are deep."""
-    order: dict[Node, _Met] = {}
-    entered: set[Node] = set()
-    stack: list[tuple[Node, _Met | None]] = [(root, None) for root in reversed(roots)]
+    stack = [node for node, _ in reversed(start) if not is_accumulator(node)]
     while stack:
-        node, met = stack.pop()
-        if met is not None:
-            order[node] = met
-        elif node not in entered and not is_accumulator(node):
-            met = _Met.of(node)
-            entered.add(node)
-            stack.append((node, met))
-            stack += [(below, None) for _, (below, _) in met.inputs]
-    return order
+        node = stack[-1]
+        if node in nodes:
+            stack.pop()
+            continue
+        left = entries(node)
+        record, edges = left.record, entered.get(node)
+        if edges is None:
+            entered[node] = edges = []
+            for position, (below, number) in enumerate(node.next_functions if record is None else record.edges):
+                if below is not None:
+                    edges.append((position, (below, number)))
+                    if below not in entered and not is_accumulator(below):
+                        stack.append(below)
+            if stack[-1] is not node:
+                continue
+        stack.pop()
+        nodes.add(node)
+        if len(left) > (record is not None):
+            marks += [entry for entry in left if type(entry) is Mark]
+        inputs, leaves = [], []
+        for place in edges:
+            position, edge = place
+            if edge[0] in steps:
+                inputs.append(place)
+            elif record is None and is_accumulator(edge[0]):
+                leaf = leaf_of(edge[0])
+                if leaf is not None and leaf in wanted:
+                    leaves.append((position, edge, leaf))
+        parameters = None if record is None else wanted.of(record, node)
+        if inputs or leaves or parameters:
+            calls = (ByRules(record, parameters),) if record is not None and parameters else ()
+            steps[node] = Step(node, record, tuple(inputs), calls, tuple(leaves))
+    return Plan(start, tuple(reversed(steps.values())), frozenset(nodes), tuple(marks))

@@ -17,6 +17,11 @@ def widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(function)
     def call(*operands: Any, **out: Tensor) -> Tensor:
+        for operand in operands:
+            if isinstance(operand, Tensor) and operand.dtype is not torch.float32:
+                break
+        else:
+            return function(*operands, **out)
         dtypes = {operand.dtype for operand in operands if isinstance(operand, Tensor)}
         floating = {dtype for dtype in dtypes if dtype.is_floating_point}
         if len(floating) < 2 and floating.isdisjoint(_HALF):

@@ -34,19 +34,23 @@ def quantities(
     if len(uses) > 1 and not joinable(uses):
         return _totalled(uses, [name for name in names if all(use.offers(name) for use in uses)], extra, differentiable)
     use = uses[0] if len(uses) == 1 else joined(uses)
-    rules = {name: use.rules[name] for name in names if name in use.rules}
+    offered = use.rules
+    rules = {name: offered[name] for name in names if name in offered}
     found = {} if differentiable or use.factor is None else _cheapest(use, rules, extra, SUM in names)
-    total = found.pop(SUM, None)
+    values: dict[str, Tensor] = {}
     for name, rule in rules.items():
-        if name not in found and rule.aten in use.memo:
-            found[name] = use.memo[rule.aten]
-        elif name not in found:
+        value = found.get(name)
+        if value is None:
+            value = use.memo.get(rule.aten)
+        if value is None:
             given = _given(use, name, extra)
-            found[name] = evaluate(rule, use.layer, use.operand, *given, differentiable=differentiable)
+            value = evaluate(rule, use.layer, use.operand, *given, differentiable=differentiable)
             if not rule.operands:
-                use.memo[rule.aten] = found[name]
-    values = {name: shaped(rules[name], use, value) for name, value in found.items()}
-    return values if total is None else values | {SUM: total.reshape(use.record.parameter(use.name).shape)}
+                use.memo[rule.aten] = value
+        values[name] = shaped(rule, use, value)
+    if SUM in found:
+        values[SUM] = found[SUM].reshape(use.record.parameter(use.name).shape)
+    return values
 
 
 def _totalled(
@@ -87,8 +91,10 @@ def _cheapest(use: Use, rules: Mapping[str, Rule], extra: Sequence[Tensor], summ
 
     Squared deviations by the second moment and autograd's sum, where that is known.
     """
-    assert use.factor is not None
     seconds = _seconds(use, rules)
+    if not seconds:
+        return _ranked(use, rules, extra, summed)
+    assert use.factor is not None
     taken = {name: rule for name, rule in rules.items() if name not in seconds}
     found = _ranked(use, taken | {second: use.rules[second] for second in seconds.values()}, extra, summed)
     for name, second in seconds.items():
@@ -101,8 +107,7 @@ def _cheapest(use: Use, rules: Mapping[str, Rule], extra: Sequence[Tensor], summ
 
 def _seconds(use: Use, rules: Mapping[str, Rule]) -> dict[str, str]:
     """Squared deviations that have several programs and that autograd's sum serves; with the second moment of each."""
-    assert use.factor is not None
-    if use.total is None or not use.total.unchanged or not moments.serve(use.factor):
+    if use.total is None or use.factor is None or not use.total.unchanged or not moments.serve(use.factor):
         return {}
     costly = [name for name, rule in rules.items() if isinstance(rule.aten, cheapest)]
     found = {name: second for name in costly if (second := registry().second_moment(name)) is not None}

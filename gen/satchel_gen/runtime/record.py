@@ -7,7 +7,7 @@ that is attached to its own node or one downstream, so there is no cycle.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -55,6 +55,11 @@ class _Kept(Mark):
     versions: dict[str, int] = field(default_factory=dict)
     freed: bool = False
 
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """The edge, if it leads somewhere."""
+        return () if self.edge is None else (self.edge,)
+
     def keep(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             self.tensors[name], self.versions[name] = tensor, version(tensor)
@@ -87,18 +92,26 @@ class Record(_Kept):
     checkpointed: bool = False
     #: Whether the parameter is the transpose of what the definition says.
     transposed: bool = False
-    batch: Batch = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.batch = Batch(self.output_shape[0] if self.output_shape else 0)
+    @lazy
+    def batch(self) -> Batch:
+        return Batch(self.output_shape[0] if self.output_shape else 0)
 
     @property
     def samples(self) -> int:
         return self.batch.samples
 
+    def settle(self, batch: Batch) -> None:
+        """Say where the batch is."""
+        known = vars(self)
+        if known.get("batch") != batch:
+            known.pop("canonical_input", None)
+            known.pop("canonical_output", None)
+            known["batch"] = batch
+
     def place(self, batch: Batch) -> None:
         """Say where the batch is; refuse where the layer's input or output cannot have it there."""
-        self.batch = batch
+        self.settle(batch)
         for layout, shape in ((self.input_layout, self.input_shape), (self.output_layout, self.output_shape)):
             if batch.placed(layout, shape) is None:
                 raise BatchAxisLost(self.where, shape, batch.samples)
@@ -111,12 +124,12 @@ class Record(_Kept):
     def output_layout(self) -> Layout:
         return self._layout(self.definition.output_axes, self.output_shape)
 
-    @property
+    @lazy
     def canonical_input(self) -> tuple[int, ...]:
         """Canonical shape of the input."""
         return self._canonical(self.input_layout, self.input_shape)
 
-    @property
+    @lazy
     def canonical_output(self) -> tuple[int, ...]:
         """Canonical shape of the output."""
         return self._canonical(self.output_layout, self.output_shape)
@@ -127,10 +140,16 @@ class Record(_Kept):
             raise BatchAxisLost(self.where, shape, self.samples)
         return found
 
+    def _in_front(self, tensor: Tensor, canonical: tuple[int, ...], layout: Layout) -> Tensor:
+        if self.batch.outer > 1:
+            return self.batch.to_front(tensor, layout)
+        return tensor if tensor.shape == canonical else tensor.reshape(canonical)
+
     def at_output(self, tensor: Tensor, lead: int) -> Tensor:
         """A factor [*lead, *node] as the layer's canonical output."""
         if self.batch.is_first(self.output_shape):
-            return tensor.reshape(*tensor.shape[:lead], *self.canonical_output)
+            own, canonical = tensor.shape, self.canonical_output
+            return tensor if own[lead:] == canonical else tensor.reshape(*own[:lead], *canonical)
         return self.batch.to_front(tensor.reshape(*tensor.shape[:lead], *self.output_shape), self.output_layout, lead)
 
     def at_input(self, tensor: Tensor, lead: int) -> Tensor:
@@ -139,6 +158,8 @@ class Record(_Kept):
 
     def _layout(self, axes: Axes, shape: tuple[int, ...]) -> Layout:
         layer, options = self.definition, self.options
+        if not (layer.extents or layer.ranks):
+            return Layout.of(axes)
         known = tuple((axis, options[size] if isinstance(size, str) else size) for axis, size in layer.extents.items())
         return Layout.of(axes, known, tuple((axis, rank(options, len(shape))) for axis, rank in layer.ranks.items()))
 
@@ -153,9 +174,9 @@ class Record(_Kept):
     def operand(self, name: str) -> Any:
         """An operand of a rule, canonical."""
         if name == "input":
-            return self.batch.to_front(self.tensor("input"), self.input_layout)
+            return self._in_front(self.tensor("input"), self.canonical_input, self.input_layout)
         if name == "output":
-            return self.batch.to_front(self.tensor("output"), self.output_layout)
+            return self._in_front(self.tensor("output"), self.canonical_output, self.output_layout)
         if name.endswith("_shape"):
             return self._shape(name.removesuffix("_shape"))
         if name in self.definition.parameters:
@@ -183,10 +204,10 @@ class Record(_Kept):
 
     def touch(self, name: str) -> None:
         """Refuse an operand that was overwritten or freed."""
-        if name in ("input", "output"):
+        if name in ("input", "output") or name in self.definition.buffers:
             self.tensor(name)
-        else:
-            self.operand(name)
+        elif (parameter := name.removesuffix("_shape")) in self.parameters:
+            self.parameter(parameter)
 
     @property
     def structure(self) -> Hashable:
@@ -196,8 +217,12 @@ class Record(_Kept):
 
     def trainable(self) -> dict[str, Tensor]:
         """The parameters that autograd computes a gradient for."""
-        alive = {name: reference() for name, reference in self.parameters.items()}
-        return {name: p for name, p in alive.items() if p is not None and p.requires_grad}
+        found = {}
+        for name, reference in self.parameters.items():
+            parameter = reference()
+            if parameter is not None and parameter.requires_grad:
+                found[name] = parameter
+        return found
 
 
 @dataclass(eq=False, kw_only=True)
@@ -236,26 +261,33 @@ class LossRecord(_Kept):
 Entry: TypeAlias = Mark | Record | LossRecord
 
 
-def entries(node: Node) -> list[Entry]:
-    """What the forward pass left on a node; later entries belong to modules further out."""
-    return metadata(node).get(_KEY, [])
+class Entries(list[Entry]):
+    """What forward passes left on a node; later entries belong to modules further out."""
+
+    #: The call of a layer whose output the node computes.
+    record: Record | None = None
+    losses: tuple[LossRecord, ...] = ()
 
 
-def attach(node: Node, entry: Entry) -> list[Entry]:
+_NOTHING = Entries()
+
+
+def entries(node: Node) -> Entries:
+    found: Entries = metadata(node).get(_KEY, _NOTHING)
+    return found
+
+
+def attach(node: Node, entry: Entry) -> Entries:
     """Leave `entry` on `node`; all that is there now."""
-    present: list[Entry] = metadata(node).setdefault(_KEY, [])
+    present: Entries | None = metadata(node).get(_KEY)
+    if present is None:
+        present = metadata(node)[_KEY] = Entries()
     present.append(entry)
+    if isinstance(entry, LossRecord):
+        present.losses += (entry,)
+    elif isinstance(entry, Record) and present.record is None:
+        present.record = entry
     return present
-
-
-def layer_record(node: Node) -> Record | None:
-    """The call of a layer whose output the node computes."""
-    return record_among(entries(node))
-
-
-def record_among(present: Iterable[Entry]) -> Record | None:
-    """The call of a layer among what was left on its node."""
-    return next((entry for entry in present if isinstance(entry, Record)), None)
 
 
 def alias(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from .torch_private import (
     inside_checkpoint,
     inside_functorch,
     is_accumulator,
-    node_output_shape,
     saved,
     version,
     view_base,
@@ -64,13 +63,13 @@ class Recorder:
         reference = weakref.ref(module)
         if isinstance(output, Tensor) and output.requires_grad:
             if isinstance(definition, Layer) and _plain_parameters(module, definition):
-                return self._layer(definition, reference, _argument(args, kwargs, 0, "input"), output)
+                return self._layer(definition, module, reference, args[0] if args else kwargs["input"], output)
             if isinstance(definition, Loss):
                 names = _arguments(type(module).forward)
                 given = dict(zip(names, args, strict=False)) | kwargs
                 return self._loss(module, {name: given[name] for name in names if name in given}, output)
         if registry().is_piecewise_linear(module) and isinstance(output, Tensor):
-            own = list(_between(output, _argument(args, kwargs, 0, "input")))
+            own = list(_between(output, args[0] if args else kwargs["input"]))
             for node in own:
                 _attach(node, Mark(self.name, reference, linear=True))
             if own:
@@ -79,8 +78,9 @@ class Recorder:
             if own_node is not None:
                 _attach(own_node, Mark(self.name, reference))
 
-    def _layer(self, layer: Layer, reference: weakref.ref[nn.Module], x: Tensor, output: Tensor) -> None:
-        module = reference()
+    def _layer(
+        self, layer: Layer, module: nn.Module, reference: weakref.ref[nn.Module], x: Tensor, output: Tensor
+    ) -> None:
         inplace = vars(module).get("inplace") is True
         if output is x and not inplace:  # Identity, Flatten of two axes: no node of its own
             if output.grad_fn is not None:
@@ -98,37 +98,43 @@ class Recorder:
             _attach(_node(output), Mark(self.name, reference))
             return
         if layer.operation and own:
-            node, output_nr, edge = _node(output), output.output_nr, _first_edge(_node(output))
-            x = saved(node, "input") if edge is None or "input" in layer.reads(tuple(layer.parameters)) else x
+            holder, edge = output, _first_edge(_node(output))
+            x = saved(_node(output), "input") if edge is None or "input" in layer.reads(tuple(layer.parameters)) else x
         else:
-            node, output_nr, edge = _place(x, output, inplace)
-        present = {name: module._parameters[name] for name in layer.parameters}  # type: ignore[union-attr]
-        parameters = {name: parameter for name, parameter in present.items() if parameter is not None}
+            holder, edge = _place(x, output, inplace)
+        node = _node(holder)
+        parameters: dict[str, weakref.ref[Tensor]] = {}
+        versions, trainable = {}, []
+        for name in layer.parameters:
+            parameter = module._parameters[name]
+            if parameter is not None:
+                parameters[name], versions[name] = weakref.ref(parameter), version(parameter)
+                if parameter.requires_grad:
+                    trainable.append(name)
         record = Record(
             name=self.name,
             module=reference,
-            options=_numbers(module, layer, node, output),
-            node_shape=node_output_shape(node, output_nr),
-            output_nr=output_nr,
+            options=_numbers(module, layer, node, output) if layer.options or layer.numbers else {},
+            node_shape=tuple(holder.shape),
+            output_nr=holder.output_nr,
             edge=edge,
+            versions=versions,
             definition=layer,
-            parameters={name: weakref.ref(parameter) for name, parameter in parameters.items()},
+            parameters=parameters,
             input_shape=tuple(x.shape),
             output_shape=tuple(output.shape),
             checkpointed=inside_checkpoint(),
         )
-        record.versions.update({name: version(parameter) for name, parameter in parameters.items()})
-        trainable = record.trainable()
         reads = layer.reads(tuple(trainable))
         if "input" in reads and not inplace:
             # Attached where a field can be differentiated; autograd has saved the same tensor then.
             record.keep(input=x if trainable else alias(x))
         if "output" in reads:
             record.keep(output=alias(output))
-        if len(parameters) < len(present):  # one that is absent is 1 where a rule reads it
+        if len(parameters) < len(layer.parameters):  # one that is absent is 1 where a rule reads it
             record.keep(one=output.new_ones(()))
         for name in layer.buffers:
-            if (buffer := module._buffers[name]) is not None:  # type: ignore[union-attr]
+            if (buffer := module._buffers[name]) is not None:
                 record.keep(**{name: buffer})
         _attach(node, record)
 
@@ -155,20 +161,10 @@ class Recorder:
         _attach(node, record)
 
 
-class _Arrival:
-    """Pre-hook of a node with entries. Holds them, not the node."""
-
-    def __init__(self, present: list[Entry]) -> None:
-        self.present = present
-
-    def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
-        return arrive(self.present, gradients)
-
-
 def _attach(node: Node, entry: Entry) -> None:
     present = attach(node, entry)
     if len(present) == 1:
-        node.register_prehook(_Arrival(present))
+        node.register_prehook(partial(arrive, present))  # which holds the entries, not the node
 
 
 def _argument_over(x: Tensor, value: Any) -> Tensor:
@@ -177,22 +173,14 @@ def _argument_over(x: Tensor, value: Any) -> Tensor:
     return tensor.unsqueeze(-1) if 0 < tensor.ndim < x.ndim and tensor.shape == x.shape[:-1] else tensor
 
 
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Tensor:
-    return args[position] if len(args) > position else kwargs[name]
-
-
 def _plain_parameters(module: nn.Module, layer: Layer) -> bool:
     """Whether the parameters are leaves of the module: parametrised or swapped ones belong to other nodes."""
-    return all(
-        name in module._parameters and ((parameter := module._parameters[name]) is None or parameter.is_leaf)
-        for name in layer.parameters
-    )
+    own = module._parameters
+    return all(name in own and ((parameter := own[name]) is None or parameter.is_leaf) for name in layer.parameters)
 
 
-def _numbers(module: nn.Module | None, layer: Layer, node: Node, output: Tensor) -> dict[str, Any]:
+def _numbers(module: nn.Module, layer: Layer, node: Node, output: Tensor) -> dict[str, Any]:
     """The attributes of the module that the definition restricts or reads; those of its operation where that has them."""
-    if not (layer.options or layer.numbers):
-        return {}
     wanted = dict.fromkeys([*layer.options, *layer.numbers])
     found = {name: saved(node, name) if name in layer.saved else getattr(module, name) for name in wanted}
     ranks = [len(value) for name, value in found.items() if name in layer.saved and isinstance(value, tuple | list)]
@@ -243,8 +231,8 @@ def _edge(x: Tensor) -> Edge | None:
     return edge.node, edge.output_nr
 
 
-def _place(x: Tensor, output: Tensor, inplace: bool) -> tuple[Node, int, Edge | None]:
-    """The node that receives the output's gradient, and the edge to the input.
+def _place(x: Tensor, output: Tensor, inplace: bool) -> tuple[Tensor, Edge | None]:
+    """The tensor whose node receives the output's gradient, and the edge to the input.
 
     An in-place operation on a view makes autograd rebuild the view's node above the node of its base. So where the output is
     all of a base that is not the input's, or was changed in place, the base's node is taken: it stays in the graph.
@@ -253,11 +241,7 @@ def _place(x: Tensor, output: Tensor, inplace: bool) -> tuple[Node, int, Edge | 
     base = _whole_view(output)
     if base is not None and (inplace or (base is not x and base is not view_base(x))):
         holder = base
-    node = _node(holder)
-    if not inplace:
-        return node, holder.output_nr, _edge(x)
-    before, output_nr = node.next_functions[0]
-    return node, holder.output_nr, None if before is None else (before, output_nr)
+    return holder, _first_edge(_node(holder)) if inplace else _edge(x)
 
 
 def _node(tensor: Tensor) -> Node:

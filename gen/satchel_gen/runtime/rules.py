@@ -292,16 +292,18 @@ class Registry:
         """By its forward function: a subclass that computes the same is the same."""
         if "forward" in vars(module):  # patched on the instance: it may compute anything
             return None
-        for definition in self._by_forward.get(type(module).forward, ()):
-            if all(getattr(module, name) == value for name, value in definition.when.items()):
-                return definition
-        return None
+        return next((each for each in self._by_forward.get(type(module).forward, ()) if _covers(each, module)), None)
 
     def loss(self, module: nn.Module, target: Tensor) -> Loss:
         """The variant of a loss for a target of classes, or of numbers; the only one there is, where the target fits none."""
-        variants = [loss for loss in self._by_forward[type(module).forward] if isinstance(loss, Loss)]
-        fits = [loss for loss in variants if all(getattr(module, name) == v for name, v in loss.when.items())]
-        return next((loss for loss in fits if loss.classes is not target.is_floating_point()), fits[0])
+        classes, first = not target.is_floating_point(), None
+        for loss in self._by_forward[type(module).forward]:
+            if isinstance(loss, Loss) and _covers(loss, module):
+                if loss.classes is classes:
+                    return loss
+                first = first or loss
+        assert first is not None, "its definition is one"
+        return first
 
     @lazy
     def by_node(self) -> Mapping[str, tuple[Operation, OperationNode]]:
@@ -311,6 +313,11 @@ class Registry:
     def composite(self, module: nn.Module) -> Composite | None:
         forward = type(module).forward
         return next((composite for composite in self.composites if composite.module.forward is forward), None)
+
+
+def _covers(definition: Layer | Loss, module: nn.Module) -> bool:
+    """Whether the module has the attributes that the definition asks for."""
+    return all(getattr(module, name) == value for name, value in definition.when.items())
 
 
 def _asks(definition: Layer | Loss) -> int:

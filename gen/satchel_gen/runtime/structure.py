@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
+from torch.autograd.graph import Node
+
 from .axes import Batch
 from .demand import SECOND_ORDER, Demand
-from .plan import Plan, Step
+from .plan import Plan
 from .record import Edge
 from .settings import current
 from .torch_private import axis_structure, node_output_shapes
@@ -26,22 +28,23 @@ def structure(
     """What a survey reads of a plan; None where it reads more: values, or nodes that use parameters or have second derivatives."""
     if plan.loose or (plan.unknown and any(source.kind in SECOND_ORDER for source in demand.sources(plan.definitions))):
         return None
-    places = {step.node: place for place, step in enumerate(plan.steps)}
+    places: dict[Node, int] = {}
     parameters: dict[int, int] = {}
-    steps: list[Hashable] = []
-    for step in plan.steps:
-        own = _of_node(step) if step.record is None else step.record.structure
+    found: list[Hashable] = [current().memory_limit, *samples]
+    for place, step in enumerate(reversed(plan.steps)):  # inputs before what is computed from them
+        places[step.node] = place
+        own = _of_node(step.node) if step.record is None else step.record.structure
         if own is None:
             return None
-        uses = [
-            (name, parameters.setdefault(id(p), len(parameters)), p.shape, p.dtype)
-            for call in step.calls
-            for name, p in call.parameters.items()
-        ]
-        inputs = [(position, places[node], number) for position, (node, number) in step.inputs]
-        steps.append((own, *uses, *inputs))
-    starts = [(places.get(node), number, *shape) for (node, number), shape in start.items()]
-    key = (*steps, *starts, *samples, current().memory_limit)
+        found += (own, len(step.calls), len(step.inputs))
+        for call in step.calls:
+            for name, p in call.parameters.items():
+                found += (name, parameters.setdefault(id(p), len(parameters)), p.shape, p.dtype)
+        for position, (node, number) in step.inputs:
+            found += (position, places[node], number)
+    for (node, number), shape in start.items():
+        found += (places.get(node), number, *shape)
+    key = tuple(found)
     try:
         hash(key)
     except TypeError:  # a module's option that is no value, as a list
@@ -49,7 +52,7 @@ def structure(
     return key
 
 
-def _of_node(step: Step) -> Hashable | None:
+def _of_node(node: Node) -> Hashable | None:
     """Shapes of inputs are those of the outputs below."""
-    own = axis_structure(step.node)
-    return None if own is None else (own, node_output_shapes(step.node))
+    own = axis_structure(node)
+    return None if own is None else (own, node_output_shapes(node))

@@ -51,7 +51,7 @@ def check(
     if known is not None:
         _touch(plan, context.demand)
         for record, batch in zip(plan.records, known.batches, strict=True):
-            record.batch = batch
+            record.settle(batch)
         return plan, known.samples, []
     plan, count, found, holds = _survey(plan, context, start, samples, marks)
     if holds and key is not None:

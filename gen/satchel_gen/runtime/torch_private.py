@@ -52,8 +52,14 @@ _ARRANGING = frozenset({
 AXISWISE = _BY_SAMPLE | _ELEMENTWISE | _ARRANGING
 
 
+_ACCUMULATOR: type[Node] = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 #: What `nn.Linear` puts between its product and its weight.
 _TRANSPOSE = "TBackward0"
+
+
+def is_any_autocast_enabled() -> bool:
+    """Whether operations are cast on some device."""
+    return torch._C._is_any_autocast_enabled()
 
 
 def graph_task() -> int:
@@ -113,7 +119,7 @@ def node_output_count(node: Node) -> int:
 
 def node_output_shapes(node: Node) -> tuple[tuple[int, ...], ...]:
     """Shapes of all gradients that `node` receives."""
-    return tuple(tuple(m.shape) for m in node._input_metadata)
+    return tuple([tuple(m.shape) for m in node._input_metadata])
 
 
 def node_output_shape(node: Node, output_nr: int) -> tuple[int, ...]:
@@ -181,7 +187,7 @@ def transposition(node: Node, accumulator: Node | None) -> Node | None:
 
 
 def is_accumulator(node: Node) -> bool:
-    return node.name() == "torch::autograd::AccumulateGrad"
+    return type(node) is _ACCUMULATOR
 
 
 def normalised_shape(node: Node) -> tuple[int, ...] | None:
@@ -212,15 +218,17 @@ def axis_before(node: Node, axis: int, before: Sequence[int], after: Sequence[in
 def axis_structure(node: Node) -> Hashable | None:
     """What besides shapes says where the axes of a node's outputs are in its inputs; None if that is not known of such nodes."""
     name = node.name()
-    if name in RESHAPING or name in _BY_SAMPLE:
-        return name
-    if name in _ELEMENTWISE or name in _ARRANGING:
-        return (name, *(getattr(node, along) for along in _saved_axes(type(node))))
-    return None
+    axes = _saved_axes(name, type(node))
+    return (name, *[getattr(node, along) for along in axes]) if axes else (None if axes is None else name)
 
 
 @cache
-def _saved_axes(kind: type[Node]) -> tuple[str, ...]:
+def _saved_axes(name: str, kind: type[Node]) -> tuple[str, ...] | None:
+    """The attributes of a node that say along which axes it works; None if more than these may matter."""
+    if name in RESHAPING or name in _BY_SAMPLE:
+        return ()
+    if name not in _ELEMENTWISE and name not in _ARRANGING:
+        return None
     return tuple(along for along in ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1") if hasattr(kind, along))
 
 

@@ -96,7 +96,8 @@ def shaped(rule: Rule, use: Use, value: Tensor) -> Tensor:
         return value
     if use.record.transposed:
         return value.mT
-    return value.reshape(*value.shape[: rule.lead], *use.record.parameter(use.name).shape)
+    own, shape = value.shape, use.record.parameter(use.name).shape
+    return value if own[rule.lead :] == shape else value.reshape(*own[: rule.lead], *shape)
 
 
 def joined(uses: Sequence[Use]) -> Use:

@@ -22,12 +22,12 @@ from .demand import CURVATURE
 from .errors import BatchAxisLost, FieldMissing, LossIncomplete, LossNotExtended, UnitUnknown
 from .flags import Flag, first_raised
 from .harvest import GRADIENT, Harvest
-from .modes import grad_mode, without_autocast
+from .modes import in_grad_mode, without_autocast
 from .plan import Plan, Step, walk
 from .promise import Promise
 from .pullback import operation
-from .record import Edge, Entry, LossRecord, Mark, Record, record_among
-from .rules import registry
+from .record import Edge, Entries, LossRecord, Mark, Record
+from .rules import Layer, registry
 from .torch_private import (
     at_end_of_backward,
     current_node,
@@ -40,10 +40,10 @@ from .torch_private import (
 from .wanted import Wanted
 
 
-def arrive(entries: Sequence[Entry], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+def arrive(entries: Entries, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
     """The backward is about to run a node on which forward passes left `entries`; the gradients it is to take, if not these."""
     context = active()
-    if context is not None and not (context.reached or all(isinstance(entry, LossRecord) for entry in entries)):
+    if context is not None and len(entries) > len(entries.losses):
         context.reached = True
     if context is None or not (context.extensions or context.extension_hook):
         if not keeps_graph():
@@ -53,12 +53,10 @@ def arrive(entries: Sequence[Entry], gradients: tuple[Tensor | None, ...]) -> tu
     running = context.passes.get(task)
     if running is None:
         running = context.passes[task] = Pass(context, task)
-    device = next((gradient.device.type for gradient in gradients if gradient is not None), "cpu")
-    with without_autocast(device):
-        return running.arrive(entries, gradients)
+    return without_autocast(gradients, running.arrive, entries, gradients)
 
 
-def _release(entries: Sequence[Entry]) -> None:
+def _release(entries: Sequence[Mark]) -> None:
     for entry in entries:
         if isinstance(entry, Record | LossRecord):
             entry.release()
@@ -88,17 +86,15 @@ class Pass:
 
     # ------------------------------------------------------------------------------------------------ nodes that run
 
-    def arrive(
-        self, entries: Sequence[Entry], gradients: tuple[Tensor | None, ...]
-    ) -> tuple[Tensor | None, ...] | None:
-        losses = [entry for entry in entries if isinstance(entry, LossRecord)]
-        for loss in losses:
+    def arrive(self, entries: Entries, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+        for loss in entries.losses:
             self._loss(loss, gradients[loss.output_nr])
-        if not losses:
+        if not entries.losses:
             node = current_node()
             if node not in self.surveyed:
                 self._below_no_loss(node, entries)
-            self._calls(node, gradients)
+            if self.calls:
+                self._calls(node, gradients)
         taken: tuple[Tensor, ...] | None = None
         for entry in reversed(entries):
             if isinstance(entry, Record) and (wanted := self.wanted.of(entry)):
@@ -106,7 +102,7 @@ class Pass:
                 taken = self._spared(entry, wanted, gradients)
             else:
                 self._hook(entry)
-                if not self.keep and not self._is_promised(entry):
+                if not (self.keep or self._is_promised(entry)):
                     _release([entry])
         return taken
 
@@ -120,22 +116,27 @@ class Pass:
         plan = walk([loss.edge], self.wanted)
         layers = [record.definition for record in plan.records] or [operation()]
         curved = self.demand.features(layers, *CURVATURE)
-        with grad_mode(False):
-            if curved:
-                curvature.check_loss(loss, self.demand, layers)
-            samples = self._possible_samples(plan, loss.input_shape, bool(curved))
-            plan = self._survey(plan, {loss.edge: loss.input_shape}, samples)
-            if curved:
-                start = curvature.Start(loss, gradient)
-                curvature.check_plan(plan, self.demand, start.samples, self.flags)
-                self.flags += start.flags(self.demand, layers)
-                self._promise(start, plan, curved)
-                self.context.log(lambda: f"{loss.where}: {', '.join(curved)} over {len(plan.steps)} nodes")
-                curvature.run(start, plan, self.demand, self.harvest.accumulate)
+        in_grad_mode(False, self._below_loss, loss, gradient, plan, layers, curved)
 
-    def _below_no_loss(self, node: Node, entries: Sequence[Entry]) -> None:
+    def _below_loss(
+        self, loss: LossRecord, gradient: Tensor, plan: Plan, layers: Sequence[Layer], curved: list[str]
+    ) -> None:
+        assert loss.edge is not None
+        if curved:
+            curvature.check_loss(loss, self.demand, layers)
+        samples = self._possible_samples(plan, loss.input_shape, bool(curved))
+        plan = self._survey(plan, {loss.edge: loss.input_shape}, samples)
+        if curved:
+            start = curvature.Start(loss, gradient)
+            curvature.check_plan(plan, self.demand, start.samples, self.flags)
+            self.flags += start.flags(self.demand, layers)
+            self._promise(start, plan, curved)
+            self.context.log(lambda: f"{loss.where}: {', '.join(curved)} over {len(plan.steps)} nodes")
+            curvature.run(start, plan, self.demand, self.harvest.accumulate)
+
+    def _below_no_loss(self, node: Node, entries: Entries) -> None:
         """Walk below a node that no walk has met: nothing that needs curvature may be new there."""
-        record = record_among(entries)
+        record = entries.record
         if record and not record.parameters and record.edge and record.edge[0] in self.surveyed:
             return  # walks went past a reshaping
         shapes = {(node, number): shape for number, (shape, _, _) in enumerate(node_outputs(node))}
@@ -171,9 +172,10 @@ class Pass:
         self.flags += flags
         self.shared |= plan.tied.keys()
         for call in plan.calls:
-            self.expected.update({id(parameter): call.record for parameter in call.parameters.values()})
-        for step in plan.steps:
-            if step.record is None and step.calls and step.node not in self.calls:
+            for parameter in call.parameters.values():
+                self.expected[id(parameter)] = call.record
+        for step in plan.unknown:
+            if step.calls and step.node not in self.calls:
                 self.calls[step.node] = step
                 if step.node is not current_node():
                     self.handles.append(step.node.register_prehook(partial(self._calls, step.node)))
@@ -187,10 +189,11 @@ class Pass:
         columns = {number: delta[None] for number, delta in enumerate(gradients) if delta is not None}
         if not columns:
             return
-        with grad_mode(torch.is_grad_enabled() and self.demand.differentiable):
-            for call in step.calls:
-                asked = self.demand.needs([call.record.definition], GRADIENT)
-                self._use(call.record, call.parameters, call.factor(columns) if asked else None)
+        graph = torch.is_grad_enabled() and self.demand.differentiable
+        for call in step.calls:
+            asked = self.demand.needs([call.record.definition], GRADIENT)
+            factor = in_grad_mode(graph, call.factor, columns) if asked else None
+            self._use(call.record, call.parameters, factor)
 
     def _layer(self, record: Record, wanted: Mapping[str, Tensor], delta: Tensor | None) -> None:
         """Keep δ until the parameters of the layer have been reached by all their uses."""
@@ -220,10 +223,9 @@ class Pass:
     def _use(self, record: Record, parameters: Mapping[str, Tensor], factor: Tensor | None) -> None:
         for name, parameter in parameters.items():
             if self.harvest.use(parameter, record, name, factor):
-                complete = partial(self._complete, id(parameter), parameter.device.type)
                 node = self.wanted.accumulator(parameter)
                 assert node is not None, "only wanted parameters are used"
-                self.handles.append(node.register_prehook(complete))
+                self.handles.append(node.register_prehook(partial(self._complete, id(parameter))))
 
     def _promise(self, start: curvature.Start, plan: Plan, features: list[str]) -> None:
         """Note what an extended loss sends to its input: more than that would have curvature, too."""
@@ -239,13 +241,14 @@ class Pass:
     def _kept(self, edge: Edge, gradients: tuple[Tensor | None, ...]) -> None:
         delta, promise = gradients[edge[1]], self.promised.pop(edge)
         if delta is not None and edge[0] not in self.inner:  # below another loss: what that sends here is swept
-            with grad_mode(False):
-                self.flags += promise.flags(delta)
+            self.flags += in_grad_mode(False, promise.flags, delta)
         if not self.keep:
             _release(promise.losses)
 
-    def _is_promised(self, entry: Entry) -> bool:
+    def _is_promised(self, entry: Mark) -> bool:
         """Whether a loss may still be asked for what it sends."""
+        if not isinstance(entry, LossRecord):
+            return False
         return any(entry is loss for promise in self.promised.values() for loss in promise.losses)
 
     # ---------------------------------------------------------------------------------------------------- refusals
@@ -270,6 +273,8 @@ class Pass:
 
     def _refuse_flagged(self) -> None:
         """Read the flags, before a field is set."""
+        if not self.flags:
+            return
         error = first_raised(self.flags)
         self.flags.clear()
         if error is not None:
@@ -277,31 +282,35 @@ class Pass:
 
     # ------------------------------------------------------------------------------------------------- parameters
 
-    def _complete(self, key: int, device: str, gradients: tuple[Tensor | None, ...]) -> None:
+    def _complete(self, key: int, gradients: tuple[Tensor | None, ...] = ()) -> None:
         """Autograd accumulates a parameter's gradient: set its fields, then run the hooks of modules complete with it."""
-        if key not in self.harvest.pending:
+        parameter = self.harvest.pending.get(key)
+        if parameter is None:
             return
         self._refuse_flagged()
-        with without_autocast(device):
-            uses = self.harvest.reap(key, self._unit())
+        uses = without_autocast((parameter,), self.harvest.reap, parameter, self._unit())
         self.finished.add(key)
         self.context.log(lambda: f"{uses[0].record.where}, parameter {uses[0].name!r}: fields set")
-        for record in (use.record for use in uses):
-            if all(id(parameter) in self.finished for parameter in self.wanted.of(record).values()):
+        for use in uses:
+            record = use.record
+            if self.finished.issuperset(map(id, self.wanted.of(record).values())):
                 self._hook(record)
                 if not self.keep:
                     record.release()
 
     def _unit(self) -> float | None:
         """The unit u of ∇ℓ_n = u g_n, where the extended losses agree on one."""
-        known = {"sum": 1.0, "none": None}
-        mean = float(self.samples or 0)
-        return known.get(next(iter(self.reductions)), mean) if len(self.reductions) == 1 else None
+        if len(self.reductions) != 1 or "none" in self.reductions:
+            return None
+        return 1.0 if "sum" in self.reductions else float(self.samples or 0)
 
     def _hook(self, entry: Mark) -> None:
         """Call the user's hook, once for each leaf module."""
-        module, hook = entry.module(), self.context.extension_hook
-        if hook is None or module is None or id(module) in self.hooked:
+        hook = self.context.extension_hook
+        if hook is None:
+            return
+        module = entry.module()
+        if module is None or id(module) in self.hooked:
             return
         if not (_has_definition(entry) or _is_leaf(module)):
             return
@@ -315,7 +324,7 @@ class Pass:
         """Autograd is done. Under `autograd.grad` it accumulates nothing, so parameters are finished here."""
         try:
             for key in list(self.harvest.pending):
-                self._complete(key, "cpu", ())
+                self._complete(key)
             self._refuse_flagged()
             for key, record in self.expected.items():
                 if key not in self.finished:

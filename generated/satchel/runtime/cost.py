@@ -4,10 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, update_wrapper
+from functools import update_wrapper
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from .modes import with_few_threads
 from .precision import widened
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Machine:
     """What a second buys on so many cores; only ratios matter for the choice."""
 
@@ -95,6 +95,8 @@ machine = Machine()
 _SAVED = 0.65
 #: Columns of a sample that are taken together where a cache does not hold them, but as many do.
 _TOGETHER = 4
+#: Shapes whose programs are remembered for a rule.
+_MOST = 1 << 10
 #: Caches that products which are kept may fill in one block.
 _JOINED = 2
 _forced: list[str] = []
@@ -132,22 +134,26 @@ class cheapest:
 
     def __init__(self, programs: Callable[..., tuple[Program, ...]]) -> None:
         self.programs = programs
-        self._ranked = lru_cache(maxsize=1 << 10)(self._rank)
+        self._ranked: dict[tuple[object, ...], tuple[Program, ...]] = {}
         update_wrapper(self, programs)
 
     def ranked(self, *operands: Any) -> tuple[Program, ...]:
         """The programs that there are for these operands, or the one that is forced; that of least predicted time first."""
-        ranked = self._ranked(
-            machine, *(_Shaped(operand.shape) if isinstance(operand, Tensor) else operand for operand in operands)
-        )
+        key = (machine, *[operand.shape if isinstance(operand, Tensor) else operand for operand in operands])
+        ranked = self._ranked.get(key)
+        if ranked is None:
+            if len(self._ranked) >= _MOST:
+                self._ranked.clear()
+            ranked = self._ranked[key] = self._rank(operands)
         for choices in _recordings:
             choices.append(ranked)
         name = forced_program()
         return ranked if name is None else tuple(program for program in ranked if program.name == name) or ranked
 
-    def _rank(self, _: Machine, *operands: Any) -> tuple[Program, ...]:
+    def _rank(self, operands: Sequence[Any]) -> tuple[Program, ...]:
+        shapes = [_Shaped(operand.shape) if isinstance(operand, Tensor) else operand for operand in operands]
         return tuple(
-            sorted((program for program in self.programs(*operands) if program.valid), key=attrgetter("seconds"))
+            sorted((program for program in self.programs(*shapes) if program.valid), key=attrgetter("seconds"))
         )
 
     def __call__(self, *operands: Any) -> Tensor:

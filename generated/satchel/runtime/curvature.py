@@ -242,7 +242,7 @@ def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> Non
     if averaged and exact is not None:
 
         def visit(parameter: Tensor, pairs: Sequence[Pair]) -> None:
-            needs = demand.needs((pair.one.use.layer for pair in pairs), AVERAGED)
+            needs = demand.needs([pair.one.use.layer for pair in pairs], AVERAGED)
             accumulate(parameter, AVERAGED, averaged_quantities(pairs, needs))
 
         sweep_averaged(plan, start.edge, start_of(exact, start.samples), start.samples, visit)
@@ -310,5 +310,5 @@ class _Gathered:
             self._add(parameter, uses, signs)
 
     def _add(self, parameter: Tensor, uses: list[Use], signs: tuple[Tensor, ...]) -> None:
-        needs = self.demand.needs((use.layer for use in uses), self.source)
+        needs = self.demand.needs([use.record.definition for use in uses], self.source)
         self.accumulate(parameter, self.source, quantities_of(uses, needs, *signs))

@@ -14,7 +14,7 @@ import torch
 
 from .extension import Extension
 from .lazy import lazy
-from .rules import BLOCK, Layer, Need
+from .rules import BLOCK, Layer, Need, registry
 
 
 class Source(NamedTuple):
@@ -39,6 +39,7 @@ class _Known:
     reads: dict[tuple[Layer, tuple[str, ...], bool], frozenset[str]] = field(default_factory=dict)
     sources: dict[tuple[Layer, ...], tuple[Source, ...]] = field(default_factory=dict)
     features: dict[tuple[tuple[Layer, ...], tuple[str, ...]], list[str]] = field(default_factory=dict)
+    deviations: dict[Layer, tuple[str, ...]] = field(default_factory=dict)
     surveyed: dict[Hashable, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -80,9 +81,19 @@ class Demand:
             known[layer] = {key: tuple(needs) for key, needs in found.items()}
         return known[layer]
 
-    def needs(self, layers: Iterable[Layer], source: Source) -> tuple[Need, ...]:
+    def needs(self, layers: Sequence[Layer], source: Source) -> tuple[Need, ...]:
+        if len(layers) == 1:
+            return self.of(layers[0]).get(source, ())
         found = [self.of(layer).get(source, ()) for layer in layers]
-        return found[0] if len(found) == 1 else tuple(dict.fromkeys(chain.from_iterable(found)))
+        return tuple(dict.fromkeys(chain.from_iterable(found)))
+
+    def deviations(self, layer: Layer) -> tuple[str, ...]:
+        """What is needed of δ that Σ T² and Σ T serve, too."""
+        known = self._known.deviations
+        if layer not in known:
+            needs = self.of(layer).get(Source("gradient"), ())
+            known[layer] = tuple(need.quantity for need in needs if registry().second_moment(need.quantity))
+        return known[layer]
 
     def serving(self, layer: Layer, parameter: str) -> tuple[Extension, ...]:
         """The features that have a value for a parameter."""

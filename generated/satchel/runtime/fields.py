@@ -19,15 +19,20 @@ class Owner:
 
     def set(self, parameter: Tensor, field: str, value: Tensor | list[Tensor], lent: Collection[int]) -> list[Tensor]:
         """Set a field; its tensors. `lent`: where the memory begins that others hold: of δ, activations, parameters."""
-        owned = [self._own(tensor, lent) for tensor in (value if isinstance(value, list) else [value])]
-        setattr(parameter, field, owned if isinstance(value, list) else owned[0])
-        return owned
+        if isinstance(value, list):
+            owned = [self._own(tensor, lent) for tensor in value]
+            setattr(parameter, field, owned)
+            return owned
+        own = self._own(value, lent)
+        setattr(parameter, field, own)
+        return [own]
 
     def _own(self, tensor: Tensor, lent: Collection[int]) -> Tensor:
-        start = memory_of(tensor)
+        storage = tensor.untyped_storage()
+        start = storage.data_ptr()
         before = self._fields.get(start)  # of a field that is gone, the memory is free again
         shared = start in lent or (before is not None and before() is not None)
-        part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+        part = storage.nbytes() > tensor.nbytes
         if shared or part or not tensor.is_contiguous():
             tensor = tensor.clone(memory_format=torch.contiguous_format)
             start = memory_of(tensor)

@@ -4,26 +4,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-_IN_FORCE = nullcontext()
+from .torch_private import is_any_autocast_enabled
+
+T = TypeVar("T")
 #: Seconds that it takes to wake threads for an operation.
 _WAKING = 3e-5
 
 
-def grad_mode(enabled: bool) -> AbstractContextManager[object]:
-    """Record a graph inside the block, or do not."""
-    return _IN_FORCE if torch.is_grad_enabled() == enabled else torch.set_grad_enabled(enabled)
+def in_grad_mode(enabled: bool, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """The value of `function`, which records a graph or does not."""
+    if torch.is_grad_enabled() == enabled:
+        return function(*arguments, **options)
+    with torch.set_grad_enabled(enabled):
+        return function(*arguments, **options)
 
 
-def without_autocast(device: str) -> AbstractContextManager[object]:
-    """Compute in the operands' own precision inside the block."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _IN_FORCE
+def without_autocast(tensors: Iterable[Tensor | None], function: Callable[..., T], *arguments: Any) -> T:
+    """The value of `function`, computed in the operands' own precision, where some tensors are."""
+    if not is_any_autocast_enabled():
+        return function(*arguments)
+    device = next((tensor.device.type for tensor in tensors if tensor is not None), "cpu")
+    with torch.autocast(device, enabled=False):
+        return function(*arguments)
 
 
 def with_few_threads(
