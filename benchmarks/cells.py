@@ -1,4 +1,4 @@
-"""What is computed: the ten features, and the sets of them that people use together."""
+"""What is computed: the ten features, the sets of them that people use together, and nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ EXACT = frozenset({"DiagGGNExact", "DiagHessian", "KFLR", "KFRA"})
 #: Random: only their means can be compared, with the exact feature.
 EXPECTATION = {"DiagGGNMC": "DiagGGNExact", "KFAC": "KFLR"}
 
+#: What satchel's engine takes by itself: it records, walks, visits every parameter, and computes nothing there.
+NOTHING = "nothing"
+
 CELLS: dict[str, tuple[str, ...]] = {
+    NOTHING: (NOTHING,),
     **{name: (name,) for name in FEATURES},
     "first order": ("BatchGrad", "Variance", "SumGradSquared", "BatchL2Grad"),
     "DiagGGNMC + KFAC": ("DiagGGNMC", "KFAC"),

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from math import exp, inf, isinf, log
 from typing import Any
 
-from cells import CELLS
-from report import bound_ratio, peers, table_line, value
+from cells import CELLS, NOTHING
+from report import bound_ratio, lower_bound, peers, table_line, value
 from targets import BACKPACK, BEST_PEER, SET, TARGETS
 
 HEAD = ["network", "features", "satchel", "BackPACK", "best peer", "bound", "target", "MB"]
@@ -34,7 +34,8 @@ def overview(results: dict[str, Any], clock: str = "cpu") -> str:
                     f"{_megabytes(value(found.get('satchel', {}), 'memory'))} / {_megabytes(least)}",
                 ])
             )  # fmt: skip
-    return "\n".join([*lines, "", *summary(results, clock), "", *sets(results, clock), "", *wide(results, clock)])
+    tables = (summary, missed, sets, wide)
+    return "\n".join([*lines, *(line for table in tables for line in ("", *table(results, clock)))])
 
 
 def wide(results: dict[str, Any], clock: str = "cpu") -> Iterator[str]:
@@ -53,6 +54,24 @@ def _beside(found: dict[str, Any], clock: str) -> str:
     return (
         shown if isinf(ours) or isinf(best) else f"{shown} / {_number(others.get('backpack', inf))} / {_number(best)}"
     )
+
+
+def missed(results: dict[str, Any], clock: str = "cpu") -> Iterator[str]:
+    """What is above its target or a peer, in parts: the bound, what the engine takes that computes nothing, and the rest."""
+    head = ["network", "features", "satchel", "aim", "= bound", "+ engine", "+ rest"]
+    yield table_line(head)
+    yield table_line(["---"] * len(head))
+    for network, cells in results["networks"].items():
+        engine = value(cells.get(NOTHING, {}).get("satchel", {}), clock) - 1
+        for cell, found in cells.items():
+            ours, others = value(found.get("satchel", {}), clock), peers(found, clock)
+            aims = {"target": TARGETS.get(network, {}).get(cell, inf), **others}
+            nearest = min(aims, key=lambda name: aims[name])
+            least = lower_bound(found, clock)
+            if isinf(ours) or least is None or ours <= aims[nearest]:
+                continue
+            parts = ["–" if isinf(part) else _number(part) for part in (least, engine, ours - least - engine)]
+            yield table_line([network, cell, _number(ours), f"{_number(aims[nearest])} ({nearest})", *parts])
 
 
 def sets(results: dict[str, Any], clock: str = "cpu") -> Iterator[str]:
