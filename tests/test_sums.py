@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from satchel.runtime.sums import _LONG, standardised, summed, summed_products, summed_squares
+from satchel.runtime.sums import _LONG, squared_norms, standardised, summed, summed_products, summed_squares
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 3), (2, 4, 3), (2, 0, 3)], ids=str)
@@ -26,6 +26,25 @@ def test_both_ways_are_the_sum(lead: tuple[int, ...], size: int) -> None:
     assert torch.equal(tensor, before)
     (gradient,) = torch.autograd.grad(found.sum(), tensor)
     torch.testing.assert_close(gradient, 2 * tensor)
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((3, 4), 0), ((3, 4), 1), ((1, 3, 4), 1), ((2, 3, 4, 1), 1), ((1, 3, 0), 1)], ids=str
+)
+def test_squared_norms_are_sums_of_squares(shape: tuple[int, ...], axis: int, differentiated: bool) -> None:
+    """In any layout; and their gradient, also at 0, where a norm has none."""
+    tensor = torch.randn(shape[::-1], dtype=torch.float64).permute(*reversed(range(len(shape))))
+    tensor.select(axis, 0).zero_()
+    tensor.requires_grad_(differentiated)
+    want = (tensor**2).sum([place for place in range(len(shape)) if place != axis])
+    found = squared_norms(tensor, axis)
+    torch.testing.assert_close(found, want)
+    if differentiated:
+        (gradient,) = torch.autograd.grad(found.sum(), tensor, create_graph=True)
+        torch.testing.assert_close(gradient, 2 * tensor)
+        (second,) = torch.autograd.grad(gradient.sum(), tensor)
+        torch.testing.assert_close(second, torch.full_like(tensor, 2))
 
 
 @pytest.mark.parametrize("equation", ["ncs,vncs->vnc", "vncs,ncs->vc"])

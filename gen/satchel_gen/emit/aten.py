@@ -86,8 +86,11 @@ class Body:
                 return self._map(node)
             case Reduce(child=child, over=over):
                 dims = [child.axes.index(i) for i in over]
-                if (squared := _squared(child)) is not None and dims == list(range(len(dims))):
+                squared = _squared(child)
+                if squared is not None and dims == list(range(len(dims))):
                     return f"summed_squares({self(squared)}, {len(dims)})"
+                if squared is not None and len(node.axes) == 1:
+                    return f"squared_norms({self(squared)}, {child.axes.index(node.axes[0])})"
                 if isinstance(child, Leaf) and len(over) == 1 and over[0].many:  # often one position
                     return f"summed({self(child)}, {dims[0]})"
                 text = self(child)

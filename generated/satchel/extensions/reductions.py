@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.rules import Reduction
-from ..runtime.sums import summed_squares
+from ..runtime.sums import squared_norms, summed_squares
 from ..runtime.symmetric import gram
 
 
@@ -24,7 +24,7 @@ def signed_sample_squares(per_sample: Tensor, sign: Tensor) -> Tensor:
 
 def squared_norm(per_sample: Tensor) -> Tensor:
     """squared_norm[n] = Σ_{v,p} per_sample[v, n, p]²."""
-    return per_sample.flatten(2).square().sum((0, 2))
+    return squared_norms(per_sample.flatten(2), 1)
 
 
 def sum_of_squares(per_sample: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.sums import summed_squares
+from ..runtime.sums import squared_norms, summed_squares
 from ..runtime.triton_launch import (
     GRAM_TILES,
     MATRIX_TILES,
@@ -967,7 +967,7 @@ def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor) ->
 def weight_squared_norm(factor: Tensor, input: Tensor) -> Tensor:
     """weight_squared_norm[n] = Σ_{i,o,v} (Σ_{r} factor[v, n, r, o] input[n, r, i])²"""
     if factor.shape[2] == 1:
-        return input.squeeze(1).square().sum(1) * factor.squeeze(2).square().sum((0, 2))
+        return squared_norms(input.squeeze(1), 0) * squared_norms(factor.squeeze(2), 1)
     return weight_squared_norm_gram(factor, input)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.sums import summed, summed_squares
+from ..runtime.sums import squared_norms, summed, summed_squares
 from ..runtime.symmetric import gram, summed_gram
 
 
@@ -122,13 +122,10 @@ def weight_squared_norm(factor: Tensor, input: Tensor, running_mean: Tensor, run
 
     factor [V, N, C, S], input [N, C, S], running_mean [C], running_var [C] → [N]
     """
-    return (
-        (
-            torch.pow(running_var + eps, -1 / 2)
-            * torch.einsum("ncs,vncs->ncv", input - running_mean[:, None], factor).permute(2, 0, 1)
-        )
-        .square()
-        .sum((0, 2))
+    return squared_norms(
+        torch.pow(running_var + eps, -1 / 2)
+        * torch.einsum("ncs,vncs->ncv", input - running_mean[:, None], factor).permute(2, 0, 1),
+        1,
     )
 
 
@@ -261,7 +258,7 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
 
     factor [V, N, C, S] → [N]
     """
-    return summed(factor, 3).square().sum((0, 2))
+    return squared_norms(summed(factor, 3), 1)
 
 
 @widened

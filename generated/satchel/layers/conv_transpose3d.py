@@ -17,7 +17,7 @@ from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.sums import summed_squares
+from ..runtime.sums import squared_norms, summed_squares
 from ..runtime.symmetric import summed_gram
 from ..runtime.windows import (
     correlate,
@@ -509,7 +509,7 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, D, H, W] → [N]
     """
-    return factor.sum((4, 5, 6)).square().sum((0, 2, 3))
+    return squared_norms(factor.sum((4, 5, 6)), 1)
 
 
 @widened

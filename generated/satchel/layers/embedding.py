@@ -18,7 +18,7 @@ from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.matmul import matmul
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.sums import summed, summed_squares
+from ..runtime.sums import squared_norms, summed, summed_squares
 from ..runtime.symmetric import gram
 
 
@@ -139,7 +139,7 @@ def weight_squared_norm_separated(factor: Tensor, input: Tensor, weight: Tensor,
     """Of one summand, the square of a product is a product of squares."""
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
-    return factor.squeeze(2).square().sum((0, 2)) * matmul(
+    return squared_norms(factor.squeeze(2), 1) * matmul(
         torch.square(1 - (classes == padding_idx).to(factor.dtype)),
         (input.squeeze(1)[:, None] == classes).to(factor.dtype).square().T,
     )

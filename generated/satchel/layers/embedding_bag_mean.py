@@ -18,7 +18,7 @@ from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.matmul import matmul
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.sums import summed_squares
+from ..runtime.sums import squared_norms, summed_squares
 from ..runtime.symmetric import gram
 
 
@@ -133,9 +133,7 @@ def weight_squared_norm_separated(factor: Tensor, input: Tensor, weight: Tensor)
     R = input.shape[1]
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
-    return (
-        (input.squeeze(1)[:, None] == classes).to(factor.dtype).square().sum(1) * factor.square().sum((0, 2)) / (R**2)
-    )
+    return (input.squeeze(1)[:, None] == classes).to(factor.dtype).square().sum(1) * squared_norms(factor, 1) / (R**2)
 
 
 def weight_squared_norm_gram(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
@@ -144,7 +142,7 @@ def weight_squared_norm_gram(factor: Tensor, input: Tensor, weight: Tensor) -> T
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
     return (
-        factor.square().sum((0, 2))
+        squared_norms(factor, 1)
         * (
             (input[:, :, None] == classes).to(factor.dtype).sum(1)
             * (input[:, :, None] == classes).to(factor.dtype).sum(1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.sums import standardised, summed, summed_products, summed_squares
+from ..runtime.sums import squared_norms, standardised, summed, summed_products, summed_squares
 
 
 @widened
@@ -169,7 +169,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, G, C, S], input [N, G, C, S] → [N]
     """
     normalised = normalised_from(input, eps)
-    return summed_products("ngcs,vngcs->vngc", normalised, factor).square().sum((0, 2, 3))
+    return squared_norms(summed_products("ngcs,vngcs->vngc", normalised, factor), 1)
 
 
 @widened
@@ -274,7 +274,7 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
 
     factor [V, N, G, C, S] → [N]
     """
-    return summed(factor, 4).square().sum((0, 2, 3))
+    return squared_norms(summed(factor, 4), 1)
 
 
 @widened

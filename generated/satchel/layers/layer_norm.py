@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.sums import standardised, summed, summed_products, summed_squares
+from ..runtime.sums import squared_norms, standardised, summed, summed_products, summed_squares
 from ..runtime.symmetric import gram
 
 
@@ -169,7 +169,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J] → [N]
     """
     normalised = normalised_from(input, eps)
-    return summed_products("nrj,vnrj->vnj", normalised, factor).square().sum((0, 2))
+    return squared_norms(summed_products("nrj,vnrj->vnj", normalised, factor), 1)
 
 
 @widened
@@ -271,7 +271,7 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
 
     factor [V, N, R, J] → [N]
     """
-    return summed(factor, 2).square().sum((0, 2))
+    return squared_norms(summed(factor, 2), 1)
 
 
 @widened

@@ -18,7 +18,7 @@ from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.matmul import matmul
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, NodeCall, Rule
-from ..runtime.sums import summed, summed_squares
+from ..runtime.sums import squared_norms, summed, summed_squares
 from ..runtime.symmetric import gram, summed_gram
 
 
@@ -146,7 +146,7 @@ def weight_sample_diagonal(curvature: Tensor, input: Tensor) -> Tensor:
 
 def weight_squared_norm_separated(factor: Tensor, input: Tensor) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
-    return input.squeeze(1).square().sum(1) * factor.squeeze(2).square().sum((0, 2))
+    return squared_norms(input.squeeze(1), 0) * squared_norms(factor.squeeze(2), 1)
 
 
 def weight_squared_norm_gram(factor: Tensor, input: Tensor) -> Tensor:
@@ -436,7 +436,7 @@ def bias_squared_norm(factor: Tensor) -> Tensor:
 
     factor [V, N, R, O] → [N]
     """
-    return summed(factor, 2).square().sum((0, 2))
+    return squared_norms(summed(factor, 2), 1)
 
 
 @widened

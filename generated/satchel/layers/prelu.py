@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.sums import summed_products, summed_squares
+from ..runtime.sums import squared_norms, summed_products, summed_squares
 
 
 @widened
@@ -110,10 +110,8 @@ def weight_squared_norm(factor: Tensor, input: Tensor) -> Tensor:
 
     factor [V, N, C, S], input [N, C, S] → [N]
     """
-    return (
-        summed_products("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input))
-        .square()
-        .sum((0, 2))
+    return squared_norms(
+        summed_products("vncs,ncs->vnc", factor, torch.where(input > 0, input.new_tensor(0.0), input)), 1
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
-from ..runtime.sums import summed_products, summed_squares
+from ..runtime.sums import squared_norms, summed_products, summed_squares
 
 
 @widened
@@ -132,7 +132,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     factor [V, N, R, J], input [N, R, J] → [N]
     """
     normalised = normalised_from(input, eps)
-    return summed_products("nrj,vnrj->vnj", normalised, factor).square().sum((0, 2))
+    return squared_norms(summed_products("nrj,vnrj->vnj", normalised, factor), 1)
 
 
 @widened

@@ -35,6 +35,14 @@ def summed_squares(tensor: Tensor, axes: int) -> Tensor:
     return total.sum(tuple(range(axes - count))) if count < axes else total
 
 
+def squared_norms(tensor: Tensor, axis: int) -> Tensor:
+    """Σ x² over all axes but one; of one column and its like in one pass, without a tensor of squares, unless that is differentiated."""
+    axes = [place for place in range(tensor.ndim) if place != axis]
+    if tensor.requires_grad or tensor.shape[:axis].numel() != 1:
+        return tensor.square().sum(axes)
+    return torch.linalg.vector_norm(tensor, dim=axes).square()
+
+
 def summed_products(equation: str, one: Tensor, other: Tensor) -> Tensor:
     """An einsum of x [*s] and y [*v, *s], or y and x, to sums of x y over some of *s in the order of y.
 
