@@ -114,7 +114,7 @@ def _marked(ours: float, best: float) -> str:
 
 
 def _megabytes(amount: float) -> str:
-    return "–" if isinf(amount) else f"{amount:.0f}"
+    return "–" if isinf(amount) else f"{round(amount)}"
 
 
 def _number(ratio: float) -> str:
