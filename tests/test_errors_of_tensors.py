@@ -79,6 +79,20 @@ def test_overwritten_parameter(feature: Any) -> None:
     refused(run, model, feature(), RuntimeError, "place")
 
 
+def test_overwritten_parameter_whose_shape_alone_is_read() -> None:
+    """Before the layer above gets its fields, though autograd itself finds out, below that."""
+    model = extend(nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(8, 3)))
+    loss = extend(nn.CrossEntropyLoss())
+
+    def run() -> Tensor:
+        value = loss(model(torch.randn(5, 1, 3, 3)), y)
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+        return value
+
+    refused(run, model, BatchGrad(), RuntimeError, "place", "Conv2d")
+
+
 @pytest.mark.parametrize("feature", CURVATURE)
 def test_memory_limit(feature: Any) -> None:
     """Below one column of a factor, or KFRA's averaged matrix, which cannot be split: an estimate before anything is computed."""

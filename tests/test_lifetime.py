@@ -159,3 +159,17 @@ def test_state_dict_and_parameters_are_plain() -> None:
     model.load_state_dict(plain.state_dict())
     model(x)
     assert set(vars(model[0])) == set(vars(plain[0])), "a forward leaves nothing on modules"
+
+
+def test_fields_share_no_memory_with_gradients_of_outputs() -> None:
+    """Those of a bias are these gradients, at one position."""
+    model, held = extend(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))), list[Tensor]()
+    hidden = model[0](torch.randn(5, 4))
+    output = model[1](hidden)
+    for tensor in (hidden, output):
+        tensor.register_hook(held.append)
+    with backpack(BatchGrad()):
+        output.square().sum().backward()
+    starts = {gradient.untyped_storage().data_ptr() for gradient in held}
+    assert len(starts) == 2
+    assert starts.isdisjoint(p.grad_batch.untyped_storage().data_ptr() for p in model.parameters())

@@ -69,6 +69,10 @@ ALIKE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
     "permute": (lambda h: h.permute(0, 1), lambda h: h.permute(1, 0)),
     "unbind": (lambda h: h.unsqueeze(1).unbind(1)[0], lambda h: torch.stack(h.unbind(0)[::-1])),
     "index": (lambda h: h[[0, 1, 2, 3, 4]], lambda h: h[[1, 2, 3, 4, 0]]),
+    "edges": (
+        lambda h: h + h.transpose(0, 1).relu().transpose(0, 1),
+        lambda h: h.transpose(0, 1) + h.transpose(0, 1).relu(),
+    ),
     "matrix": (lambda h: torch.eye(N).double() @ h, lambda h: torch.ones(N, N).double() @ h),
 }
 
