@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
+from typing import Any
 
 from problems import Task
 
@@ -24,14 +26,23 @@ FIELDS = {
 
 def build(package: str, task: Task, features: tuple[str, ...], **options: str) -> Compute:
     """`options` of the Kronecker factors."""
-    library, extensions = import_module(package), import_module(f"{package}.extensions")
+    extensions = import_module(f"{package}.extensions")
+
+    def asked() -> list[Any]:
+        return [getattr(extensions, name)(**(options if name in ("KFAC", "KFLR") else {})) for name in features]
+
+    return computed(package, task, asked, {name: FIELDS[name] for name in features})
+
+
+def computed(package: str, task: Task, asked: Callable[[], list[Any]], fields: Mapping[str, str]) -> Compute:
+    """`asked` makes the features of a pass, `fields` are what they leave."""
+    library = import_module(package)
     model, loss = library.extend(task.model), library.extend(task.loss)
     parameters = list(model.parameters())
 
     def compute() -> Results:
-        asked = [getattr(extensions, name)(**(options if name in ("KFAC", "KFLR") else {})) for name in features]
-        with library.backpack(*asked):
+        with library.backpack(*asked()):
             loss(model(task.x), task.y).backward()
-        return {name: [take(parameter, FIELDS[name]) for parameter in parameters] for name in features}
+        return {name: [take(parameter, field) for parameter in parameters] for name, field in fields.items()}
 
     return compute

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from cells import NOTHING
 from problems import Task
-from satchel import backpack, extend
 from satchel.runtime.extension import Extension
 from satchel.runtime.rules import Layer, Need, Sizes
 
-from . import Compute, Results, extension_api, take
+from . import Compute, extension_api
 
 DISTRIBUTION = "satchel"
 FEATURES = frozenset({*extension_api.FIELDS, NOTHING})
@@ -33,17 +32,5 @@ class Nothing(Extension):
 
 def build(task: Task, features: tuple[str, ...], variant: str = VARIANT) -> Compute:
     if features == (NOTHING,):
-        return _nothing(task)
+        return extension_api.computed("satchel", task, lambda: [Nothing()], {NOTHING: NOTHING})
     return extension_api.build("satchel", task, features, **({"approximation": variant} if variant else {}))
-
-
-def _nothing(task: Task) -> Compute:
-    model, loss = extend(task.model), extend(task.loss)
-    parameters = list(model.parameters())
-
-    def compute() -> Results:
-        with backpack(Nothing()):
-            loss(model(task.x), task.y).backward()
-        return {NOTHING: [take(parameter, NOTHING) for parameter in parameters]}
-
-    return compute

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import update_wrapper
+from functools import lru_cache, update_wrapper
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .lazy import lazy
@@ -93,8 +94,6 @@ machine = Machine()
 _SAVED = 0.65
 #: Columns of a sample that are taken together where a cache does not hold them, but as many do.
 _TOGETHER = 4
-#: Shapes whose programs are remembered for a rule.
-_MOST = 1 << 10
 #: Caches that products which are kept may fill in one block.
 _JOINED = 2
 _forced: list[str] = []
@@ -132,24 +131,21 @@ class cheapest:
 
     def __init__(self, programs: Callable[..., tuple[Program, ...]]) -> None:
         self.programs = programs
-        self._ranked: dict[tuple[object, ...], tuple[Program, ...]] = {}
+        self._ranked = lru_cache(maxsize=1 << 10)(self._rank)
         update_wrapper(self, programs)
 
     def ranked(self, *operands: Any) -> tuple[Program, ...]:
         """The programs that there are for these operands, or the one that is forced; that of least predicted time first."""
-        key = (machine, *[operand.shape if isinstance(operand, Tensor) else operand for operand in operands])
-        ranked = self._ranked.get(key)
-        if ranked is None:
-            if len(self._ranked) >= _MOST:
-                self._ranked.clear()
-            ranked = self._ranked[key] = self._rank(operands)
+        ranked = self._ranked(
+            machine, *[operand.shape if isinstance(operand, Tensor) else operand for operand in operands]
+        )
         for choices in _recordings:
             choices.append(ranked)
         name = forced_program()
         return ranked if name is None else tuple(program for program in ranked if program.name == name) or ranked
 
-    def _rank(self, operands: Sequence[Any]) -> tuple[Program, ...]:
-        shapes = [_Shaped(operand.shape) if isinstance(operand, Tensor) else operand for operand in operands]
+    def _rank(self, _: Machine, *operands: Any) -> tuple[Program, ...]:
+        shapes = [_Shaped(operand) if isinstance(operand, torch.Size) else operand for operand in operands]
         return tuple(
             sorted((program for program in self.programs(*shapes) if program.valid), key=attrgetter("seconds"))
         )
