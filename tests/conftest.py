@@ -94,9 +94,14 @@ class Pass:
         x = case.network.input().to(device)  # keeps the strides
         x = x.to(dtype) if x.is_floating_point() else x
         given = [t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in (target, *case.more())]
-        loss = self.loss(case.arranged(self.model(x)), *given)
-        with satchel.backend("aten" if backend == "aten" else "triton"), backpack(*features, **options):
-            loss.backward()
+
+        def run() -> None:
+            loss = self.loss(case.arranged(self.model(x)), *given)
+            with satchel.backend("aten" if backend == "aten" else "triton"), backpack(*features, **options):
+                loss.backward()
+
+        self.again = run
+        run()
 
     def fields(self, feature: Any) -> dict[str, Any]:
         named = {name: p for name, p in self.network.named_parameters() if p.requires_grad}

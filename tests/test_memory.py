@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import satchel
 from satchel import backpack, extend
-from satchel.extensions import BatchGrad, BatchL2Grad
-from satchel.runtime import memory
+from satchel.extensions import BatchGrad, BatchL2Grad, SumGradSquared, Variance
+from satchel.runtime import blocks, cost, memory
 
 
 class Library:
@@ -33,7 +35,7 @@ def test_huge_pages_are_asked_for_where_there_are_enough(size, free, monkeypatch
     monkeypatch.setattr(memory, "_libc", library)
     monkeypatch.setattr(memory, "_free_in_huge_pages", lambda: free)
     like = torch.zeros(1, dtype=torch.float32)
-    tensor = memory.empty((1, size), like)
+    tensor = memory.empty((1, size), like.dtype, like)
     assert tensor.shape == (1, size) and tensor.dtype == like.dtype and tensor.device == like.device
     assert len(library.advised) == (4 * size >= memory.FRESH and free > 0)
     assert all(0 <= length <= 4 * size and length % (1 << 21) == 0 for length in library.advised)
@@ -53,12 +55,12 @@ def test_what_is_free_is_read_from_the_system(monkeypatch):
 
 # --- what a pass has left ---------------------------------------------------------------------------------------------
 
-N, IN, OUT = 64, 512, 256
-assert 4 * N * IN * OUT == memory.FRESH
+N, IN, OUT = 16, 64, 64
+assert 4 * N * IN * OUT == memory.KEPT
 
 
 class Trained:
-    """A layer whose individual gradients are just large enough."""
+    """A layer whose individual gradients are just large enough to be kept."""
 
     def __init__(self) -> None:
         self.layer = extend(nn.Linear(IN, OUT, bias=False))
@@ -192,3 +194,42 @@ def test_nothing_is_kept_for_longer(end: Callable[[Trained], None]) -> None:
 def test_the_setting_is_a_truth_value() -> None:
     with pytest.raises(ValueError, match="reuse_buffers"):
         satchel.settings(reuse_buffers=1)
+
+
+# --- what intermediates share -----------------------------------------------------------------------------------------
+
+
+def gathered(network: nn.Module, x: Tensor, features: list[Any]) -> list[Tensor]:
+    """A pass with the positions of its tokens in one sample; the fields."""
+    loss = extend(nn.MSELoss(reduction="sum"))
+    with backpack(*features):
+        loss(network(x), torch.zeros_like(network(x))).backward()
+    return [getattr(p, feature.field) for p in network.parameters() for feature in features]
+
+
+@pytest.mark.parametrize("block", [1, 1 << 18])
+@pytest.mark.parametrize(
+    "features", [[SumGradSquared()], [Variance()], [BatchL2Grad()], [SumGradSquared(), Variance()]]
+)
+def test_no_field_lies_on_it(features: list[Any], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "machine", replace(cost.machine, cache_elements=block))
+    network = extend(nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)))
+    asked: list[Any] = []
+    monkeypatch.setattr(blocks, "shared", lambda *given: asked.append(given) or memory.shared(*given))
+    with cost.forced("blockwise"):
+        fields = gathered(network, torch.randn(3, 4, 7), features)
+        before = [field.clone() for field in fields]
+        memory._shared.bytes.fill_(255)  # not a number
+        assert all(map(torch.equal, fields, before))
+        assert asked
+        with satchel.settings(reuse_buffers=False):
+            again = gathered(network, torch.randn(3, 4, 7), features)
+    assert all(field.isfinite().all() for field in again)
+
+
+def test_each_thread_has_its_own() -> None:
+    here = memory.shared((3,), torch.float64, torch.device("cpu"))
+    there = ThreadPoolExecutor(1).submit(memory.shared, (3,), torch.float64, torch.device("cpu")).result()
+    assert here.data_ptr() != there.data_ptr()
+    assert here.data_ptr() == memory.shared((2, 4), torch.float32, torch.device("cpu")).data_ptr()
+    assert memory.shared((memory._SHARED + 1,), torch.uint8, torch.device("cpu")) is None

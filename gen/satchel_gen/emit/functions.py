@@ -214,9 +214,11 @@ def _choice(rule: LoweredRule, variant: Variant, body: Body) -> Choice:
     function, called, blocked = f"{rule.name}_{variant.name}", str(variant.calls_before + variant.calls), {}
     if variant.blockwise:
         assert variant.inner is not None
-        each = body.scalar(sympy.Mul(*(Extent(i) for i in variant.inner.axes if i.name not in ("v", "n"))))
+        own = [Extent(i) for i in variant.inner.axes if i.name not in ("v", "n")]
+        each = body.scalar(sympy.Mul(*own))
         columns, samples = (body.scalar(Extent(i)) for name in ("v", "n") for i in variant.inner.axes if i.name == name)
-        function = f"Blockwise({_blockwise(rule)}, {each})"
+        shape = f"({', '.join(map(body.scalar, own))}{',' if len(own) == 1 else ''})"
+        function = f"Blockwise({_blockwise(rule)}, {shape}{', writes=True' if _is_written(rule, variant) else ''})"
         called = f"{variant.calls} * block_count({columns}, {samples}, {each})"
         blocked = {"peak": each}
     valid = " and ".join(f"{body.scalar(Extent(i))} == 1" for i in variant.unit)
@@ -225,6 +227,14 @@ def _choice(rule: LoweredRule, variant: Variant, body: Body) -> Choice:
     costs = {"flops": variant.flops, "elements": variant.elements, "scratch": variant.scratch}
     counted = {name: body.scalar(cost) for name, cost in costs.items() if cost != 0}
     return Choice(function, {**counted, **blocked, "calls": called}, valid)
+
+
+def _is_written(rule: LoweredRule, variant: Variant) -> bool:
+    """Whether individual pullbacks are one product, which is computed where they are to lie: others would be copied."""
+    assert variant.inner is not None
+    body = Body(dict(rule.arguments), result=variant.inner)
+    _emit_stages(body, rule)
+    return body(variant.inner).startswith("matmul(") and body.writes
 
 
 def _blockwise(rule: LoweredRule) -> str:

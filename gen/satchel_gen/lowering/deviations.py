@@ -17,13 +17,13 @@ from .plan import Axes, Leaf, Map, Node, Products, Reduce, Scaled, leaf, plan
 from .squares import Variant, inner_axes, no_larger_than_an_operand, square_of
 
 
-def deviation_variants(formula: Formula) -> tuple[Variant, ...]:
+def deviation_variants(formula: Formula, own: Axes = ()) -> tuple[Variant, ...]:
     """The programs of Σ (inner − mean_n)²."""
     (term,) = formula.terms
     inner = term.square
     assert inner is not None and inner.centred is not None and term.factor == 1
     n, product = inner.centred, Term(inner.factor, inner.sums)
-    stored = plan(product, inner_axes(term, formula.axes))
+    stored = plan(product, inner_axes(term, formula.axes, own))
     if no_larger_than_an_operand(stored, inner):
         mean = _mean_over(n, plan(product.summed([n]), tuple(i for i in stored.axes if i != n)))
         tree = _sum_of_squares(stored, Leaf("mean", mean.axes, mean.axes), formula.axes)

@@ -148,7 +148,8 @@ def _lower(layer: Layer, instance: Instance, quantity: Quantity, prefix: str) ->
     if prefix and quantity.axes[-1:] == (Q.p,):
         lead = len(quantity.axes) - 1
     centred = any(term.square is not None and term.square.centred is not None for term in formula.terms)
-    programs = deviation_variants(formula) if centred else variants(formula)
+    own = instance.wrt_axes if prefix else ()
+    programs = deviation_variants(formula, own) if centred else variants(formula, own)
     return _rule(layer, prefix + quantity.name, quantity.name, formula, programs, stages_of(layer, read), lead)
 
 

@@ -72,15 +72,15 @@ class Variant:
         return self.name == "blockwise"
 
 
-def variants(formula: Formula) -> tuple[Variant, ...]:
-    """The programs of a formula: one, unless it is a squared sum of a product."""
+def variants(formula: Formula, own: Axes = ()) -> tuple[Variant, ...]:
+    """The programs of a formula: one, unless it is a squared sum of a product. own: axes of the parameter that it belongs to."""
     if len(formula.terms) > 1:
         return (Variant("", plan_sum(formula.terms, formula.axes)),)
     (term,) = formula.terms
     if term.square is None:
         return (Variant("", plan(term, formula.axes)),)
     inner = term.square
-    stored = plan(inner, inner_axes(term, formula.axes))
+    stored = plan(inner, inner_axes(term, formula.axes, own))
     per_sample = square_of(term, stored, formula.axes)
     if no_larger_than_an_operand(stored, inner):
         return (Variant("", per_sample),)
@@ -101,14 +101,14 @@ def no_larger_than_an_operand(product: Node, inner: Term) -> bool:
     return len(reads(inner.factor)) < 2 or any(set(product.axes) <= set(read.indices) for read in reads(inner.factor))
 
 
-def inner_axes(term: Term, axes: Axes) -> Axes:
-    """Axes of the inner product: columns and samples first, the parameter's own last."""
+def inner_axes(term: Term, axes: Axes, own: Axes) -> Axes:
+    """Axes of the inner product: columns and samples first, the parameter's own last, as these are ordered."""
     assert term.square is not None
     free = term.square.free
     leading = [i for name in ("v", "n") for i in free if i.name == name]
     order = [i for read in reads(term.square.factor) for i in leaf(read).axes]
     order += sorted(free, key=str)  # of masks
-    rest = [i for i in (*axes, *order) if i in free and i not in leading]
+    rest = [i for i in (*axes, *own, *order) if i in free and i not in leading]
     return (*leading, *dict.fromkeys(rest))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
+from math import prod
 from operator import add
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from . import moments
 from .cost import blocks
-from .memory import FRESH, empty
+from .memory import empty, shared
+from .precision import widened_dtype
 from .rules import Reduction, registry
 from .sums import summed_squares
 
@@ -81,18 +83,18 @@ def in_blocks(
     reductions: Mapping[str, Reduction],
     factor: Tensor,
     operands: Sequence[Any],
-    each: int,
+    shape: tuple[int, ...],
     signs: Sequence[Tensor] = (),
     by_sample: int = 1,
-    keep: bool = False,
+    keep: Tensor | None = None,
     writes: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Several quantities of the same pullbacks; and these, if they are to be kept. Squared deviations by two moments, where these serve.
 
     pull: T of a factor [V, N, *output] and operands, the first `by_sample` of which are [N, …], written to `out` if it `writes`.
-    each: elements of one pullback. keep: whether T is returned, too.
+    shape: of one pullback. keep: the parameter that T [V, N, *shape] is a field of, if it is returned, too.
     """
-    several = partial(_in_blocks, pull, factor=factor, operands=operands, each=each, signs=signs, by_sample=by_sample)
+    several = partial(_in_blocks, pull, factor=factor, operands=operands, shape=shape, signs=signs, by_sample=by_sample)
     seconds = {name: r.second for name, r in reductions.items() if r.second is not None and moments.serve(factor)}
     taken = {name: reductions[name] for name in reductions if name not in seconds}
     for second in seconds.values():
@@ -109,10 +111,10 @@ def _in_blocks(
     reductions: Mapping[str, Reduction],
     factor: Tensor,
     operands: Sequence[Any],
-    each: int,
+    shape: tuple[int, ...],
     signs: Sequence[Tensor],
     by_sample: int,
-    keep: bool = False,
+    keep: Tensor | None = None,
     writes: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The same, squared deviations by their running mean."""
@@ -124,20 +126,24 @@ def _in_blocks(
     deviations = next((total for total in totals.values() if isinstance(total, _Deviations)), None)
     if deviations is not None and SUM in totals:
         del totals[SUM]
-    kept: Tensor | None = None
-    for columns, samples in blocks(V, N, each, keep):
+    ranges = list(blocks(V, N, prod(shape), keep is not None))
+    kept = room = None
+    dtype = widened_dtype((factor, *operands))
+    if keep is not None and (writes or len(ranges) > 1):
+        kept = empty((V, N, *shape), dtype, keep)
+    elif writes and V == 1 and not torch.is_grad_enabled():
+        room = shared((1, ranges[0][1].stop, *shape), dtype, factor.device)
+    for columns, samples in ranges:
         own = [operand[samples] for operand in operands[:by_sample]]
-        into = {} if kept is None or not writes else {"out": kept[columns, samples]}
-        pullbacks = pull(factor[columns, samples], *own, *operands[by_sample:], **into)
+        block = factor[columns, samples]
+        out = kept[columns, samples] if kept is not None else None if room is None else room[:, : block.shape[1]]
+        pullbacks = pull(block, *own, *operands[by_sample:], **({"out": out} if writes and out is not None else {}))
         for total in totals.values():
             total.add(pullbacks, tuple(some[columns, samples] for some in signs), samples.start)
-        whole = pullbacks.shape[:2] == (V, N) and pullbacks.nbytes < FRESH
-        if keep and whole and not into:
+        if keep is not None and kept is None:
             kept = pullbacks
-        elif keep:
-            kept = empty((V, N, *pullbacks.shape[2:]), like=pullbacks) if kept is None else kept
-            if not into:
-                kept[columns, samples] = pullbacks
+        elif kept is not None and not writes:
+            kept[columns, samples] = pullbacks
     found = {name: total.value for name, total in totals.items()}
     if deviations is not None and SUM in reductions:  # they have it
         found[SUM] = deviations.sum
@@ -146,13 +152,14 @@ def _in_blocks(
 
 @dataclass(frozen=True)
 class Blockwise:
-    """The program of one quantity by blocks of individual pullbacks."""
+    """The program of one quantity by blocks of individual pullbacks. writes: whether `pull` computes them where they are to lie."""
 
     pull: Callable[..., Tensor]
     reduction: Reduction
-    each: int
+    shape: tuple[int, ...]
+    writes: bool = False
 
     def __call__(self, factor: Tensor, *operands: Any) -> Tensor:
         signs, operands = operands[: self.reduction.signed], operands[self.reduction.signed :]
-        found, _ = in_blocks(self.pull, {"": self.reduction}, factor, operands, self.each, signs)
+        found, _ = in_blocks(self.pull, {"": self.reduction}, factor, operands, self.shape, signs, writes=self.writes)
         return found[""]

@@ -1,16 +1,19 @@
-"""Memory for results that are larger than any cache: filling fresh pages of 4 KiB costs more than computing what is put there.
+"""Memory for large results: filling fresh pages of 4 KiB costs more than computing what is put there.
 
-They get what the previous pass has left, where nobody holds it any more, and otherwise huge pages, where there are enough of them.
+They get what the previous pass has left, where nobody holds it any more; otherwise, if they are larger than any cache, huge pages, where
+there are enough of them. Intermediates get what the last of them has left.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .kept import kept
@@ -18,6 +21,10 @@ from .settings import current
 
 #: Bytes from which on `malloc` gives fresh pages each time, and does not keep them.
 FRESH = 1 << 25
+#: Bytes from which on the memory of a field is kept: what lies at the end of the heap when it is freed goes back to the system, too.
+KEPT = 1 << 18
+#: Bytes that intermediates of a thread may share.
+_SHARED = 1 << 22
 _PAGE = 1 << 12
 _HUGE_PAGE = 1 << 21
 #: `MADV_HUGEPAGE` of Linux.
@@ -25,13 +32,33 @@ _ADVICE = 14
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An uninitialised tensor of the dtype and device of `like`."""
-    size = prod(shape) * like.element_size()
-    if like.device.type != "cpu" or size < FRESH:
-        return like.new_empty(shape)
-    used = kept.take(shape, like.dtype) if current().reuse_buffers else None
-    return _on_huge_pages(like.new_empty(shape), size) if used is None else used
+def empty(shape: Sequence[int], dtype: torch.dtype, parameter: Tensor) -> Tensor:
+    """An uninitialised tensor for a field of `parameter`."""
+    size = prod(shape) * dtype.itemsize
+    if parameter.device.type == "cpu" and size >= KEPT and current().reuse_buffers:
+        used = kept.take(parameter, shape, dtype)
+        if used is not None:
+            return used
+    tensor = parameter.new_empty(shape, dtype=dtype)
+    return _on_huge_pages(tensor, size) if tensor.device.type == "cpu" and size >= FRESH else tensor
+
+
+class _Shared(threading.local):
+    """Memory of a thread."""
+
+    def __init__(self) -> None:
+        self.bytes = torch.empty(_SHARED, dtype=torch.uint8)
+
+
+_shared = _Shared()
+
+
+def shared(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """A tensor on memory that all which are asked for have in common, if it is large enough: another one overwrites it."""
+    size = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size > _SHARED or not current().reuse_buffers:
+        return None
+    return _shared.bytes[:size].view(dtype).view(shape)
 
 
 def keep(parameter: Tensor, fields: Iterable[Tensor]) -> None:

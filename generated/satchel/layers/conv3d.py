@@ -87,7 +87,7 @@ def weight_sample_squares(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], (G, O, C, KD, KH, KW)),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * N * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -120,7 +120,7 @@ def weight_signed_sample_squares(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], (G, O, C, KD, KH, KW)),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=N * V + C * G * ID * IH * IW * N + C * G * KD * KH * KW * N * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -193,7 +193,7 @@ def weight_squared_norm(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], (G, O, C, KD, KH, KW)),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=N + C * G * ID * IH * IW * N + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -238,7 +238,7 @@ def weight_sum_of_squares(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], (G, O, C, KD, KH, KW)),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -271,7 +271,7 @@ def weight_signed_sum_of_squares(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], (G, O, C, KD, KH, KW)),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=N * V + C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -324,7 +324,7 @@ def weight_squared_deviations(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], (G, O, C, KD, KH, KW)),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N

@@ -80,7 +80,7 @@ def weight_sample_squares(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], C * G * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], (G, C, O, KW)),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=C * G * IW * N + C * G * KW * N * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -110,7 +110,7 @@ def weight_signed_sample_squares(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], C * G * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], (G, C, O, KW)),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=N * V + C * G * IW * N + C * G * KW * N * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -176,7 +176,7 @@ def weight_squared_norm(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], C * G * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], (G, C, O, KW)),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=N + C * G * IW * N + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -212,7 +212,7 @@ def weight_sum_of_squares(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], C * G * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], (G, C, O, KW)),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=C * G * IW * N + C * G * KW * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -242,7 +242,7 @@ def weight_signed_sum_of_squares(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], C * G * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], (G, C, O, KW)),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=N * V + C * G * IW * N + C * G * KW * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -291,7 +291,7 @@ def weight_squared_deviations(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], C * G * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], (G, C, O, KW)),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=C * G * IW * N + C * G * KW * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,

@@ -80,7 +80,7 @@ def weight_sample_squares(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], C * G * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], (G, C, O, KH, KW)),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -110,7 +110,7 @@ def weight_signed_sample_squares(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], C * G * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], (G, C, O, KH, KW)),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=N * V + C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -177,7 +177,7 @@ def weight_squared_norm(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], C * G * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], (G, C, O, KH, KW)),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=N + C * G * IH * IW * N + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -216,7 +216,7 @@ def weight_sum_of_squares(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], C * G * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], (G, C, O, KH, KW)),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -246,7 +246,7 @@ def weight_signed_sum_of_squares(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], C * G * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], (G, C, O, KH, KW)),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=N * V + C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -295,7 +295,7 @@ def weight_squared_deviations(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], C * G * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], (G, C, O, KH, KW)),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,

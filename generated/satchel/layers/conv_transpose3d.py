@@ -84,7 +84,7 @@ def weight_sample_squares(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], (G, C, O, KD, KH, KW)),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * N * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -117,7 +117,7 @@ def weight_signed_sample_squares(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], (G, C, O, KD, KH, KW)),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=N * V + C * G * ID * IH * IW * N + C * G * KD * KH * KW * N * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -191,7 +191,7 @@ def weight_squared_norm(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], (G, C, O, KD, KH, KW)),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=N + C * G * ID * IH * IW * N + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -235,7 +235,7 @@ def weight_sum_of_squares(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], (G, C, O, KD, KH, KW)),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -268,7 +268,7 @@ def weight_signed_sum_of_squares(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], (G, C, O, KD, KH, KW)),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=N * V + C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -321,7 +321,7 @@ def weight_squared_deviations(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], C * G * KD * KH * KW * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], (G, C, O, KD, KH, KW)),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N

@@ -66,7 +66,7 @@ def weight_sample_squares(factor: Tensor, input: Tensor, weight: Tensor, padding
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], (K, D)),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=N * R + D * K * N + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
@@ -112,7 +112,7 @@ def weight_signed_sample_squares(
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], (K, D)),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=N * R + N * V + D * K * N + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
@@ -163,7 +163,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor, weight: Tensor, padding_i
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], (K, D)),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=N + N * R + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
@@ -200,7 +200,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor, padding
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], (K, D)),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=D * K + N * R + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
@@ -242,7 +242,7 @@ def weight_signed_sum_of_squares(
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], (K, D)),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=D * K + N * R + N * V + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,
@@ -304,7 +304,7 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor, pad
             valid=R == 1 and V == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], (K, D)),
             flops=K + K * N * R + 3 * D * K * N * V + 2 * D * K * N * R * V,
             elements=D * K + N * R + D * N * R * V,
             scratch=2 * K + 2 * K * N * R + 6 * D * K * N * V,

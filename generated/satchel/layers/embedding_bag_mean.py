@@ -65,7 +65,7 @@ def weight_sample_squares(factor: Tensor, input: Tensor, weight: Tensor) -> tupl
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], (K, D)),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=N * R + D * K * N + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
@@ -106,7 +106,7 @@ def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor, we
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], (K, D)),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=N * R + N * V + D * K * N + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
@@ -170,7 +170,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor, weight: Tensor) -> tuple[
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], (K, D)),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=N + N * R + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
@@ -217,7 +217,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor) -> tupl
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], (K, D)),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=D * K + N * R + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
@@ -256,7 +256,7 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, we
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], (K, D)),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=D * K + N * R + N * V + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,
@@ -319,7 +319,7 @@ def weight_squared_deviations(factor: Tensor, input: Tensor, weight: Tensor) -> 
             valid=R == 1 and V == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], D * K),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], (K, D)),
             flops=2 * K * N * R + 3 * D * K * N * V,
             elements=D * K + N * R + D * N * V,
             scratch=2 * K * N + 2 * K * N * R + 4 * D * K * N * V,

@@ -90,7 +90,7 @@ def weight_sample_squares(factor: Tensor, input: Tensor) -> tuple[Program, ...]:
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], I * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], (O, I), writes=True),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=I * N * O + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
@@ -125,7 +125,7 @@ def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor) ->
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], I * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], (O, I), writes=True),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=N * V + I * N * O + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
@@ -172,7 +172,7 @@ def weight_squared_norm(factor: Tensor, input: Tensor) -> tuple[Program, ...]:
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], I * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], (O, I), writes=True),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=N + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
@@ -215,7 +215,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor) -> tuple[Program, ...]:
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], I * O),
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], (O, I), writes=True),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=I * O + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
@@ -250,7 +250,7 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor) ->
             valid=R == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], I * O),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], (O, I), writes=True),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=I * O + N * V + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,
@@ -305,7 +305,7 @@ def weight_squared_deviations(factor: Tensor, input: Tensor) -> tuple[Program, .
             valid=R == 1 and V == 1,
         ),
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], I * O),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], (O, I), writes=True),
             flops=2 * I * N * O * V + 2 * I * N * O * R * V,
             elements=I * O + I * N * R + N * O * R * V,
             scratch=4 * I * N * O * V,

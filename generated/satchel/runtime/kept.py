@@ -27,29 +27,30 @@ class Kept:
         self._sizes: set[int] = set()
         self._lock = Lock()
 
-    def take(self, shape: Iterable[int], dtype: torch.dtype) -> Tensor | None:
-        """An uninitialised tensor on memory that was kept, if there is any of this size."""
+    def take(self, parameter: Tensor, shape: Iterable[int], dtype: torch.dtype) -> Tensor | None:
+        """An uninitialised tensor on memory that was kept for the parameter, if there is any of this size."""
         shape = tuple(shape)
         size = prod(shape) * dtype.itemsize
         with self._lock:
             self._sizes.add(size)
-            for tensors in self._by_parameter.values():
-                for place, tensor in enumerate(tensors):
-                    fits = tensor.dtype == dtype and tensor.untyped_storage().nbytes() == size
-                    if fits and not held_elsewhere(tensor):
-                        return tensors.pop(place).view(shape)
+            tensors = self._by_parameter.get(parameter, ())
+            for place, tensor in enumerate(tensors):
+                fits = tensor.dtype == dtype and tensor.untyped_storage().nbytes() == size
+                if fits and not held_elsewhere(tensor):
+                    return tensors.pop(place).view(shape)
         return None
 
     def keep(self, parameter: Tensor, fields: Iterable[Tensor]) -> None:
         """Keep the memory of these instead of what the pass before has left. Only the CPU's: others have an allocator that keeps it."""
         if not self._sizes:
             return
+        fields = [field for field in fields if field.device.type == "cpu"]
+        tensors = [field.data for field in fields if field.untyped_storage().nbytes() in self._sizes]
         with self._lock:
-            self._by_parameter.pop(parameter, None)
-            fields = [field for field in fields if field.device.type == "cpu"]
-            tensors = [field.data for field in fields if field.untyped_storage().nbytes() in self._sizes]
             if tensors:
                 self._by_parameter[parameter] = tensors
+            else:
+                self._by_parameter.pop(parameter, None)
 
     def clear(self) -> None:
         with self._lock:

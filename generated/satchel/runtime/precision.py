@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Iterable
+from functools import reduce, wraps
 from typing import Any
 
 import torch
@@ -24,16 +24,27 @@ def widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 break
         else:
             return function(*operands, **out)
-        dtypes = {operand.dtype for operand in operands if isinstance(operand, Tensor)}
-        floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+        floating = _floating(operands)
         if len(floating) < 2 and floating.isdisjoint(_HALF):
             return function(*operands, **out)
-        common = torch.float32
-        for dtype in floating:
-            common = torch.promote_types(common, dtype)
+        common = _common(floating)
         return function(*(_to(common, operand) for operand in operands), **out)
 
     return call
+
+
+def widened_dtype(operands: Iterable[Any]) -> torch.dtype:
+    """The dtype that they have in a function that is `widened`."""
+    return _common(_floating(operands))
+
+
+def _floating(operands: Iterable[Any]) -> set[torch.dtype]:
+    dtypes = {operand.dtype for operand in operands if isinstance(operand, Tensor)}
+    return {dtype for dtype in dtypes if dtype.is_floating_point}
+
+
+def _common(floating: Iterable[torch.dtype]) -> torch.dtype:
+    return reduce(torch.promote_types, floating, torch.float32)
 
 
 def _to(dtype: torch.dtype, operand: Any) -> Any:
