@@ -120,6 +120,8 @@ MUTANTS = [
            "if set(side) & set(read.walked):", "tests/test_traffic.py"),
     Mutant("runtime: accumulation over blocks", f"{GEN}/runtime/blocks.py", "].add_(value) if", "].sub_(value) if",
            "tests/test_programs.py"),
+    Mutant("runtime: columns of products by sample", f"{GEN}/runtime/windows.py", "factor.movedim(0, 2).reshape(N * G, V * O, T)",
+           "factor.movedim(0, 2).transpose(2, 3).reshape(N * G, V * O, T)", "tests/test_convolutions.py"),
     Mutant("runtime: fields on the memory of intermediates", f"{GEN}/runtime/blocks.py", "kept = empty((V, N, *shape), dtype, keep)",
            "kept = shared((V, N, *shape), dtype, factor.device)"),
     Mutant("runtime: blocks in the place of an earlier one", f"{GEN}/runtime/blocks.py", "kept[columns, samples] if kept",

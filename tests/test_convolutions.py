@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -55,10 +56,17 @@ def check(network: Network, agree: Agree) -> None:
     agree(done.gradients(), {name: g.sum(0) for name, g in reference.gradients.items()}, tolerance=CANCELLED)
 
 
+@pytest.mark.parametrize("speed", [0.85, 1.1])
 @DRAWN
 @given(data=st.data())
-def test_kernel_gradients_by_groups_and_by_products_are_those_of_windows(data: st.DataObject) -> None:
-    """Whatever the places are, also such that torch would find others: three ways for CPUs and one for GPUs."""
+def test_kernel_gradients_by_groups_and_by_products_are_those_of_windows(
+    speed: float, data: st.DataObject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the places are, also such that torch would find others: three ways for CPUs, which of these is the fastest as oneDNN
+    is, and one for GPUs. Windows are copied for some samples at once."""
+    monkeypatch.setattr(windows, "onednn_speed", lambda: speed)
+    monkeypatch.setattr(windows, "_COPIED", data.draw(st.sampled_from([1, 50, 1 << 20]), "copied"))
+    monkeypatch.setattr(windows, "_WIDE", data.draw(st.sampled_from([1, 1 << 20]), "wide"))
     rank = data.draw(st.integers(1, 3), "rank")
     places, taps, stride = (data.draw(numbers(rank, 1, high), name) for name, high in (("h", 4), ("a", 3), ("s", 3)))
     dilation, padding = data.draw(numbers(rank, 1, 2), "d"), data.draw(numbers(rank, 0, 2), "p")
@@ -71,13 +79,15 @@ def test_kernel_gradients_by_groups_and_by_products_are_those_of_windows(data: s
     torch.testing.assert_close(one, other)
     single = windows._of_products(x.float(), factor.float(), taps, stride, dilation, padding)
     torch.testing.assert_close(single, one.float(), rtol=1e-4, atol=1e-4)
-    room = torch.full((V, N + 1, *one.shape[2:]), torch.nan, dtype=torch.float64)
-    for v in range(V):
-        batched = windows._of_batches(x, factor[v : v + 1], taps, stride, dilation, padding, None)
-        torch.testing.assert_close(batched, one[v : v + 1])
-        windows.kernel_gradients(x, factor[v : v + 1], taps, stride, dilation, padding, out=room[v : v + 1, :N])
-    torch.testing.assert_close(room[:, :N], one)
-    assert room[:, N:].isnan().all()
+    batched = windows._of_batches(x, factor, taps, stride, dilation, padding, None)
+    torch.testing.assert_close(batched, one)
+    for columns in {1, V}:
+        room = torch.full((V, N + 1, *one.shape[2:]), torch.nan, dtype=torch.float64)
+        for v in range(0, V, columns):
+            some = slice(v, v + columns)
+            windows.kernel_gradients(x, factor[some], taps, stride, dilation, padding, out=room[some, :N])
+        torch.testing.assert_close(room[:, :N], one)
+        assert room[:, N:].isnan().all()
 
 
 @DRAWN

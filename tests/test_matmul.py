@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from satchel.runtime import symmetric, torch_private
-from satchel.runtime.matmul import matmul
+from satchel.runtime.matmul import matmul, onednn_speed
 from satchel.runtime.symmetric import gram
 
 #: Rows, inner and columns: too small for oneDNN, thin, and large enough even where both operands are copied.
@@ -16,10 +16,10 @@ def drawn(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["fast MKL", "slow MKL"])
-def slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether MKL is taken to be slow, so that copies pay."""
-    monkeypatch.setattr("satchel.runtime.matmul._copies_pay", lambda: request.param)
+@pytest.fixture(autouse=True, params=[0.85, 1.1, 2.0])
+def speed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    """How many times as fast as MKL oneDNN is taken to be."""
+    monkeypatch.setattr("satchel.runtime.matmul.onednn_speed", lambda: request.param)
     return request.param
 
 
@@ -35,17 +35,17 @@ def test_matmul(M: int, K: int, L: int, transposed: tuple[bool, bool], dtype: to
         torch.testing.assert_close(matmul(left.unflatten(0, (1, 1, M)), right)[0, 0], matmul(left, right))
 
 
-def test_large_products_are_onednns(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless they are differentiated, or must be copied for it while MKL is as fast."""
+def test_large_products_are_onednns(speed: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless MKL is faster, they are differentiated, or must be copied for it while MKL is nearly as fast."""
     calls = []
     original = torch_private.product
     monkeypatch.setattr("satchel.runtime.matmul.product", lambda *given: calls.append(1) or original(*given))
     left, right = drawn(130, 200, dtype=torch.float32), drawn(200, 150, dtype=torch.float32)
     matmul(left, right.mT.contiguous().mT)
-    assert len(calls) == torch_private.has_product(left, right)
+    assert len(calls) == (speed > 1 and torch_private.has_product(left, right))
     calls.clear()
     matmul(left, right)
-    assert len(calls) == (slow and torch_private.has_product(left, right))
+    assert len(calls) == (speed == 2 and torch_private.has_product(left, right))
     calls.clear()
     matmul(left, right.requires_grad_()).sum().backward()
     assert not calls
@@ -98,3 +98,13 @@ def test_products_by_sample_of_one_column() -> None:
     out = torch.empty_like(want[:1])
     assert matmul(factor[:1].mT, images, out=out).data_ptr() == out.data_ptr()
     torch.testing.assert_close(out, want[:1])
+
+
+#: The one that is measured, not the fixture's.
+MEASURED = onednn_speed
+
+
+def test_what_is_measured_is_a_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (MEASURED.__wrapped__() > 0) == torch_private.has_product(torch.ones(2, 2))
+    monkeypatch.setattr("satchel.runtime.matmul.has_product", lambda *given: False)
+    assert MEASURED.__wrapped__() == 0

@@ -54,6 +54,7 @@ class Function:
     entry: bool = True
     numbers: Mapping[str, str] = field(default_factory=dict)
     writes: bool = False  # to `out`, where that is given
+    copies: bool = False
 
     @property
     def signature(self) -> str:
@@ -108,7 +109,9 @@ def _straight(rule: LoweredRule, formula: str, shapes: str) -> Function:
         text = f"{text if text.endswith(')') and text.startswith('(') else f'({text})'}.squeeze(0)"
     lines = unpack_extents(body.extents, arguments, rule.shapes) + body.lines
     note = "Written to `out` where that is given." if body.writes else ""
-    return Function(rule.name, formula, shapes, tuple(arguments), tuple(lines), text, note, writes=body.writes)
+    return Function(
+        rule.name, formula, shapes, tuple(arguments), tuple(lines), text, note, writes=body.writes, copies=body.copies
+    )
 
 
 def result(body: Body, variant: Variant) -> str:
@@ -230,11 +233,12 @@ def _choice(rule: LoweredRule, variant: Variant, body: Body) -> Choice:
 
 
 def _is_written(rule: LoweredRule, variant: Variant) -> bool:
-    """Whether individual pullbacks are one product, which is computed where they are to lie: others would be copied."""
+    """Whether individual pullbacks are computed where they are to lie."""
     assert variant.inner is not None
     body = Body(dict(rule.arguments), result=variant.inner)
     _emit_stages(body, rule)
-    return body(variant.inner).startswith("matmul(") and body.writes
+    body(variant.inner)
+    return body.writes and not body.copies
 
 
 def _blockwise(rule: LoweredRule) -> str:

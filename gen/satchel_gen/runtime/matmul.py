@@ -1,5 +1,5 @@
-"""Products with a matrix. On CPUs by oneDNN where that pays: MKL's, which `torch.mm` calls, take a tenth longer, and twice as long on
-some processors that are not Intel's.
+"""Products with a matrix. On CPUs by oneDNN where that pays: MKL's, which `torch.mm` calls, take a tenth less on Intel's processors, a
+tenth longer on others, and twice as long on some of these.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 from .torch_private import has_product, product
 
 #: Operations of a product below which a call of oneDNN costs more than it saves, and those that pay for an element that is copied where
-#: MKL takes so many times as long.
+#: it is so many times as fast.
 _LARGE = 1 << 20
 _PER_COPY = 100
-_SLOW = 1.4
+_PAYS_COPIES = 1.4
 
 
 def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
@@ -37,23 +37,26 @@ def _with_matrix(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
     # oneDNN reads rows of A and columns of B.
     copied = (0 if left.is_contiguous() else left.numel()) + (0 if right.mT.is_contiguous() else K * L)
-    if work < _PER_COPY * copied or not has_product(left, right) or (copied and not _copies_pay()):
+    if work < _PER_COPY * copied or not has_product(left, right):
+        return left @ right
+    if onednn_speed() < (_PAYS_COPIES if copied else 1):
         return left @ right
     return product(left.reshape(-1, K), right.mT).reshape(*left.shape[:-1], L)
 
 
 @cache
-def _copies_pay() -> bool:
-    """Whether MKL is slow on this machine: measured once, in a few milliseconds. No borderline: the ratio is 1.1 or 2."""
+def onednn_speed() -> float:
+    """How many times as fast as MKL oneDNN is on this machine: 0.85, 1.1 or 2. Measured once, in a few milliseconds; 0 without it."""
     matrix = torch.ones(256, 256)
-    return _seconds(lambda: matrix @ matrix.mT) > _SLOW * _seconds(lambda: product(matrix, matrix))
+    if not has_product(matrix):
+        return 0.0
+    ways: tuple[Callable[[], Tensor], ...] = (lambda: matrix @ matrix.mT, lambda: product(matrix, matrix))
+    tries = [[_seconds(way) for way in ways] for _ in range(12)]  # in turn: other work slows both
+    mkl, onednn = map(min, zip(*tries, strict=True))
+    return mkl / onednn
 
 
 def _seconds(run: Callable[[], Tensor]) -> float:
-    """The least time of several tries."""
-    found = []
-    for _ in range(6):
-        start = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - start)
-    return min(found)
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

@@ -618,6 +618,7 @@ LAYER = Layer(
                 ("input", "weight_shape", "dilation", "padding", "stride"),
                 lead=2,
                 writes=True,
+                copies=True,
                 heavy=True,
             ),
             "sample_squares": Rule(

@@ -15,10 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .matmul import onednn_speed
 from .torch_private import has_product, product
 
-#: Places of a kernel up to which batched products are faster than groups.
-_FEW = 64
+#: Places of a kernel up to which batched products of one column are faster than groups, where MKL is slow and where it is fast; elements
+#: of a window up to which they are there, as groups of few channels are no full vectors; those from which on several columns go by them.
+_FEW, _FAIRLY_FEW = 64, 144
+_NARROW = 128
+_WIDE = 64
+#: Elements of windows that are copied at once.
+_COPIED = 1 << 20
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
@@ -147,12 +153,11 @@ def kernel_gradients(
     """[N, G, C, *spatial], [V, N, G, O, *places] → Σ_h factor[v, n, g, o, h] x[n, g, c, s·h + d·a − p] [V, N, G, O, C, *taps].
 
     The gradients of a convolution's kernel, each sample and group by itself. On a CPU one column is a convolution of N·G groups, which
-    reads each element once where windows would be copied; they are for several, and for few places. Written to `out` where that is
-    given.
+    reads each element once where windows would be copied; they are where products are faster. Written to `out` where that is given.
     """
     if tensor.is_cuda or not factor.numel():
         found = _of_windows(tensor, factor, taps, stride, dilation, padding)
-    elif len(factor) == 1 and prod(factor.shape[4:]) <= _FEW:
+    elif _batches_pay(len(factor), tensor.shape[2] * prod(taps), prod(factor.shape[4:])):
         return _of_batches(tensor, factor, taps, stride, dilation, padding, out)
     elif len(factor) > 1 and has_product(factor, tensor):
         found = _of_products(tensor, factor, taps, stride, dilation, padding)
@@ -175,6 +180,13 @@ def _of_windows(
     return found.reshape(*found.shape[:-1], *taps)
 
 
+def _batches_pay(columns: int, window: int, places: int) -> bool:
+    """Whether products by sample of so many columns with windows of so many elements are the fastest."""
+    if onednn_speed() >= 1:
+        return columns == 1 and places <= _FEW
+    return places <= _FAIRLY_FEW or window <= _NARROW if columns == 1 else window >= _WIDE
+
+
 def _of_batches(
     tensor: Tensor,
     factor: Tensor,
@@ -184,12 +196,24 @@ def _of_batches(
     padding: Sequence[int],
     out: Tensor | None,
 ) -> Tensor:
-    _, N, G, O, *places = factor.shape
+    V, N, G, O, *places = factor.shape
     C, T = tensor.shape[2], prod(places)
+    most = max(1, _COPIED // (G * C * prod(taps) * T))
+    if most < N:
+        found = [
+            _of_batches(
+                tensor[some], factor[:, some], taps, stride, dilation, padding, None if out is None else out[:, some]
+            )
+            for some in (slice(first, first + most) for first in range(0, N, most))
+        ]
+        return torch.cat(found, 1) if out is None else out
     rows = _by_tap(windows(tensor, places, taps, stride, dilation, padding), len(taps)).reshape(N * G, -1, T)
-    into = None if out is None else out.view(N * G, O, -1)
-    found = torch.bmm(factor.reshape(N * G, O, T), rows.mT, out=into)
-    return found.view(1, N, G, O, C, *taps)
+    columns = factor.movedim(0, 2).reshape(N * G, V * O, T)
+    if V == 1 and out is not None:
+        torch.bmm(columns, rows.mT, out=out.view(N * G, O, -1))
+        return out
+    gradients = torch.bmm(columns, rows.mT).view(N, G, V, O, C, *taps).movedim(2, 0)
+    return gradients if out is None else out.copy_(gradients)
 
 
 def _by_tap(patches: Tensor, rank: int) -> Tensor:
