@@ -119,3 +119,13 @@ def test_counts_are_what_the_shapes_say():
     extents = {"V": 2, "N": 3, "R": 5, "O": 7, "I": 11}
     value = variant.flops.subs({s: extents[s.name] for s in variant.flops.free_symbols})
     assert value == 2 * math.prod(extents.values()) + 2 * 2 * 3 * 7 * 11
+
+
+@pytest.mark.parametrize(
+    "told,elements", [("2048K\n", 1 << 19), ("512K\n", 1 << 18), ("65536K\n", 1 << 20), ("?", 1 << 18), (None, 1 << 18)]
+)
+def test_blocks_are_as_large_as_the_cache_of_a_core(told, elements, monkeypatch, tmp_path):
+    if told is not None:
+        (tmp_path / "size").write_text(told)
+    monkeypatch.setattr(cost, "_CACHE", tmp_path / "size")
+    assert cost.Machine().cache_elements == elements

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, update_wrapper
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,20 @@ from torch import Tensor
 from .lazy import lazy
 from .modes import with_few_threads
 from .precision import widened
+
+#: Elements that a block has at least, also where the cache of a core is not known, and at most.
+_BLOCK = 1 << 18, 1 << 20
+_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+
+
+def cached_elements() -> int:
+    """Elements of float32 that the second cache of a core holds, as Linux tells: "2048K"."""
+    try:
+        kibibytes = int(_CACHE.read_text().strip().removesuffix("K"))
+    except (OSError, ValueError):  # another system, or one that does not tell
+        kibibytes = 0
+    least, most = _BLOCK
+    return min(max(least, (kibibytes << 10) // torch.float32.itemsize), most)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +41,7 @@ class Machine:
     elements_per_second: float = 2e9
     cached_per_second: float = 8e9
     seconds_per_call: float = 5e-6
-    cache_elements: int = 1 << 18
+    cache_elements: int = field(default_factory=cached_elements)
 
 
 @dataclass(frozen=True)
