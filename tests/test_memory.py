@@ -229,6 +229,9 @@ def test_no_field_lies_on_it(features: list[Any], block: int, monkeypatch: pytes
 
 def test_each_thread_has_its_own() -> None:
     here = memory.shared((3,), torch.float64, torch.device("cpu"))
+    with torch.device("meta"):  # what tensors are by default does not matter
+        here_too = memory._Shared()
+    assert here_too.bytes.device.type == "cpu"
     there = ThreadPoolExecutor(1).submit(memory.shared, (3,), torch.float64, torch.device("cpu")).result()
     assert here.data_ptr() != there.data_ptr()
     assert here.data_ptr() == memory.shared((2, 4), torch.float32, torch.device("cpu")).data_ptr()

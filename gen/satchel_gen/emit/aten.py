@@ -57,9 +57,8 @@ class Body:
     lines: list[str] = field(default_factory=list)
     extents: set[sympy.Symbol] = field(default_factory=set)
     renamed: dict[str, str] = field(default_factory=dict)  # tensor → the expression that stands for it here
-    result: Node | None = None  # what is written to `out` where the operation can do that
+    result: Node | None = None  # what is computed in `out` where the operation can do that
     writes: bool = False
-    copies: bool = False  # whether it may be computed elsewhere first
 
     def local(self, name: str, text: str) -> str:
         """A local variable for `text`; the same text is computed once."""
@@ -72,11 +71,11 @@ class Body:
         self.lines.append(f"{unique} = {text}")
         return unique
 
-    def out(self, node: Node, copies: bool = False) -> str:
+    def out(self, node: Node) -> str:
         """Where an operation writes, if it gives the result."""
         if node is not self.result:
             return ""
-        self.writes, self.copies = True, copies
+        self.writes = True
         return ", out=out"
 
     def __call__(self, node: Node) -> str:

@@ -20,7 +20,6 @@ class RuleContext:
     kernel: str | None
     lead: int | None = None
     writes: bool = False
-    copies: bool = False
     heavy: bool = False
     composed: bool = False
 

@@ -53,8 +53,7 @@ class Function:
     choices: tuple[Choice, ...] = ()
     entry: bool = True
     numbers: Mapping[str, str] = field(default_factory=dict)
-    writes: bool = False  # to `out`, where that is given
-    copies: bool = False
+    writes: bool = False  # to `out`, where that is given and the operation can
 
     @property
     def signature(self) -> str:
@@ -108,10 +107,8 @@ def _straight(rule: LoweredRule, formula: str, shapes: str) -> Function:
     if rule.formula.blocks:
         text = f"{text if text.endswith(')') and text.startswith('(') else f'({text})'}.squeeze(0)"
     lines = unpack_extents(body.extents, arguments, rule.shapes) + body.lines
-    note = "Written to `out` where that is given." if body.writes else ""
-    return Function(
-        rule.name, formula, shapes, tuple(arguments), tuple(lines), text, note, writes=body.writes, copies=body.copies
-    )
+    note = "Computed in `out` where it can be." if body.writes else ""
+    return Function(rule.name, formula, shapes, tuple(arguments), tuple(lines), text, note, writes=body.writes)
 
 
 def result(body: Body, variant: Variant) -> str:
@@ -233,12 +230,12 @@ def _choice(rule: LoweredRule, variant: Variant, body: Body) -> Choice:
 
 
 def _is_written(rule: LoweredRule, variant: Variant) -> bool:
-    """Whether individual pullbacks are computed where they are to lie."""
+    """Whether individual pullbacks may be computed where they are to lie."""
     assert variant.inner is not None
     body = Body(dict(rule.arguments), result=variant.inner)
     _emit_stages(body, rule)
     body(variant.inner)
-    return body.writes and not body.copies
+    return body.writes
 
 
 def _blockwise(rule: LoweredRule) -> str:

@@ -67,9 +67,7 @@ def layer_context(lowered: LoweredLayer, kernels: Collection[KernelRule]) -> Lay
             functions.extend(emitted)
         kernel = rule.name if rule.name in fused else None
         operands = (*rule.operands, *rule.numbers)
-        return RuleContext(
-            known[entry.body], operands, kernel, rule.lead, entry.writes, entry.copies, rule.heavy, rule.composed
-        )
+        return RuleContext(known[entry.body], operands, kernel, rule.lead, entry.writes, rule.heavy, rule.composed)
 
     passes = {name: context(rule) for name, rule in lowered.passes.items()}
     parameters = {

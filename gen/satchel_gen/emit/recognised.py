@@ -59,7 +59,7 @@ def kernel_gradients(body: Body, node: Contract) -> str | None:
         arguments = [body.stored(image), body.leaf(factor), body.sizes(taps), *numbers]
         if transposed:
             return f"transposed_kernel_gradients({', '.join(arguments)})"
-        return f"kernel_gradients({', '.join(arguments)}{body.out(node, copies=True)})"
+        return f"kernel_gradients({', '.join(arguments)}{body.out(node)})"
     return None
 
 

@@ -88,19 +88,18 @@ def in_blocks(
     by_sample: int = 1,
     keep: Tensor | None = None,
     writes: bool = False,
-    copies: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Several quantities of the same pullbacks; and these, if they are to be kept. Squared deviations by two moments, where these serve.
 
-    pull: T of a factor [V, N, *output] and operands, the first `by_sample` of which are [N, …], written to `out` if it `writes`,
-    perhaps as copies. shape: of one pullback. keep: the parameter that T [V, N, *shape] is a field of, if it is returned, too.
+    pull: T of a factor [V, N, *output] and operands, the first `by_sample` of which are [N, …]; it takes `out` if it `writes`.
+    shape: of one pullback. keep: the parameter that T [V, N, *shape] is a field of, if it is returned, too.
     """
     several = partial(_in_blocks, pull, factor=factor, operands=operands, shape=shape, signs=signs, by_sample=by_sample)
     seconds = {name: r.second for name, r in reductions.items() if r.second is not None and moments.serve(factor)}
     taken = {name: reductions[name] for name in reductions if name not in seconds}
     for second in seconds.values():
         taken |= {second: registry().reductions[second], SUM: SUMMED}
-    found, kept = several(taken, keep=keep, writes=writes, copies=copies)
+    found, kept = several(taken, keep=keep, writes=writes)
     for name, second in seconds.items():
         value = moments.difference(found[second], found[SUM], factor.shape[1])
         found[name] = several({name: reductions[name]})[0][name] if value is None else value
@@ -117,7 +116,6 @@ def _in_blocks(
     by_sample: int,
     keep: Tensor | None = None,
     writes: bool = False,
-    copies: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The same, squared deviations by their running mean."""
     V, N = factor.shape[:2]
@@ -129,27 +127,27 @@ def _in_blocks(
     if deviations is not None and SUM in totals:
         del totals[SUM]
     ranges = list(blocks(V, N, prod(shape), keep is not None))
+    wide, long = (some.stop for some in ranges[0])  # the largest
     kept = room = None
-    dtype = widened_dtype((factor, *operands))
-    if keep is not None and (len(ranges) > 1 or (writes and not copies)):
-        kept = empty((V, N, *shape), dtype, keep)
-    elif writes and not copies and V == 1 and not torch.is_grad_enabled():
-        room = shared((1, ranges[0][1].stop, *shape), dtype, factor.device)
+    if keep is not None and (writes or len(ranges) > 1):
+        kept = empty((V, N, *shape), widened_dtype((factor, *operands)), keep)
+    elif writes and not torch.is_grad_enabled():
+        room = shared((wide, long, *shape), widened_dtype((factor, *operands)), factor.device)
     for columns, samples in ranges:
         own = [operand[samples] for operand in operands[:by_sample]]
         block = factor[columns, samples]
-        into = {}
-        if room is not None:
-            into["out"] = room[:, : block.shape[1]]
-        elif kept is not None and writes:
-            into["out"] = kept[columns, samples]
-        pullbacks = pull(block, *own, *operands[by_sample:], **into)
+        place = None
+        if kept is not None:
+            place = kept[columns, samples]
+        elif room is not None:
+            place = room[: len(block), : block.shape[1]]
+        pullbacks = pull(block, *own, *operands[by_sample:], **({"out": place} if writes and place is not None else {}))
         for total in totals.values():
             total.add(pullbacks, tuple(some[columns, samples] for some in signs), samples.start)
-        if keep is not None and kept is None:
+        if keep is not None and len(ranges) == 1:
             kept = pullbacks
-        elif kept is not None and not writes:
-            kept[columns, samples] = pullbacks
+        elif kept is not None and place is not None and pullbacks.data_ptr() != place.data_ptr():
+            place.copy_(pullbacks)
     found = {name: total.value for name, total in totals.items()}
     if deviations is not None and SUM in reductions:  # they have it
         found[SUM] = deviations.sum
@@ -158,7 +156,7 @@ def _in_blocks(
 
 @dataclass(frozen=True)
 class Blockwise:
-    """The program of one quantity by blocks of individual pullbacks. writes: whether `pull` computes them where they are to lie."""
+    """The program of one quantity by blocks of individual pullbacks. writes: whether `pull` takes `out`."""
 
     pull: Callable[..., Tensor]
     reduction: Reduction

@@ -26,7 +26,7 @@ def evaluate(
     differentiable: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The rule's value; `operand` gives an operand by name. Only the ATen program is differentiable, and writes to `out`."""
+    """The rule's value; `operand` gives an operand by name. Only the ATen program is differentiable, and takes `out`."""
     values = [*arguments, *map(operand, rule.operands)]
     if rule.kernel is None or differentiable or not _fused(values):
         given = {} if out is None else {"out": out}

@@ -47,7 +47,7 @@ class _Shared(threading.local):
     """Memory of a thread."""
 
     def __init__(self) -> None:
-        self.bytes = torch.empty(_SHARED, dtype=torch.uint8)
+        self.bytes = torch.empty(_SHARED, dtype=torch.uint8, device="cpu")
 
 
 _shared = _Shared()

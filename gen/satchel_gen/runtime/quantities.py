@@ -19,7 +19,7 @@ from .blocks import SUM, SUMMED, Blockwise, in_blocks
 from .cost import Program, cheapest
 from .errors import SharedByKinds
 from .evaluate import evaluate, uses_kernel
-from .memory import FRESH, KEPT
+from .memory import KEPT
 from .rules import Rule, registry
 from .uses import PER_SAMPLE, Use, alike, joinable, joined, shaped
 
@@ -156,7 +156,7 @@ def _in_blocks(
     ]
     parameter, shape = use.record.parameter(use.name), use.operand(f"{use.name}_shape")
     stored = prod((*use.factor.shape[:2], *shape)) * use.factor.element_size()
-    if len(together) + keep + summed < 2 and not (keep and stored >= (FRESH if rule.copies else KEPT)):
+    if len(together) + keep + summed < 2 and not (keep and stored >= KEPT):
         return {}
     reductions = {name: registry().reductions[name] for name in together}
     found, kept = in_blocks(
@@ -169,6 +169,5 @@ def _in_blocks(
         by_sample=sum(name in ("input", "output") for name in rule.operands),
         keep=parameter if keep else None,
         writes=rule.writes,
-        copies=rule.copies,
     )
     return found if kept is None else found | {PER_SAMPLE: kept}

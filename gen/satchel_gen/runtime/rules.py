@@ -28,9 +28,9 @@ class Rule:
 
     `operands` are appended as positional arguments after the explicit ones: "input", "output", "target", the name of a
     parameter, a buffer or an option. `lead`: the value is [*lead axes, *parameter], flattened as its axes are. `writes`: whether
-    `aten` writes its value to a tensor `out`, where that is given; `copies`: whether it may compute it elsewhere first. `heavy`:
-    whether it takes many operations for each element that it reads, or writes many. `composed`: whether it takes intermediates,
-    where torch may have one operation for all.
+    `aten` takes a tensor `out`, in which it computes its value where that saves memory. `heavy`: whether it takes many operations
+    for each element that it reads, or writes many. `composed`: whether it takes intermediates, where torch may have one operation
+    for all.
     """
 
     aten: Callable[..., Tensor]
@@ -38,7 +38,6 @@ class Rule:
     kernel: str | None = None
     lead: int | None = None
     writes: bool = False
-    copies: bool = False
     heavy: bool = False
     composed: bool = False
 

@@ -151,17 +151,15 @@ def kernel_gradients(
     """[N, G, C, *spatial], [V, N, G, O, *places] → Σ_h factor[v, n, g, o, h] x[n, g, c, s·h + d·a − p] [V, N, G, O, C, *taps].
 
     The gradients of a convolution's kernel, each sample and group by itself. On a CPU one column is a convolution of N·G groups, which
-    reads each element once where windows would be copied; they are where products are faster. Written to `out` where that is given.
+    reads each element once where windows would be copied; they are where products are faster. Computed in `out` where that saves memory.
     """
     if tensor.is_cuda or not factor.numel():
-        found = _of_windows(tensor, factor, taps, stride, dilation, padding)
-    elif _batches_pay(len(factor), tensor.shape[2] * prod(taps), prod(factor.shape[4:])):
+        return _of_windows(tensor, factor, taps, stride, dilation, padding)
+    if _batches_pay(len(factor), tensor.shape[2] * prod(taps), prod(factor.shape[4:])):
         return _of_batches(tensor, factor, taps, stride, dilation, padding, out)
-    elif len(factor) > 1 and has_product(factor, tensor):
-        found = _of_products(tensor, factor, taps, stride, dilation, padding)
-    else:
-        found = _of_groups(tensor, factor, taps, stride, dilation, padding)
-    return found if out is None else out.copy_(found)
+    if len(factor) > 1 and has_product(factor, tensor):
+        return _of_products(tensor, factor, taps, stride, dilation, padding)
+    return _of_groups(tensor, factor, taps, stride, dilation, padding)
 
 
 def _of_windows(
@@ -196,22 +194,21 @@ def _of_batches(
 ) -> Tensor:
     V, N, G, O, *places = factor.shape
     C, T = tensor.shape[2], prod(places)
-    most = max(1, _COPIED // (G * C * prod(taps) * T))
+    if not (out is not None and out.is_contiguous() and 1 in (V, N * G)):  # products by sample lie otherwise
+        out = None
+    most = max(1, _COPIED // max(1, G * C * prod(taps) * T))
     if most < N:
-        found = [
+        parts = [
             _of_batches(
                 tensor[some], factor[:, some], taps, stride, dilation, padding, None if out is None else out[:, some]
             )
             for some in (slice(first, first + most) for first in range(0, N, most))
         ]
-        return torch.cat(found, 1) if out is None else out
+        return torch.cat(parts, 1) if out is None else out
     rows = _by_tap(windows(tensor, places, taps, stride, dilation, padding), len(taps)).reshape(N * G, -1, T)
     columns = factor.movedim(0, 2).reshape(N * G, V * O, T)
-    if V == 1 and out is not None:
-        torch.bmm(columns, rows.mT, out=out.view(N * G, O, -1))
-        return out
-    gradients = torch.bmm(columns, rows.mT).view(N, G, V, O, C, *taps).movedim(2, 0)
-    return gradients if out is None else out.copy_(gradients)
+    found = torch.bmm(columns, rows.mT, out=None if out is None else out.view(N * G, V * O, C * prod(taps)))
+    return found.view(N, G, V, O, C, *taps).movedim(2, 0) if out is None else out
 
 
 def _by_tap(patches: Tensor, rank: int) -> Tensor:

@@ -58,7 +58,7 @@ def weight_per_sample(
     """weight_per_sample[v, n, g, o, c, kw] = Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] −
         padding[0]]
 
-    factor [V, N, G, O, W], input [N, G, C, IW] → [V, N, G, O, C, KW]. Written to `out` where that is given.
+    factor [V, N, G, O, W], input [N, G, C, IW] → [V, N, G, O, C, KW]. Computed in `out` where it can be.
     """
     KW = weight_shape[3]
     return kernel_gradients(input, factor, (KW,), stride, dilation, padding, out=out)
@@ -83,7 +83,7 @@ def weight_sample_squares(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], (G, O, C, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], (G, O, C, KW), writes=True),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=C * G * IW * N + C * G * KW * N * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -113,7 +113,7 @@ def weight_signed_sample_squares(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], (G, O, C, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], (G, O, C, KW), writes=True),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=N * V + C * G * IW * N + C * G * KW * N * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -178,7 +178,7 @@ def weight_squared_norm(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], (G, O, C, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], (G, O, C, KW), writes=True),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=N + C * G * IW * N + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -214,7 +214,7 @@ def weight_sum_of_squares(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], (G, O, C, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], (G, O, C, KW), writes=True),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=C * G * IW * N + C * G * KW * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -244,7 +244,7 @@ def weight_signed_sum_of_squares(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], (G, O, C, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], (G, O, C, KW), writes=True),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=N * V + C * G * IW * N + C * G * KW * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -293,7 +293,7 @@ def weight_squared_deviations(
     KW = weight_shape[3]
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], (G, O, C, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], (G, O, C, KW), writes=True),
             flops=2 * C * G * KW * N * O * V + 2 * C * G * KW * N * O * V * W,
             elements=C * G * IW * N + C * G * KW * O + G * N * O * V * W,
             scratch=-C * G * IW * N + C * G * KW * N * W + 4 * C * G * KW * N * O * V,
@@ -564,7 +564,6 @@ LAYER = Layer(
                 ("input", "weight_shape", "dilation", "padding", "stride"),
                 lead=2,
                 writes=True,
-                copies=True,
                 heavy=True,
             ),
             "sample_squares": Rule(

@@ -59,7 +59,7 @@ def weight_per_sample(
     """weight_per_sample[v, n, g, o, c, kh, kw] = Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh
         dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]]
 
-    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [V, N, G, O, C, KH, KW]. Written to `out` where that is given.
+    factor [V, N, G, O, H, W], input [N, G, C, IH, IW] → [V, N, G, O, C, KH, KW]. Computed in `out` where it can be.
     """
     *_, KH, KW = weight_shape
     return kernel_gradients(input, factor, (KH, KW), stride, dilation, padding, out=out)
@@ -84,7 +84,7 @@ def weight_sample_squares(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], (G, O, C, KH, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], (G, O, C, KH, KW), writes=True),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -114,7 +114,7 @@ def weight_signed_sample_squares(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], (G, O, C, KH, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], (G, O, C, KH, KW), writes=True),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=N * V + C * G * IH * IW * N + C * G * KH * KW * N * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -180,7 +180,7 @@ def weight_squared_norm(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], (G, O, C, KH, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], (G, O, C, KH, KW), writes=True),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=N + C * G * IH * IW * N + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -222,7 +222,7 @@ def weight_sum_of_squares(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], (G, O, C, KH, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], (G, O, C, KH, KW), writes=True),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -252,7 +252,7 @@ def weight_signed_sum_of_squares(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], (G, O, C, KH, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], (G, O, C, KH, KW), writes=True),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=N * V + C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -301,7 +301,7 @@ def weight_squared_deviations(
     *_, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], (G, O, C, KH, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], (G, O, C, KH, KW), writes=True),
             flops=2 * C * G * KH * KW * N * O * V + 2 * C * G * H * KH * KW * N * O * V * W,
             elements=C * G * IH * IW * N + C * G * KH * KW * O + G * H * N * O * V * W,
             scratch=-C * G * IH * IW * N + C * G * H * KH * KW * N * W + 4 * C * G * KH * KW * N * O * V,
@@ -585,7 +585,6 @@ LAYER = Layer(
                 ("input", "weight_shape", "dilation", "padding", "stride"),
                 lead=2,
                 writes=True,
-                copies=True,
                 heavy=True,
             ),
             "sample_squares": Rule(

@@ -61,7 +61,7 @@ def weight_per_sample(
         + kd dilation[0] − padding[0], h stride[1] + kh dilation[1] − padding[1], kw dilation[2] + w stride[2] −
         padding[2]]
 
-    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [V, N, G, O, C, KD, KH, KW]. Written to `out` where that is given.
+    factor [V, N, G, O, D, H, W], input [N, G, C, ID, IH, IW] → [V, N, G, O, C, KD, KH, KW]. Computed in `out` where it can be.
     """
     *_, KD, KH, KW = weight_shape
     return kernel_gradients(input, factor, (KD, KH, KW), stride, dilation, padding, out=out)
@@ -87,7 +87,7 @@ def weight_sample_squares(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], (G, O, C, KD, KH, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["sample_squares"], (G, O, C, KD, KH, KW), writes=True),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * N * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -120,7 +120,7 @@ def weight_signed_sample_squares(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], (G, O, C, KD, KH, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sample_squares"], (G, O, C, KD, KH, KW), writes=True),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=N * V + C * G * ID * IH * IW * N + C * G * KD * KH * KW * N * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -193,7 +193,7 @@ def weight_squared_norm(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], (G, O, C, KD, KH, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_norm"], (G, O, C, KD, KH, KW), writes=True),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=N + C * G * ID * IH * IW * N + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -238,7 +238,7 @@ def weight_sum_of_squares(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], (G, O, C, KD, KH, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], (G, O, C, KD, KH, KW), writes=True),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -271,7 +271,7 @@ def weight_signed_sum_of_squares(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], (G, O, C, KD, KH, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], (G, O, C, KD, KH, KW), writes=True),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=N * V + C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -324,7 +324,7 @@ def weight_squared_deviations(
     *_, KD, KH, KW = weight_shape
     return (
         Program(
-            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], (G, O, C, KD, KH, KW)),
+            Blockwise(weight_per_sample, REDUCTIONS["squared_deviations"], (G, O, C, KD, KH, KW), writes=True),
             flops=2 * C * G * KD * KH * KW * N * O * V + 2 * C * D * G * H * KD * KH * KW * N * O * V * W,
             elements=C * G * ID * IH * IW * N + C * G * KD * KH * KW * O + D * G * H * N * O * V * W,
             scratch=-C * G * ID * IH * IW * N
@@ -618,7 +618,6 @@ LAYER = Layer(
                 ("input", "weight_shape", "dilation", "padding", "stride"),
                 lead=2,
                 writes=True,
-                copies=True,
                 heavy=True,
             ),
             "sample_squares": Rule(

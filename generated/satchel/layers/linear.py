@@ -62,7 +62,7 @@ def sandwich(averaged: Tensor, weight: Tensor) -> Tensor:
 def weight_per_sample(factor: Tensor, input: Tensor, out: Tensor | None = None) -> Tensor:
     """weight_per_sample[v, n, o, i] = Σ_{r} factor[v, n, r, o] input[n, r, i]
 
-    factor [V, N, R, O], input [N, R, I] → [V, N, O, I]. Written to `out` where that is given.
+    factor [V, N, R, O], input [N, R, I] → [V, N, O, I]. Computed in `out` where it can be.
     """
     return matmul(factor.transpose(-2, -1), input, out=out)
 

@@ -20,7 +20,7 @@ from ..runtime.symmetric import gram
 def vjp(factor: Tensor, output: Tensor, out: Tensor | None = None) -> Tensor:
     """vjp[v, n, j] = (1 if output[n, j] > 0, else 0) factor[v, n, j]
 
-    factor [V, N, J], output [N, J] → [V, N, J]. Written to `out` where that is given.
+    factor [V, N, J], output [N, J] → [V, N, J]. Computed in `out` where it can be.
     """
     return above(factor, output, 0, out=out)
 

@@ -23,13 +23,12 @@ _PAYS_COPIES = 1.4
 
 
 def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """A B [*, L] of A [*, K] and a matrix B [K, L], or matrices [*, K, L]; written to `out` where that is given."""
+    """A B [*, L] of A [*, K] and a matrix B [K, L], or matrices [*, K, L]; computed in `out` where torch can do that."""
     if left.shape[-1] == 1:  # of a column and a row: as a product of matrices that takes several times as long
         return torch.mul(left, right, out=out)
     if right.ndim == 3 and left.ndim == 4 and len(left) == 1:  # as it lies: broadcast operands would be copied
         return torch.bmm(left[0], right, out=None if out is None else out[0])[None]
-    found = left @ right if right.ndim > 2 else _with_matrix(left, right)
-    return found if out is None else out.copy_(found)
+    return left @ right if right.ndim > 2 else _with_matrix(left, right)
 
 
 def _with_matrix(left: Tensor, right: Tensor) -> Tensor:
@@ -49,7 +48,7 @@ def _with_matrix(left: Tensor, right: Tensor) -> Tensor:
 @cache
 def onednn_speed() -> float:
     """How many times as fast as MKL oneDNN is on this machine: 0.85, 1.1 or 2. Measured once, in a few milliseconds; 0 without it."""
-    matrix = torch.ones(256, 256)
+    matrix = torch.ones(256, 256, dtype=torch.float32, device="cpu")
     if not has_product(matrix):
         return 0.0
     ways: tuple[Callable[[], Tensor], ...] = (lambda: matrix @ matrix.mT, lambda: product(matrix, matrix))
