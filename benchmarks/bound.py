@@ -84,7 +84,9 @@ def count(network: str, cell: str) -> dict[str, Any]:
     from peers import satchel_api
     from problems import NETWORKS
     from satchel.runtime import rules
+    from satchel.runtime.matmul import onednn_speed
 
+    onednn_speed()  # measured once in a process, by products that are no rule's
     found: list[Work] = []
     rules.install(counted(rules.registry(), found))
     results = satchel_api.build(NETWORKS[network].task(is_exact(cell)), CELLS[cell])()
