@@ -95,13 +95,14 @@ class Pass:
         x = x.to(dtype) if x.is_floating_point() else x
         given = [t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in (target, *case.more())]
 
-        def run() -> None:
-            loss = self.loss(case.arranged(self.model(x)), *given)
-            with satchel.backend("aten" if backend == "aten" else "triton"), backpack(*features, **options):
-                loss.backward()
+        self.case, self.backend, self.options, self._x, self._given = case, backend, options, x, given
+        self.again()
 
-        self.again = run
-        run()
+    def again(self) -> None:
+        loss = self.loss(self.case.arranged(self.model(self._x)), *self._given)
+        chosen = "aten" if self.backend == "aten" else "triton"
+        with satchel.backend(chosen), backpack(*self.features, **self.options):
+            loss.backward()
 
     def fields(self, feature: Any) -> dict[str, Any]:
         named = {name: p for name, p in self.network.named_parameters() if p.requires_grad}

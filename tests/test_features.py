@@ -405,6 +405,7 @@ def test_individual_gradients_where_those_before_were(
     monkeypatch.setattr(cost, "machine", replace(cost.machine, cache_elements=cache))
     for module in (memory, quantities):
         monkeypatch.setattr(module, "KEPT", 0)
+    monkeypatch.setattr(quantities, "FRESH", 0)
     case = Case(network, nn.MSELoss, "mean")
     done = Pass(case, torch.float64, "aten", extensions.BatchGrad())
     parameters = [p for p in done.network.parameters() if p.requires_grad]

@@ -128,10 +128,11 @@ def _in_blocks(
         del totals[SUM]
     ranges = list(blocks(V, N, prod(shape), keep is not None))
     wide, long = (some.stop for some in ranges[0])  # the largest
+    writes = writes and not torch.is_grad_enabled()  # what is differentiated cannot be written to a place
     kept = room = None
     if keep is not None and (writes or len(ranges) > 1):
         kept = empty((V, N, *shape), widened_dtype((factor, *operands)), keep)
-    elif writes and not torch.is_grad_enabled():
+    elif writes:
         room = shared((wide, long, *shape), widened_dtype((factor, *operands)), factor.device)
     for columns, samples in ranges:
         own = [operand[samples] for operand in operands[:by_sample]]

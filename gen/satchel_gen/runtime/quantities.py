@@ -19,7 +19,7 @@ from .blocks import SUM, SUMMED, Blockwise, in_blocks
 from .cost import Program, cheapest
 from .errors import SharedByKinds
 from .evaluate import evaluate, uses_kernel
-from .memory import KEPT
+from .memory import FRESH, KEPT
 from .rules import Rule, registry
 from .uses import PER_SAMPLE, Use, alike, joinable, joined, shaped
 
@@ -154,9 +154,9 @@ def _in_blocks(
         if isinstance(best.function, Blockwise)
         or any(isinstance(p.function, Blockwise) and p.seconds_among_others <= best.seconds for p in others)
     ]
-    parameter, shape = use.record.parameter(use.name), use.operand(f"{use.name}_shape")
-    stored = prod((*use.factor.shape[:2], *shape)) * use.factor.element_size()
-    if len(together) + keep + summed < 2 and not (keep and stored >= KEPT):
+    parameter = use.record.parameter(use.name)
+    stored = parameter.numel() * prod(use.factor.shape[:2]) * use.factor.element_size()
+    if len(together) + keep + summed < 2 and not (keep and stored >= (KEPT if rule.writes else FRESH)):
         return {}
     reductions = {name: registry().reductions[name] for name in together}
     found, kept = in_blocks(
@@ -164,7 +164,7 @@ def _in_blocks(
         reductions | ({SUM: SUMMED} if summed else {}),
         use.factor,
         [use.operand(name) for name in rule.operands],
-        shape,
+        use.shape,
         extra,
         by_sample=sum(name in ("input", "output") for name in rule.operands),
         keep=parameter if keep else None,

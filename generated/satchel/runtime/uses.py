@@ -80,6 +80,14 @@ class Use:
         return shaped(rule, self, found)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's, as the definition has it; its own, where no definition covers the use."""
+        if self.name in self.layer.parameter_axes:
+            shape: tuple[int, ...] = self.operand(f"{self.name}_shape")
+            return shape
+        return tuple(self.record.parameter(self.name).shape)
+
+    @property
     def positions(self) -> int:
         """How many elements of a sample's output share an element of the parameter: the extent of the axes that it lacks."""
         own = axis_names(self.layer.parameter_axes[self.name])
