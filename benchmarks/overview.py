@@ -7,7 +7,7 @@ from math import exp, inf, isinf, log
 from typing import Any
 
 from cells import CELLS, NOTHING
-from report import bound_ratio, lower_bound, peers, table_line, value
+from report import bound_ratio, lower_bound, peers, table_head, table_line, value
 from targets import BACKPACK, BEST_PEER, SET, TARGETS
 
 HEAD = ["network", "features", "satchel", "BackPACK", "best peer", "bound", "target", "MB"]
@@ -15,7 +15,7 @@ HEAD = ["network", "features", "satchel", "BackPACK", "best peer", "bound", "tar
 
 def overview(results: dict[str, Any], clock: str = "cpu") -> str:
     """Markdown. Bold: no peer is faster. Extra peak memory: satchel's and the leanest peer's."""
-    lines = [table_line(HEAD), table_line(["---"] * len(HEAD))]
+    lines = table_head(HEAD)
     for network, cells in results["networks"].items():
         for cell, found in cells.items():
             ours, others = value(found.get("satchel", {}), clock), peers(found, clock)
@@ -41,8 +41,7 @@ def overview(results: dict[str, Any], clock: str = "cpu") -> str:
 def wide(results: dict[str, Any], clock: str = "cpu") -> Iterator[str]:
     """README's table, networks across: satchel / BackPACK / the best peer; satchel alone where there is no peer."""
     networks = {name: cells for name, cells in results["networks"].items() if len(cells) > 1}
-    yield table_line(["features", *networks])
-    yield table_line(["---"] * (1 + len(networks)))
+    yield from table_head(["features", *networks])
     for cell in CELLS:
         yield table_line([cell, *(_beside(cells.get(cell, {}), clock) for cells in networks.values())])
 
@@ -59,8 +58,7 @@ def _beside(found: dict[str, Any], clock: str) -> str:
 def missed(results: dict[str, Any], clock: str = "cpu") -> Iterator[str]:
     """What is above its target or a peer, in parts: the bound, what the engine takes that computes nothing, and the rest."""
     head = ["network", "features", "satchel", "aim", "= bound", "+ engine", "+ rest"]
-    yield table_line(head)
-    yield table_line(["---"] * len(head))
+    yield from table_head(head)
     for network, cells in results["networks"].items():
         engine = value(cells.get(NOTHING, {}).get("satchel", {}), clock) - 1
         for cell, found in cells.items():
@@ -77,8 +75,7 @@ def missed(results: dict[str, Any], clock: str = "cpu") -> Iterator[str]:
 def sets(results: dict[str, Any], clock: str = "cpu") -> Iterator[str]:
     """What sets of features cost beside their dearest member, and the writes of the others' results."""
     head = ["network", "set", "satchel", "dearest member", f"{SET:g} × dearest + writes", ""]
-    yield table_line(head)
-    yield table_line(["---"] * len(head))
+    yield from table_head(head)
     for network, cells in results["networks"].items():
         for cell, found in cells.items():
             ours, members = value(found.get("satchel", {}), clock), CELLS[cell]

@@ -65,11 +65,16 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [f"{about['cpu']}, {about['threads']} threads, commit {about['commit'][:12]}; {versions}.", ""]
     for network, found in results["networks"].items():
         for table in grids(network, found):
-            lines += [f"**{table.title}**", "", table_line(table.head), table_line(["---"] * len(table.head))]
+            lines += [f"**{table.title}**", "", *table_head(table.head)]
             for row, best in zip(table.rows, table.best, strict=True):
                 lines.append(table_line([f"**{text}**" if k == best else text for k, text in enumerate(row)]))
             lines.append("")
     return "\n".join(lines)
+
+
+def table_head(texts: list[str]) -> list[str]:
+    """A head and the line below it."""
+    return [table_line(texts), table_line(["---"] * len(texts))]
 
 
 def table_line(texts: list[str]) -> str:

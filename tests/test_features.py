@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from networks import NETWORKS
 from satchel import backpack, extend, extensions
 from satchel.layers import linear
 from satchel.registry import REGISTRY
-from satchel.runtime import averaged, cost, curvature, memory, quantities, residual, sweep, uses
+from satchel.runtime import averaged, cost, curvature, quantities, residual, sweep, uses
 from satchel.runtime.cost import forced
 
 EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
@@ -391,25 +390,3 @@ def test_extend_twice_is_extend_once(feature: Any) -> None:
     with backpack(feature(), extension_hook=counts.append):
         loss(model(case.network.input()), case.target()).backward()
     assert len(counts) == len({id(m) for m in counts})
-
-
-# --- the memory of individual gradients -----------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("error:An output with one or more elements was resized")
-@pytest.mark.parametrize("cache", [1, 1 << 18])
-def test_individual_gradients_where_those_before_were(
-    network: Network, cache: int, agree: Agree, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However small, they are written into the memory of the pass before, whose numbers these are not; in many blocks or one."""
-    monkeypatch.setattr(cost, "machine", replace(cost.machine, cache_elements=cache))
-    for module in (memory, quantities):
-        monkeypatch.setattr(module, "KEPT", 0)
-    monkeypatch.setattr(quantities, "FRESH", 0)
-    case = Case(network, nn.MSELoss, "mean")
-    done = Pass(case, torch.float64, "aten", extensions.BatchGrad())
-    parameters = [p for p in done.network.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.grad_batch.fill_(torch.nan)
-    done.again()
-    agree(done.fields(extensions.BatchGrad), expected(case, extensions.BatchGrad))

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import satchel
+from cases import Case, Network
+from conftest import Agree, Pass
 from satchel import backpack, extend
 from satchel.extensions import BatchGrad, BatchL2Grad, SumGradSquared, Variance
-from satchel.runtime import blocks, cost, memory
+from satchel.runtime import blocks, cost, memory, quantities
 
 
 class Library:
@@ -194,6 +196,26 @@ def test_nothing_is_kept_for_longer(end: Callable[[Trained], None]) -> None:
 def test_the_setting_is_a_truth_value() -> None:
     with pytest.raises(ValueError, match="reuse_buffers"):
         satchel.settings(reuse_buffers=1)
+
+
+@pytest.mark.filterwarnings("error:An output with one or more elements was resized")
+@pytest.mark.parametrize("cache", [1, 1 << 18])
+def test_individual_gradients_where_those_before_were(
+    network: Network, cache: int, agree: Agree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small, they are written into the memory of the pass before, whose numbers these are not; in many blocks or one."""
+    monkeypatch.setattr(cost, "machine", replace(cost.machine, cache_elements=cache))
+    for module in (memory, quantities):
+        monkeypatch.setattr(module, "KEPT", 0)
+    monkeypatch.setattr(quantities, "FRESH", 0)
+    case = Case(network, nn.MSELoss, "mean")
+    done = Pass(case, torch.float64, "aten", BatchGrad())
+    parameters = [p for p in done.network.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad_batch.fill_(torch.nan)
+    done.again()
+    reference = case.reference()
+    agree(done.fields(BatchGrad), {name: reference.field("BatchGrad", name) for name in reference.parameters})
 
 
 # --- what intermediates share -----------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from ..lowering.rules import EXPLICIT, LoweredRule, term_reads
 from ..lowering.squares import Variant
 from ..notation import Extent, LogSumExp, Option, index_atoms, reads
 from .aten import Body, unpack_extents
-from .aten_expr import AtenPrinter
+from .aten_expr import AtenPrinter, sequence
 from .idioms import Idiom, idioms, logsumexp, softmax, softmax_of
 
 
@@ -217,7 +217,7 @@ def _choice(rule: LoweredRule, variant: Variant, body: Body) -> Choice:
         own = [Extent(i) for i in variant.inner.axes if i.name not in ("v", "n")]
         each = body.scalar(sympy.Mul(*own))
         columns, samples = (body.scalar(Extent(i)) for name in ("v", "n") for i in variant.inner.axes if i.name == name)
-        shape = f"({', '.join(map(body.scalar, own))}{',' if len(own) == 1 else ''})"
+        shape = sequence([body.scalar(extent) for extent in own])
         function = f"Blockwise({_blockwise(rule)}, {shape}{', writes=True' if _is_written(rule, variant) else ''})"
         called = f"{variant.calls} * block_count({columns}, {samples}, {each})"
         blocked = {"peak": each}

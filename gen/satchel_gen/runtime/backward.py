@@ -16,10 +16,10 @@ from torch.autograd.graph import Node
 
 from . import curvature, spared, survey
 from .context import active, backpack
-from .demand import CURVATURE
+from .demand import CURVATURE, GRADIENT
 from .errors import BatchAxisLost, FieldMissing, LossIncomplete, LossNotExtended, UnitUnknown
 from .flags import Flag, first_raised
-from .harvest import GRADIENT, Harvest
+from .harvest import Harvest
 from .modes import in_grad_mode, without_autocast
 from .plan import Plan, Step, walk
 from .promise import Promise

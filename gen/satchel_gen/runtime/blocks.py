@@ -130,10 +130,11 @@ def _in_blocks(
     wide, long = (some.stop for some in ranges[0])  # the largest
     writes = writes and not torch.is_grad_enabled()  # what is differentiated cannot be written to a place
     kept = room = None
+    dtype = widened_dtype((factor, *operands))
     if keep is not None and (writes or len(ranges) > 1):
-        kept = empty((V, N, *shape), widened_dtype((factor, *operands)), keep)
+        kept = empty((V, N, *shape), dtype, keep)
     elif writes:
-        room = shared((wide, long, *shape), widened_dtype((factor, *operands)), factor.device)
+        room = shared((wide, long, *shape), dtype, factor.device)
     for columns, samples in ranges:
         own = [operand[samples] for operand in operands[:by_sample]]
         block = factor[columns, samples]

@@ -16,7 +16,7 @@ from torch import Tensor
 from .averaged import Pair, averaged_quantities, needed_bytes, start_of, sweep_averaged
 from .axes import Layout, extents
 from .calls import Call
-from .demand import CURVATURE, SECOND_ORDER, Demand, Source
+from .demand import AVERAGED, CURVATURE, DIAGONAL, EXACT, RESIDUAL, SECOND_ORDER, Demand, Source
 from .errors import (
     BatchAxisLost,
     MemoryLimit,
@@ -48,7 +48,6 @@ from .uses import PER_SAMPLE, Use
 #: Takes a quantity of a parameter, and the source that it comes from, and adds it to what is there.
 Accumulate: TypeAlias = Callable[[Tensor, Source, dict[Need, Tensor]], None]
 
-EXACT, RESIDUAL, DIAGONAL, AVERAGED = map(Source, ("exact", "residual", "diagonal", "averaged"))
 #: Kinds whose columns can be swept in ranges.
 STREAMED = ("exact", "mc", "residual")
 
@@ -308,5 +307,5 @@ class _Gathered:
             self._add(parameter, uses, signs)
 
     def _add(self, parameter: Tensor, uses: list[Use], signs: tuple[Tensor, ...]) -> None:
-        needs = self.demand.needs([use.record.definition for use in uses], self.source)
+        needs = self.demand.needs([use.layer for use in uses], self.source)
         self.accumulate(parameter, self.source, quantities_of(uses, needs, *signs))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .available import available
 from .averaged import needed_bytes
-from .demand import Demand, Source
+from .demand import AVERAGED, Demand
 from .errors import NotEnoughMemory
 from .extension import Extension
 from .kept import kept
@@ -34,7 +34,7 @@ def check(plan: Plan, demand: Demand, samples: int, columns: int) -> bool:
     places = [uses[0] for uses in plan.uses.values()]
     parameters = [place.parameter for place in places]
     asked = False
-    if Source("averaged") in demand.sources(plan.definitions):
+    if AVERAGED in demand.sources(plan.definitions):
         needed, where = needed_bytes(plan, samples, parameters[0].element_size())
         asked = _refuse(demand.features(plan.definitions, "averaged"), where, needed, parameters[0].device)
     copies = samples * sum(max(columns, extension.mc_samples or 1) for extension in demand.extensions)

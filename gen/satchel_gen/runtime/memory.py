@@ -35,12 +35,13 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 def empty(shape: Sequence[int], dtype: torch.dtype, parameter: Tensor) -> Tensor:
     """An uninitialised tensor for a field of `parameter`."""
     size = prod(shape) * dtype.itemsize
-    if parameter.device.type == "cpu" and size >= KEPT and current().reuse_buffers:
-        used = kept.take(parameter, shape, dtype)
-        if used is not None:
-            return used
+    if parameter.device.type != "cpu" or size < KEPT:
+        return parameter.new_empty(shape, dtype=dtype)
+    used = kept.take(parameter, shape, dtype) if current().reuse_buffers else None
+    if used is not None:
+        return used
     tensor = parameter.new_empty(shape, dtype=dtype)
-    return _on_huge_pages(tensor, size) if tensor.device.type == "cpu" and size >= FRESH else tensor
+    return tensor if size < FRESH else _on_huge_pages(tensor, size)
 
 
 class _Shared(threading.local):

@@ -140,11 +140,6 @@ class Record(_Kept):
             raise BatchAxisLost(self.where, shape, self.samples)
         return found
 
-    def _in_front(self, tensor: Tensor, canonical: tuple[int, ...], layout: Layout) -> Tensor:
-        if self.batch.outer > 1:
-            return self.batch.to_front(tensor, layout)
-        return tensor if tensor.shape == canonical else tensor.reshape(canonical)
-
     def at_output(self, tensor: Tensor, lead: int) -> Tensor:
         """A factor [*lead, *node] as the layer's canonical output."""
         if self.batch.is_first(self.output_shape):
@@ -174,9 +169,9 @@ class Record(_Kept):
     def operand(self, name: str) -> Any:
         """An operand of a rule, canonical."""
         if name == "input":
-            return self._in_front(self.tensor("input"), self.canonical_input, self.input_layout)
+            return self.batch.to_front(self.tensor("input"), self.input_layout)
         if name == "output":
-            return self._in_front(self.tensor("output"), self.canonical_output, self.output_layout)
+            return self.batch.to_front(self.tensor("output"), self.output_layout)
         if name.endswith("_shape"):
             return self._shape(name.removesuffix("_shape"))
         if name in self.definition.parameters:

@@ -11,8 +11,8 @@ from torch.autograd.graph import Node
 
 from . import estimate
 from .context import backpack
-from .curvature import AVERAGED, RESIDUAL, refuse_option
-from .demand import Demand
+from .curvature import refuse_option
+from .demand import AVERAGED, RESIDUAL, Demand
 from .errors import CheckpointedRegion, MemoryLimit, SatchelError, SharedByKinds, SparseGradient, UnsupportedModule
 from .flags import Flag, first_raised
 from .nodes import NodeRecord, Owned, resolve

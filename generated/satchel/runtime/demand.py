@@ -25,6 +25,11 @@ class Source(NamedTuple):
     generator: torch.Generator | None = None
 
 
+GRADIENT, INPUT, EXACT, RESIDUAL, DIAGONAL, AVERAGED = map(
+    Source, ("gradient", "input", "exact", "residual", "diagonal", "averaged")
+)
+
+
 def source(extension: Extension, need: Need) -> Source:
     return Source("mc", extension.mc_samples or 1, extension.generator) if need.source == "mc" else Source(need.source)
 
@@ -91,7 +96,7 @@ class Demand:
         """What is needed of δ that Σ T² and Σ T serve, too."""
         known = self._known.deviations
         if layer not in known:
-            needs = self.of(layer).get(Source("gradient"), ())
+            needs = self.of(layer).get(GRADIENT, ())
             known[layer] = tuple(need.quantity for need in needs if registry().second_moment(need.quantity))
         return known[layer]
 

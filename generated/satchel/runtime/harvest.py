@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import moments
 from .blocks import SUM
-from .demand import RESIDUALS, Demand, Source
+from .demand import GRADIENT, INPUT, RESIDUALS, Demand, Source
 from .errors import FieldMissing
 from .extension import Extension
 from .fields import Owner, memory_of
@@ -23,7 +23,6 @@ from .subsampling import quantities_of
 from .torch_private import has_exact_products
 from .uses import PER_SAMPLE, Use
 
-GRADIENT, INPUT = Source("gradient"), Source("input")
 _SUM = Need("gradient", SUM)
 #: Of these, autograd's sums over samples are as exact as ours.
 _EXACT = (torch.float32, torch.float64)
@@ -129,7 +128,7 @@ class Harvest:
 
     def serving(self, uses: Sequence[Use]) -> tuple[Extension, ...]:
         """The features that have a value for a parameter."""
-        first, *others = [self.demand.serving(use.record.definition, use.name) for use in uses]
+        first, *others = [self.demand.serving(use.layer, use.name) for use in uses]
         return tuple(e for e in first if all(e in other for other in others)) if others else first
 
     def _memory(self, use: Use) -> frozenset[int]:
@@ -155,7 +154,7 @@ class Harvest:
 
     def _found(self, uses: Sequence[Use], source: Source) -> dict[Need, Tensor]:
         """What needs no sweep."""
-        needs = self.demand.needs([use.record.definition for use in uses], source)
+        needs = self.demand.needs([use.layer for use in uses], source)
         if not needs:
             return {}
         own = uses if source is GRADIENT else [Use(use.record, use.name) for use in uses]

@@ -56,8 +56,12 @@ class Step:
     @property
     def apart(self) -> bool:
         """Whether no two calls use one parameter."""
-        used = [id(parameter) for call in self.calls for parameter in call.parameters.values()]
-        return len(set(used)) == len(used)
+        return _apart(self.calls)
+
+
+def _apart(calls: Iterable[Call]) -> bool:
+    used = [id(parameter) for call in calls for parameter in call.parameters.values()]
+    return len(set(used)) == len(used)
 
 
 class Place(NamedTuple):
@@ -124,8 +128,7 @@ class Plan:
     @lazy
     def tied(self) -> Mapping[int, list[Place]]:
         """Those of the parameters that have several."""
-        used = [id(parameter) for call in self.calls for parameter in call.parameters.values()]
-        if len(set(used)) == len(used):
+        if _apart(self.calls):
             return {}
         return {key: places for key, places in self.uses.items() if len(places) > 1}
 

@@ -83,8 +83,7 @@ class Use:
     def shape(self) -> tuple[int, ...]:
         """The parameter's, as the definition has it; its own, where no definition covers the use."""
         if self.name in self.layer.parameter_axes:
-            shape: tuple[int, ...] = self.operand(f"{self.name}_shape")
-            return shape
+            return tuple(self.operand(f"{self.name}_shape"))
         return tuple(self.record.parameter(self.name).shape)
 
     @property

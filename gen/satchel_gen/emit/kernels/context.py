@@ -108,10 +108,6 @@ def out_shape(program: Program) -> list[str]:
     return head + extents[program.columns :]
 
 
-def tuple_code(parts: Sequence[str]) -> str:
-    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
-
-
 def pointers(program: Program) -> list[str]:
     return [f"{tensor}_ptr" for tensor in program.tensors]
 

@@ -14,6 +14,7 @@ from sympy import Expr
 
 from ...lowering.programs import Contraction, Read
 from ...notation import Option
+from ..aten_expr import sequence
 from ..triton_axes import Group, Names, chains, decode, grouped, offset, plus, product, scaled, used
 from .context import (
     KERNEL_NAMES,
@@ -26,7 +27,6 @@ from .context import (
     pointers,
     step_index_of,
     tile_strides_of,
-    tuple_code,
 )
 
 SIDES = ("m", "n", "k")
@@ -125,7 +125,7 @@ def contraction(definition: str, program: Contraction) -> Context:
     batches = product(names.extents(batch)) if batch else ""
     launch = launcher(program, [*out_shape(program), *extents.values(), *checked], sizes)
     launch |= {
-        "out": tuple_code([*(["parts"] if split else []), *out_shape(program), *(["tiles"] if program.within else [])]),
+        "out": sequence([*(["parts"] if split else []), *out_shape(program), *(["tiles"] if program.within else [])]),
         "m_size": extents["m"], "n_size": extents["n"], "within": program.within,
         "check": f"check_{'spans' if plan.windowed else 'strides'}({', '.join(checked)})", "batch": batches,
         "grid": f"parts * {parenthesized(batches)}" if batch and split else batches if batch else "parts" if split else "1",

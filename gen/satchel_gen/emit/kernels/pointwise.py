@@ -5,6 +5,7 @@ from __future__ import annotations
 import sympy
 
 from ...lowering.programs import Axes, Pointwise
+from ..aten_expr import sequence
 from ..triton_axes import Group, Names, decode, product, used
 from ..triton_expr import Lines, hoist
 from .context import (
@@ -21,7 +22,6 @@ from .context import (
     number_casts,
     out_shape,
     printer_for,
-    tuple_code,
     used_in,
     used_pointers,
 )
@@ -87,7 +87,7 @@ def pointwise(definition: str, program: Pointwise) -> Context:
     sizes = {**({"columns": "columns"} if loop else {}), "size": "size", **{e: e for e in extents}}
     columns = product(names.extents(loop))
     launch = launcher(program, [size, columns if loop else "", *out_shape(program)], sizes)
-    launch |= {"size": size, "columns": columns, "out": tuple_code(out_shape(program))}
+    launch |= {"size": size, "columns": columns, "out": sequence(out_shape(program))}
     launch["sizes"] = (*launch["sizes"], *numbers.values())
     return {
         "name": program.name, "doc": program.doc, "pointers": used_pointers(program, code), "sizes": (*sizes, *numbers),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...lowering.programs import Reduce
+from ..aten_expr import sequence
 from ..triton_axes import Names, chains, decode, grouped, offset, plus, product, scaled, used
 from .context import (
     KERNEL_NAMES,
@@ -12,7 +13,6 @@ from .context import (
     parenthesized,
     pointers,
     step_index_of,
-    tuple_code,
 )
 
 
@@ -89,7 +89,7 @@ def reduce(definition: str, program: Reduce) -> Context:
     launch |= {
         "lane_size": product(names.extents(lane)), "programs": f"lanes * {parenthesized(batch_size)}" if batch else "lanes",
         "grid": f"{first}, lanes, {'parts' if stepped else '1'}",
-        "out": tuple_code(shape) if not stepped else tuple_code(["parts", *shape] if lane_kept else [*shape, "lanes", "parts"]),
+        "out": sequence(shape) if not stepped else sequence(["parts", *shape] if lane_kept else [*shape, "lanes", "parts"]),
         "result": "out" if not stepped else "out[0] if parts == 1 else out.sum(0)" if lane_kept else "out.sum((-2, -1))",
     }  # fmt: skip
     return {

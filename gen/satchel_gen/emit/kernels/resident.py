@@ -9,6 +9,7 @@ from sympy import Expr, Pow, Symbol
 
 from ...lowering.programs import Axes, Read, Resident, Stage
 from ...notation import Extent
+from ..aten_expr import sequence
 from ..triton_axes import Group, Names, decode, offset, plus, product, scaled, used
 from ..triton_expr import Lines, TritonPrinter, hoist
 from .context import (
@@ -20,7 +21,6 @@ from .context import (
     out_shape,
     pointers,
     printer_for,
-    tuple_code,
 )
 
 RESERVED = frozenset(
@@ -159,7 +159,7 @@ def resident(definition: str, program: Resident) -> Context:
     launch = launcher(program, [rows, size, names.extent(column), *out_shape(program)], sizes)
     launch |= {
         "rows": rows, "columns": names.extent(column), "size": size, "row_size": product(names.extents(row)), "stride": stride,
-        "out": tuple_code(out_shape(program)), "sizes": (*sizes.values(), *numbers.values()),
+        "out": sequence(out_shape(program)), "sizes": (*sizes.values(), *numbers.values()),
     }  # fmt: skip
     return {
         "name": program.name, "doc": program.doc, "value": program.value, "pointers": pointers(program), "sizes": (*sizes, *numbers),

@@ -11,6 +11,7 @@ import sympy
 
 from ...lowering.programs import Axes, Read, Row
 from ...notation import Equal
+from ..aten_expr import sequence
 from ..triton_axes import Group, Names, decode, plus, product, scaled, used
 from ..triton_expr import Lines, hoist
 from .context import (
@@ -25,7 +26,6 @@ from .context import (
     out_shape,
     pointers,
     printer_for,
-    tuple_code,
     used_in,
 )
 
@@ -116,7 +116,7 @@ def row(definition: str, program: Row) -> Context:
         "columns": count,
         "row_size": names.extent(k),
         "stride": stride,
-        "out": tuple_code(out_shape(program)),
+        "out": sequence(out_shape(program)),
     }
     return {
         "name": program.name, "doc": program.doc, "pointers": pointers(program), "sizes": tuple(sizes), "k": axes[k],
