@@ -269,18 +269,23 @@ def test_inplace_on_a_part(feature: Any) -> None:
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint(feature: Any, reentrant: bool) -> None:
+@pytest.mark.parametrize(("what", "reentrant"), [("layers", False), ("layers", True), ("loss", False)])
+def test_checkpoint(feature: Any, what: str, reentrant: bool) -> None:
     """Right, or an error with a remedy."""
     model, loss = extend(sequence(nn.Tanh()).double()), extend(nn.CrossEntropyLoss())
     inputs = x.double().requires_grad_()
+
+    def value() -> Tensor:
+        if what == "loss":
+            return checkpoint(lambda h: loss(h, y), model(inputs), use_reentrant=reentrant)
+        return loss(model[2](checkpoint(model[:2], inputs, use_reentrant=reentrant)), y)
 
     def new() -> Any:
         return feature(generator=torch.Generator().manual_seed(0)) if is_sampled(feature) else feature()
 
     try:
         with backpack(new()):
-            loss(model[2](checkpoint(model[:2], inputs, use_reentrant=reentrant)), y).backward()
+            value().backward()
     except NotImplementedError as error:
         assert "checkpoint" in str(error)
         return

@@ -11,12 +11,18 @@ from torch import Tensor, nn
 from torch.nn import Linear, LogSoftmax, Sigmoid
 
 from conftest import KERNELS, Agree, Pass
-from losses import BY_NAME, EXACT, LIKELIHOODS, SAMPLED, LossCase, all_cases, expected, likelihoods, start
+from losses import BY_NAME, CASES, EXACT, LIKELIHOODS, SAMPLED, LossCase, all_cases, expected, likelihoods, start
 from reference import Reference, contributions
 from satchel import backpack, extend
 from satchel.extensions import BatchGrad, DiagGGNExact, DiagGGNMC, DiagHessian
 from satchel.registry import REGISTRY
+from satchel.runtime.evaluate import evaluate
+from satchel.runtime.record import entries
+from satchel.runtime.torch_private import weight_of_targets
 from satchel_gen.calculus.likelihood import likelihood
+
+REGISTRY_BY_NAME = {loss.name: loss for loss in REGISTRY.losses}
+
 
 # --- agreement ---------------------------------------------------------------------------------------------------
 
@@ -54,6 +60,24 @@ def test_kernels(name: str, backend: str, agree: Agree) -> None:
             drawn = done.model.curvature(done.model.probe.weight.diag_ggn_mc)
             for feature in SAMPLED:
                 agree(done.fields(feature), expected(case, feature, curvature=drawn))
+
+
+def test_divisors_that_autograd_keeps() -> None:
+    """A rule gives what the loss's node has divided by, where the node keeps that, in full precision."""
+    seen = set()
+    for case in CASES:
+        if case.reduction != "mean" or isinstance(rule := REGISTRY_BY_NAME[case.name].reductions["mean"], tuple):
+            continue
+        value = extend(case.criterion())(case.network.model()(case.network.input()), case.target(), *case.more())
+        (loss,) = entries(value.grad_fn).losses
+        known = weight_of_targets(value.grad_fn)
+        if known is not None:
+            seen.add((case.name, value.grad_fn.name()))
+            torch.testing.assert_close(evaluate(rule, loss.definition, loss.operand), known)
+    assert {node for _, node in seen} == {"NllLossBackward0", "NllLoss2DBackward0"}
+    assert {name for name, _ in seen} >= {"CrossEntropyLoss", "CrossEntropyLossWeighted", "NLLLoss"}
+    half = nn.CrossEntropyLoss()(torch.zeros(3, 2, dtype=torch.bfloat16, requires_grad=True), torch.tensor([0, 1, 1]))
+    assert weight_of_targets(half.grad_fn) is None
 
 
 @pytest.mark.parametrize("name", BY_NAME)

@@ -119,7 +119,7 @@ def test_options_of_modules_may_change() -> None:
 
 def test_an_option_that_is_no_value(monkeypatch: pytest.MonkeyPatch, surveys: list[int]) -> None:
     """It cannot be looked up, so every pass is surveyed."""
-    monkeypatch.setattr(Record, "structure", property(lambda record: [record.input_shape]))
+    monkeypatch.setattr(Record, "structure", property(lambda record: ([record.input_shape],)))
     model = model_of(lambda h: h)
     for _ in range(2):
         step(model, BatchGrad())

@@ -19,7 +19,7 @@ from .context import active, backpack
 from .demand import CURVATURE, GRADIENT
 from .errors import BatchAxisLost, FieldMissing, LossIncomplete, LossNotExtended, UnitUnknown
 from .flags import Flag, first_raised
-from .harvest import Harvest
+from .harvest import Gathered, Harvest
 from .modes import in_grad_mode, without_autocast
 from .plan import Plan, Step, walk
 from .promise import Promise
@@ -35,6 +35,7 @@ from .torch_private import (
     node_outputs,
     transposition,
 )
+from .uses import Use
 from .wanted import Wanted
 
 
@@ -68,6 +69,7 @@ class Pass:
         self.harvest = Harvest(context.demand)
         self.keep = keeps_graph()
         self.samples: int | None = None
+        self.unit: float | None = None
         self.reductions: set[str] = set()
         self.surveyed: set[Node] = set()
         self.flags: list[Flag] = []
@@ -98,10 +100,11 @@ class Pass:
             if isinstance(entry, Record) and (wanted := self.wanted.of(entry)):
                 self._layer(entry, wanted, gradients[entry.output_nr])
                 taken = self._spared(entry, wanted, gradients)
-            else:
+                continue
+            if self.context.extension_hook is not None:
                 self._hook(entry)
-                if not (self.keep or self._is_promised(entry)):
-                    _release([entry])
+            if not (type(entry) is Mark or self.keep or self._is_promised(entry)):
+                _release([entry])
         return taken
 
     def _loss(self, loss: LossRecord, gradient: Tensor | None) -> None:
@@ -129,7 +132,8 @@ class Pass:
             curvature.check_plan(plan, self.demand, start.samples, self.flags)
             self.flags += start.flags(self.demand, layers)
             self._promise(start, plan, curved)
-            self.context.log(lambda: f"{loss.where}: {', '.join(curved)} over {len(plan.steps)} nodes")
+            if self.context.debug:
+                self.context.log(f"{loss.where}: {', '.join(curved)} over {len(plan.steps)} nodes")
             curvature.run(start, plan, self.demand, self.harvest.accumulate)
 
     def _below_no_loss(self, node: Node, entries: Entries) -> None:
@@ -168,6 +172,7 @@ class Pass:
         for extension in self.demand.extensions:
             extension.check(self.samples)
         self.flags += flags
+        self.unit = self._unit()
         self.shared |= plan.tied.keys()
         for call in plan.calls:
             for parameter in call.parameters.values():
@@ -178,6 +183,12 @@ class Pass:
                 if step.node is not current_node():
                     self.handles.append(step.node.register_prehook(partial(self._calls, step.node)))
         return plan
+
+    def _unit(self) -> float | None:
+        """The unit u of ∇ℓ_n = u g_n, where the extended losses agree on one."""
+        if len(self.reductions) != 1 or "none" in self.reductions:
+            return None
+        return 1.0 if "sum" in self.reductions else float(self.samples or 0)
 
     def _calls(self, node: Node, gradients: tuple[Tensor | None, ...]) -> None:
         """Keep what δ means for the parameters that a node without record uses, before autograd frees the node."""
@@ -199,7 +210,7 @@ class Pass:
             any_parameter = next(iter(wanted.values()))
             delta = any_parameter.new_zeros(record.output_shape)
         self._use(record, wanted, record.at_output(delta[None], lead=1))
-        for parameter in wanted.values():
+        for parameter in wanted.values() if self.demand.deviations(record.definition) else ():
             use = self.harvest.takes_total(parameter)
             node = None if use is None else transposition(current_node(), self.wanted.accumulator(parameter))
             if use is not None and node is not None:
@@ -220,10 +231,11 @@ class Pass:
 
     def _use(self, record: Record, parameters: Mapping[str, Tensor], factor: Tensor | None) -> None:
         for name, parameter in parameters.items():
-            if self.harvest.use(parameter, record, name, factor):
+            gathered = self.harvest.use(parameter, Use(record, name, factor))
+            if gathered is not None:
                 node = self.wanted.accumulator(parameter)
                 assert node is not None, "only wanted parameters are used"
-                self.handles.append(node.register_prehook(partial(self._complete, id(parameter))))
+                self.handles.append(node.register_prehook(partial(self._complete, gathered)))
 
     def _promise(self, start: curvature.Start, plan: Plan, features: list[str]) -> None:
         """Note what an extended loss sends to its input: more than that would have curvature, too."""
@@ -280,35 +292,27 @@ class Pass:
 
     # ------------------------------------------------------------------------------------------------- parameters
 
-    def _complete(self, key: int, gradients: tuple[Tensor | None, ...] = ()) -> None:
+    def _complete(self, gathered: Gathered, gradients: tuple[Tensor | None, ...] = ()) -> None:
         """Autograd accumulates a parameter's gradient: set its fields, then run the hooks of modules complete with it."""
-        parameter = self.harvest.pending.get(key)
-        if parameter is None:
+        if not gathered.uses:
             return
         self._refuse_flagged()
-        uses = without_autocast((parameter,), self.harvest.reap, parameter, self._unit())
-        self.finished.add(key)
-        self.context.log(lambda: f"{uses[0].record.where}, parameter {uses[0].name!r}: fields set")
+        uses = without_autocast((gathered.parameter,), self.harvest.reap, gathered, self.unit)
+        self.finished.add(id(gathered.parameter))
+        if self.context.debug:
+            self.context.log(f"{uses[0].record.where}, parameter {uses[0].name!r}: fields set")
         for use in uses:
             record = use.record
             if self.finished.issuperset(map(id, self.wanted.of(record).values())):
-                self._hook(record)
+                if self.context.extension_hook is not None:
+                    self._hook(record)
                 if not self.keep:
                     record.release()
 
-    def _unit(self) -> float | None:
-        """The unit u of ∇ℓ_n = u g_n, where the extended losses agree on one."""
-        if len(self.reductions) != 1 or "none" in self.reductions:
-            return None
-        return 1.0 if "sum" in self.reductions else float(self.samples or 0)
-
     def _hook(self, entry: Mark) -> None:
         """Call the user's hook, once for each leaf module."""
-        hook = self.context.extension_hook
-        if hook is None:
-            return
-        module = entry.module()
-        if module is None or id(module) in self.hooked:
+        hook, module = self.context.extension_hook, entry.module()
+        if hook is None or module is None or id(module) in self.hooked:
             return
         if not (_has_definition(entry) or _is_leaf(module)):
             return
@@ -321,8 +325,8 @@ class Pass:
     def end(self) -> None:
         """Autograd is done. Under `autograd.grad` it accumulates nothing, so parameters are finished here."""
         try:
-            for key in list(self.harvest.pending):
-                self._complete(key)
+            for gathered in self.harvest.pending:
+                self._complete(gathered)
             self._refuse_flagged()
             for key, record in self.expected.items():
                 if key not in self.finished:

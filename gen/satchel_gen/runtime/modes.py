@@ -15,12 +15,12 @@ T = TypeVar("T")
 _WAKING = 3e-5
 
 
-def in_grad_mode(enabled: bool, function: Callable[..., T], *arguments: Any) -> T:
+def in_grad_mode(enabled: bool, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
     """The value of `function`, which records a graph or does not."""
     if torch.is_grad_enabled() == enabled:
-        return function(*arguments)
+        return function(*arguments, **options)
     with torch.set_grad_enabled(enabled):
-        return function(*arguments)
+        return function(*arguments, **options)
 
 
 def without_autocast(tensors: Iterable[Tensor | None], function: Callable[..., T], *arguments: Any) -> T:

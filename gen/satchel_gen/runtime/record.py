@@ -9,14 +9,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from .axes import Axes, Batch, Layout, canonical, extents
+from .axes import Batch, canonical, extents
 from .axes import names as axis_names
 from .errors import BatchAxisLost, GraphFreed, Overwritten
+from .geometry import Geometry
 from .lazy import lazy
 from .rules import Layer, Loss
 from .torch_private import metadata, version
@@ -54,6 +55,8 @@ class _Kept(Mark):
     tensors: dict[str, Tensor] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
     freed: bool = False
+    #: Whether autograd may be asked only once for what it has saved.
+    checkpointed: bool = False
 
     @property
     def edges(self) -> tuple[Edge, ...]:
@@ -89,74 +92,52 @@ class Record(_Kept):
     parameters: dict[str, weakref.ref[Tensor]] = field(default_factory=dict)
     input_shape: tuple[int, ...] = ()
     output_shape: tuple[int, ...] = ()
-    checkpointed: bool = False
     #: Whether the parameter is the transpose of what the definition says.
     transposed: bool = False
 
     @lazy
+    def geometry(self) -> Geometry:
+        shape = self.output_shape
+        return Geometry(self.definition, self.options, self.input_shape, shape, Batch(shape[0] if shape else 0))
+
+    @property
     def batch(self) -> Batch:
-        return Batch(self.output_shape[0] if self.output_shape else 0)
+        return self.geometry.batch
 
     @property
     def samples(self) -> int:
-        return self.batch.samples
-
-    def settle(self, batch: Batch) -> None:
-        """Say where the batch is."""
-        known = vars(self)
-        if known.get("batch") != batch:
-            known.pop("canonical_input", None)
-            known.pop("canonical_output", None)
-            known["batch"] = batch
+        return self.geometry.batch.samples
 
     def place(self, batch: Batch) -> None:
         """Say where the batch is; refuse where the layer's input or output cannot have it there."""
-        self.settle(batch)
-        for layout, shape in ((self.input_layout, self.input_shape), (self.output_layout, self.output_shape)):
-            if batch.placed(layout, shape) is None:
-                raise BatchAxisLost(self.where, shape, batch.samples)
+        self.geometry = self.geometry.at(batch)
+        if self.geometry.misplaced is not None:
+            raise BatchAxisLost(self.where, self.geometry.misplaced, batch.samples)
 
-    @lazy
-    def input_layout(self) -> Layout:
-        return self._layout(self.definition.input_axes, self.input_shape)
-
-    @lazy
-    def output_layout(self) -> Layout:
-        return self._layout(self.definition.output_axes, self.output_shape)
-
-    @lazy
+    @property
     def canonical_input(self) -> tuple[int, ...]:
         """Canonical shape of the input."""
-        return self._canonical(self.input_layout, self.input_shape)
+        return self.geometry.canonical_input or self._refuse(self.input_shape)
 
-    @lazy
+    @property
     def canonical_output(self) -> tuple[int, ...]:
         """Canonical shape of the output."""
-        return self._canonical(self.output_layout, self.output_shape)
+        return self.geometry.canonical_output or self._refuse(self.output_shape)
 
-    def _canonical(self, layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
-        found = self.batch.canonical_shape(layout, shape)
-        if found is None:
-            raise BatchAxisLost(self.where, shape, self.samples)
-        return found
+    def _refuse(self, shape: tuple[int, ...]) -> NoReturn:
+        raise BatchAxisLost(self.where, shape, self.samples)
 
     def at_output(self, tensor: Tensor, lead: int) -> Tensor:
         """A factor [*lead, *node] as the layer's canonical output."""
-        if self.batch.is_first(self.output_shape):
-            own, canonical = tensor.shape, self.canonical_output
+        own = tensor.shape
+        if self.geometry.is_first:
+            canonical = self.canonical_output
             return tensor if own[lead:] == canonical else tensor.reshape(*own[:lead], *canonical)
-        return self.batch.to_front(tensor.reshape(*tensor.shape[:lead], *self.output_shape), self.output_layout, lead)
+        return self.batch.to_front(tensor.reshape(*own[:lead], *self.output_shape), self.geometry.output_layout, lead)
 
     def at_input(self, tensor: Tensor, lead: int) -> Tensor:
         """The layer's canonical input [*lead, *canonical] as it is [*lead, *input]."""
         return self.batch.to_place(tensor, self.input_shape, lead)
-
-    def _layout(self, axes: Axes, shape: tuple[int, ...]) -> Layout:
-        layer, options = self.definition, self.options
-        if not (layer.extents or layer.ranks):
-            return Layout.of(axes)
-        known = tuple((axis, options[size] if isinstance(size, str) else size) for axis, size in layer.extents.items())
-        return Layout.of(axes, known, tuple((axis, rank(options, len(shape))) for axis, rank in layer.ranks.items()))
 
     def parameter(self, name: str) -> Tensor:
         parameter = self.parameters[name]()
@@ -169,9 +150,9 @@ class Record(_Kept):
     def operand(self, name: str) -> Any:
         """An operand of a rule, canonical."""
         if name == "input":
-            return self.batch.to_front(self.tensor("input"), self.input_layout)
+            return self.batch.to_front(self.tensor("input"), self.geometry.input_layout)
         if name == "output":
-            return self.batch.to_front(self.tensor("output"), self.output_layout)
+            return self.batch.to_front(self.tensor("output"), self.geometry.output_layout)
         if name.endswith("_shape"):
             return self._shape(name.removesuffix("_shape"))
         if name in self.definition.parameters:
@@ -181,17 +162,24 @@ class Record(_Kept):
     def _shape(self, name: str) -> tuple[int, ...]:
         """Canonical shape of the input, the output or a parameter."""
         if name in self.definition.parameters:
-            return tuple(self._canonical_parameter(name).shape)
+            return self.parameter_shape(name)
         return self.canonical_input if name == "input" else self.canonical_output
 
-    def _canonical_parameter(self, name: str) -> Tensor:
+    def parameter_shape(self, name: str) -> tuple[int, ...]:
+        """Canonical shape of a parameter."""
         axes = self.definition.parameter_axes[name]
-        if name not in self.parameters:  # absent: 1 wherever it stands
+        if name not in self.parameters:
             sizes = extents(self.definition.input_axes, self.canonical_input)
-            return self.tensors["one"].expand([sizes[axis.rstrip("*")] for axis in axis_names(axes)])
+            return tuple([sizes[axis.rstrip("*")] for axis in axis_names(axes)])
+        own = tuple(self.parameter(name).shape)
+        return self.geometry.layout(axes, own).canonical_shape(own) or own
+
+    def _canonical_parameter(self, name: str) -> Tensor:
+        shape = self.parameter_shape(name)
+        if name not in self.parameters:  # absent: 1 wherever it stands
+            return self.tensors["one"].expand(shape)
         parameter = self.parameter(name)
-        shape = self._layout(axes, tuple(parameter.shape)).canonical_shape(tuple(parameter.shape))
-        return parameter if shape is None else parameter.reshape(shape)
+        return parameter if parameter.shape == shape else parameter.reshape(shape)
 
     def called(self, parameter: str) -> str:
         """What its module calls a parameter of the definition."""
@@ -205,7 +193,7 @@ class Record(_Kept):
             self.parameter(parameter)
 
     @property
-    def structure(self) -> Hashable:
+    def structure(self) -> tuple[Hashable, ...]:
         """What of the call does not depend on values."""
         shapes = (self.node_shape, self.input_shape, self.output_shape)
         return (self.definition, *shapes, self.output_nr, self.checkpointed, *self.options.items())
@@ -278,10 +266,11 @@ def attach(node: Node, entry: Entry) -> Entries:
     if present is None:
         present = metadata(node)[_KEY] = Entries()
     present.append(entry)
-    if isinstance(entry, LossRecord):
+    if isinstance(entry, Record):
+        if present.record is None:
+            present.record = entry
+    elif isinstance(entry, LossRecord):
         present.losses += (entry,)
-    elif isinstance(entry, Record) and present.record is None:
-        present.record = entry
     return present
 
 

@@ -74,7 +74,8 @@ class Recorder:
                 _attach(node, Mark(self.name, reference, linear=True))
             if own:
                 return
-        for own_node in dict.fromkeys(tensor.grad_fn for tensor in _tensors(output)):
+        tensors = (output,) if isinstance(output, Tensor) else _tensors(output)
+        for own_node in dict.fromkeys([tensor.grad_fn for tensor in tensors]):
             if own_node is not None:
                 _attach(own_node, Mark(self.name, reference))
 
@@ -154,6 +155,7 @@ class Recorder:
             edge=(edge := _edge(x)),
             definition=loss,
             input_shape=tuple(x.shape),
+            checkpointed=inside_checkpoint(),
             direct=edge is None or edge == (x.grad_fn, x.output_nr),
             differentiated=[name for name, t in {"target": target, **operands}.items() if t.requires_grad],
         )
@@ -176,7 +178,10 @@ def _argument_over(x: Tensor, value: Any) -> Tensor:
 def _plain_parameters(module: nn.Module, layer: Layer) -> bool:
     """Whether the parameters are leaves of the module: parametrised or swapped ones belong to other nodes."""
     own = module._parameters
-    return all(name in own and ((parameter := own[name]) is None or parameter.is_leaf) for name in layer.parameters)
+    for name in layer.parameters:  # noqa: SIM110 (a generator takes twice as long)
+        if name not in own or ((parameter := own[name]) is not None and not parameter.is_leaf):
+            return False
+    return True
 
 
 def _numbers(module: nn.Module, layer: Layer, node: Node, output: Tensor) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch.autograd.graph import Node
 
-from .axes import Batch
 from .demand import SECOND_ORDER, Demand
+from .geometry import Geometry
 from .plan import Plan
 from .record import Edge
 from .settings import current
@@ -19,7 +19,7 @@ class Surveyed(NamedTuple):
     """What the first pass has found: the number of samples, and where each layer has them."""
 
     samples: int
-    batches: tuple[Batch, ...]
+    geometries: tuple[Geometry, ...]
 
 
 def structure(
@@ -32,16 +32,21 @@ def structure(
     parameters: dict[int, int] = {}
     found: list[Hashable] = [current().memory_limit, *samples]
     for place, step in enumerate(reversed(plan.steps)):  # inputs before what is computed from them
-        places[step.node] = place
-        own = _of_node(step.node) if step.record is None else step.record.structure
-        if own is None:
-            return None
-        found += (own, len(step.calls), len(step.inputs))
+        node, record = step.node, step.record
+        places[node] = place
+        if record is not None:
+            found += record.structure
+        else:
+            axes = axis_structure(node)
+            if axes is None:
+                return None
+            found += (axes, *node_output_shapes(node))  # shapes of inputs are those of the outputs below
+        found += (len(step.calls), len(step.inputs))
         for call in step.calls:
             for name, p in call.parameters.items():
                 found += (name, parameters.setdefault(id(p), len(parameters)), p.shape, p.dtype)
-        for position, (node, number) in step.inputs:
-            found += (position, places[node], number)
+        for position, (below, number) in step.inputs:
+            found += (position, places[below], number)
     for (node, number), shape in start.items():
         found += (places.get(node), number, *shape)
     key = tuple(found)
@@ -50,9 +55,3 @@ def structure(
     except TypeError:  # a module's option that is no value, as a list
         return None
     return key
-
-
-def _of_node(node: Node) -> Hashable | None:
-    """Shapes of inputs are those of the outputs below."""
-    own = axis_structure(node)
-    return None if own is None else (own, node_output_shapes(node))

@@ -24,7 +24,7 @@ from .rules import BLOCK, registry
 from .second import is_linear
 from .settings import current
 from .structure import Surveyed, structure
-from .torch_private import has_sparse_gradient, is_python_function, is_reentrant_checkpoint
+from .torch_private import has_sparse_gradient, reentrant_checkpoint
 from .uses import alike
 
 #: Structures that are remembered for a set of features: sequences may have any length.
@@ -42,22 +42,22 @@ def check(
 
     `samples` are the numbers of samples that the batch may have, `marks` modules above the plan.
     """
-    for node in plan.nodes:
-        if is_python_function(node) and is_reentrant_checkpoint(node):
-            raise CheckpointedRegion(node.name(), context.demand.names)
+    checkpoint = reentrant_checkpoint(plan.nodes)
+    if checkpoint is not None:
+        raise CheckpointedRegion(checkpoint, context.demand.names)
     key = structure(plan, context.demand, start, samples)
     surveyed = context.demand.surveyed
     known: Surveyed | None = surveyed.get(key)
     if known is not None:
         _touch(plan, context.demand)
-        for record, batch in zip(plan.records, known.batches, strict=True):
-            record.settle(batch)
+        for record, geometry in zip(plan.records, known.geometries, strict=True):
+            record.geometry = geometry
         return plan, known.samples, []
     plan, count, found, holds = _survey(plan, context, start, samples, marks)
     if holds and key is not None:
         if len(surveyed) >= _MOST:
             surveyed.clear()
-        surveyed[key] = Surveyed(count, tuple(record.batch for record in plan.records))
+        surveyed[key] = Surveyed(count, tuple(record.geometry for record in plan.records))
     return plan, count, found.flags
 
 

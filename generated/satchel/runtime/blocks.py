@@ -98,6 +98,8 @@ def in_blocks(
     """
     several = partial(_in_blocks, pull, factor=factor, operands=operands, shape=shape, signs=signs, by_sample=by_sample)
     seconds = {name: r.second for name, r in reductions.items() if r.second is not None and moments.serve(factor)}
+    if not seconds:
+        return several(reductions, keep=keep, writes=writes)
     taken = {name: reductions[name] for name in reductions if name not in seconds}
     for second in seconds.values():
         taken |= {second: registry().reductions[second], SUM: SUMMED}
@@ -129,26 +131,26 @@ def _in_blocks(
     if deviations is not None and SUM in totals:
         del totals[SUM]
     ranges = list(blocks(V, N, prod(shape), keep is not None))
-    wide, long = (some.stop for some in ranges[0])  # the largest
+    (columns, samples), whole = ranges[0], len(ranges) == 1  # the first is the largest
     writes = writes and not torch.is_grad_enabled()  # what is differentiated cannot be written to a place
     kept = room = None
     dtype = widened_dtype((factor, *operands))
-    if keep is not None and (writes or len(ranges) > 1):
+    if keep is not None and (writes or not whole):
         kept = empty((V, N, *shape), dtype, keep)
     elif writes:
-        room = shared((wide, long, *shape), dtype, factor.device)
+        room = shared((min(columns.stop, V), min(samples.stop, N), *shape), dtype, factor.device)
     for columns, samples in ranges:
-        own = [operand[samples] for operand in operands[:by_sample]]
-        block = factor[columns, samples]
+        own = operands if whole else [*(some[samples] for some in operands[:by_sample]), *operands[by_sample:]]
+        block = factor if whole else factor[columns, samples]
         place = None
         if kept is not None:
-            place = kept[columns, samples]
+            place = kept if whole else kept[columns, samples]
         elif room is not None:
-            place = room[: len(block), : block.shape[1]]
-        pullbacks = pull(block, *own, *operands[by_sample:], **({"out": place} if writes and place is not None else {}))
+            place = room if whole else room[: len(block), : block.shape[1]]
+        pullbacks = pull(block, *own, **({"out": place} if writes and place is not None else {}))
         for total in totals.values():
             total.add(pullbacks, tuple(some[columns, samples] for some in signs), samples.start)
-        if keep is not None and len(ranges) == 1:
+        if keep is not None and whole:
             kept = pullbacks
         elif kept is not None and place is not None and pullbacks.data_ptr() != place.data_ptr():
             place.copy_(pullbacks)

@@ -104,7 +104,7 @@ class ByRules(Call):
         operands = [record.operand(operand) for operand in rule.operands]
         place = rule.operands.index("input")
         factor = self.at_output(deltas[record.output_nr], lead=0)[None]
-        v = record.batch.to_front(tangents.reshape(len(tangents), *record.input_shape), record.input_layout, 1)
+        v = record.batch.to_front(tangents.reshape(len(tangents), *record.input_shape), record.geometry.input_layout, 1)
 
         def pullback(x: Tensor) -> Tensor:
             return rule.aten(factor, *operands[:place], x, *operands[place + 1 :])[0]

@@ -45,6 +45,7 @@ from .second import is_twice_differentiable
 from .settings import current
 from .subsampling import quantities_of
 from .sweep import AT_ONCE, at_edge, chunks, sweep
+from .torch_private import current_node, weight_of_targets
 from .uses import PER_SAMPLE, Use
 
 #: Takes a quantity of a parameter, and the source that it comes from, and adds it to what is there.
@@ -65,7 +66,10 @@ class Start:
         assert shape is not None
         self.sizes = extents(self.definition.input_axes, shape)
         self.arriving = gradient.detach() if gradient.ndim == 0 else self._by_term(gradient.detach())
-        self.scale = self.arriving / self._divisor(loss.options["reduction"])
+        #: c·g; a number where reading it waits for no device.
+        self.scale: Tensor | float = self.arriving / self._divisor(loss.options["reduction"])
+        if self._is_number:
+            self.scale = self.scale.item()
 
     def _by_term(self, gradient: Tensor) -> Tensor:
         """The gradient of each term, without a reduction, along the axes of the input."""
@@ -77,7 +81,8 @@ class Start:
         divisor = self.definition.reductions.get(reduction, ())
         if isinstance(divisor, tuple):
             return max(prod(self.sizes[axis] for axis in divisor), 1)
-        return evaluate(divisor, self.definition, self.loss.operand)
+        known = None if self.loss.checkpointed or reduction != "mean" else weight_of_targets(current_node())
+        return evaluate(divisor, self.definition, self.loss.operand) if known is None else known
 
     def flags(self, demand: Demand, layers: Sequence[Layer]) -> list[Flag]:
         """What can only be known from values: read once, when the pass ends."""
@@ -99,8 +104,11 @@ class Start:
 
     def _known_as_valid(self) -> bool:
         """Whether one number says so that need not be waited for."""
-        one = self.arriving.numel() == 1 and self.arriving.device.type == "cpu"
-        return one and 0 <= self.arriving.item() < inf
+        return self._is_number and 0 <= self.arriving.item() < inf
+
+    @property
+    def _is_number(self) -> bool:
+        return self.arriving.numel() == 1 and self.arriving.is_cpu
 
     def exact(self, every: bool) -> Tensor:
         """S [V, *edge], S Sᵀ = c g ∇²Σℓ; `every` column, or without dependent ones."""
@@ -122,10 +130,11 @@ class Start:
     def gradient(self) -> Tensor:
         """δ [*edge] = c g ∇Σℓ."""
         delta = evaluate(self.definition.gradient, self.definition, self.loss.operand)
-        return at_edge(delta * self.scale.to(delta.dtype), self.edge, lead=0)
+        return at_edge(_scaled(delta, self.scale), self.edge, lead=0)
 
     def _factor(self, factor: Tensor) -> Tensor:
-        return at_edge(factor * self.scale.abs().sqrt().to(factor.dtype), self.edge, lead=1)
+        root = self.scale.abs().sqrt() if isinstance(self.scale, Tensor) else abs(self.scale) ** 0.5
+        return at_edge(_scaled(factor, root), self.edge, lead=1)
 
     def _drawn(self, mc_samples: int, generator: torch.Generator | None) -> Tensor:
         """Targets, drawn where the generator lives."""
@@ -140,6 +149,10 @@ class Start:
         rule = self.definition.sample
         assert rule is not None
         return rule.aten(mc_samples, generator, *map(operand, rule.operands)).to(here)
+
+
+def _scaled(tensor: Tensor, scale: Tensor | float) -> Tensor:
+    return tensor * (scale.to(tensor.dtype) if isinstance(scale, Tensor) else scale)
 
 
 def check_loss(loss: LossRecord, demand: Demand, layers: Sequence[Layer]) -> None:

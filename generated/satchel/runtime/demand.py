@@ -105,7 +105,8 @@ class Demand:
         known, key = self._known.serving, (layer, parameter)
         if key not in known:
             known[key] = tuple(k for k, e in enumerate(self.extensions) if self._serves(e, layer, parameter))
-        return tuple(self.extensions[place] for place in known[key])
+        places = known[key]
+        return self.extensions if len(places) == len(self.extensions) else tuple(self.extensions[k] for k in places)
 
     def _serves(self, extension: Extension, layer: Layer, parameter: str) -> bool:
         """What it needs of inputs alone, a bias goes without, and a diagonal can be had as columns."""

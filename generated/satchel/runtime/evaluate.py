@@ -30,19 +30,19 @@ def evaluate(
 ) -> Tensor:
     """The rule's value; `operand` gives an operand by name. Only the ATen program is differentiable, and takes `out`."""
     values = [*arguments, *map(operand, rule.operands)]
-    if rule.kernel is None or differentiable or not _fused(values):
-        given = {} if out is None else {"out": out}
-        if rule.heavy:
-            return rule.aten(*values, **given)
-        return with_few_threads(rule.aten, _seconds(values, isinstance(definition, Loss)), _CALLS, values, given)
-    return getattr(import_module(f"{_PACKAGE}.kernels.{definition.kernels}"), rule.kernel)(*values)
+    if rule.kernel is not None and not differentiable and _fused(values):
+        return getattr(import_module(f"{_PACKAGE}.kernels.{definition.kernels}"), rule.kernel)(*values)
+    given = {} if out is None else {"out": out}
+    if rule.heavy:
+        return rule.aten(*values, **given)
+    return with_few_threads(rule.aten, _seconds(values, isinstance(definition, Loss)), _CALLS, values, given)
 
 
 def _seconds(values: list[Any], factor: bool) -> float:
     """What a rule takes one thread that reads each element a few times; or, of a loss, writes a column for each element of a sample."""
-    shapes = [value.shape for value in values if isinstance(value, Tensor)]
-    columns = max((shape[1:].numel() for shape in shapes), default=1) if factor else 1
-    return _EACH * columns * sum(shape.numel() for shape in shapes)
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    columns = max([tensor.shape[1:].numel() for tensor in tensors], default=1) if factor else 1
+    return _EACH * columns * sum([tensor.numel() for tensor in tensors])
 
 
 def uses_kernel(rule: Rule, values: list[Any]) -> bool:
@@ -53,5 +53,5 @@ def uses_kernel(rule: Rule, values: list[Any]) -> bool:
 def _fused(values: list[Any]) -> bool:
     backend = current().backend
     if backend == "auto":
-        return any(isinstance(value, Tensor) and value.is_cuda for value in values)
+        return any([isinstance(value, Tensor) and value.is_cuda for value in values])
     return backend == "triton"

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,35 +29,53 @@ _SUM = Need("gradient", SUM)
 _EXACT = (torch.float32, torch.float64)
 
 
+@dataclass(eq=False)
+class Gathered:
+    """What has reached a parameter: its uses with their δ, and what sweeps have left, by what it was asked for.
+
+    ahead: what is asked of δ, where it has been computed with the first use's gradient.
+    """
+
+    parameter: Tensor
+    uses: list[Use] = field(default_factory=list)
+    swept: dict[tuple[Source, Need], list[Tensor]] = field(default_factory=dict)
+    ahead: dict[Need, Tensor] | None = None
+
+    def release(self) -> None:
+        """Drop all tensors: a hook on the parameter's node holds this until the pass ends."""
+        self.uses, self.swept, self.ahead = [], {}, None
+
+
 class Harvest:
-    """Uses of parameters with their δ, and quantities of curvature that sweeps have left."""
+    """What a pass has gathered for the parameters that have no fields yet."""
 
     def __init__(self, demand: Demand) -> None:
         self.demand = demand
-        self._parameters: dict[int, Tensor] = {}
-        self._uses: dict[int, list[Use]] = {}
-        self._curvature: dict[int, dict[tuple[Source, Need], list[Tensor]]] = {}
+        self._gathered: dict[int, Gathered] = {}
         self._owner = Owner()
-        self._ahead: dict[int, tuple[Use, dict[Need, Tensor]]] = {}
         self._lent: tuple[Record | None, frozenset[int]] = None, frozenset()
 
     @property
-    def pending(self) -> Mapping[int, Tensor]:
-        """The parameters that have been reached and have no fields yet, by id."""
-        return self._parameters
+    def pending(self) -> list[Gathered]:
+        """The parameters that have been reached."""
+        return [gathered for gathered in self._gathered.values() if gathered.uses]
 
-    def use(self, parameter: Tensor, record: Record, name: str, factor: Tensor | None) -> bool:
-        """Note a use with δ [1, *output], where that is asked for; whether it is the parameter's first."""
-        key, use = id(parameter), Use(record, name, factor)
-        if key in self._uses:
-            self._uses[key].append(use)
-            return False
-        self._parameters[key], self._uses[key] = parameter, [use]
-        return True
+    def _of(self, parameter: Tensor) -> Gathered:
+        key = id(parameter)
+        found = self._gathered.get(key)
+        if found is None:
+            found = self._gathered[key] = Gathered(parameter)
+        return found
+
+    def use(self, parameter: Tensor, use: Use) -> Gathered | None:
+        """Note a use with δ [1, *output], where that is asked for; what is gathered, if it is the parameter's first."""
+        gathered = self._of(parameter)
+        gathered.uses.append(use)
+        return gathered if len(gathered.uses) == 1 else None
 
     def takes_total(self, parameter: Tensor) -> Use | None:
         """The parameter's only use, if autograd's sum over samples serves what is asked of its δ."""
-        use, *others = self._uses[id(parameter)]
+        use, *others = self._of(parameter).uses
         if others or not any(use.offers(quantity) for quantity in self.demand.deviations(use.layer)):
             return None
         if use.factor is None or use.factor.dtype != parameter.dtype or parameter.dtype not in _EXACT:
@@ -65,9 +84,9 @@ class Harvest:
 
     def accumulate(self, parameter: Tensor, source: Source, found: dict[Need, Tensor]) -> None:
         """Note what a sweep found. Quantities add over columns, spaces and losses; individual columns stand side by side."""
-        results = self._curvature.setdefault(id(parameter), {})
+        swept = self._of(parameter).swept
         for need, tensor in found.items():
-            parts = results.setdefault((source, need), [])
+            parts = swept.setdefault((source, need), [])
             if parts and need.quantity != PER_SAMPLE:
                 parts[0] = parts[0] + tensor
             else:
@@ -75,36 +94,38 @@ class Harvest:
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """Σ_n g_n of the parameter's first use, if individual gradients are computed for what is asked of δ: these are kept then."""
-        use, *others = self._uses[id(parameter)]
+        gathered = self._of(parameter)
+        use, *others = gathered.uses
         needs = self.demand.needs([use.layer], GRADIENT)
         if others or not needs or use.factor is None:  # without a loss, each use may be found by a walk of its own
             return None
         self._free(parameter, self.serving([use]))
         found = quantities_of([use], (*needs, _SUM))
         total = found.pop(_SUM, None)
-        self._ahead[id(parameter)] = use, found
+        gathered.ahead = found
         return total
 
-    def reap(self, parameter: Tensor, unit: float | None) -> list[Use]:
+    def reap(self, gathered: Gathered, unit: float | None) -> list[Use]:
         """Set the fields of a parameter; its uses."""
-        key = id(parameter)
-        uses, swept = self._uses.pop(key), self._curvature.pop(key, {})
-        del self._parameters[key]
+        parameter, uses, ahead = gathered.parameter, gathered.uses, gathered.ahead
+        results = {key: parts[0] if len(parts) == 1 else torch.cat(parts) for key, parts in gathered.swept.items()}
+        del self._gathered[id(parameter)]
+        gathered.release()
         features = self.serving(uses)
-        results = {key: parts[0] if len(parts) == 1 else torch.cat(parts) for key, parts in swept.items()}
         self._free(parameter, features)
         graph = torch.is_grad_enabled()  # create_graph=True
-        use, ahead = self._ahead.pop(key, (None, {}))
-        own = uses == [use]
-        found = ahead if own else in_grad_mode(graph and self.demand.differentiable, self._found, uses, GRADIENT)
-        for need, tensor in found.items():
-            results[GRADIENT, need] = tensor
-        for need, tensor in in_grad_mode(False, self._found, uses, INPUT).items():
-            results[INPUT, need] = tensor
+        layers = [use.layer for use in uses]
+        if ahead is not None and len(uses) == 1:
+            results.update({(GRADIENT, need): tensor for need, tensor in ahead.items()})
+        elif needs := self.demand.needs(layers, GRADIENT):
+            differentiable = graph and self.demand.differentiable
+            found = in_grad_mode(differentiable, quantities_of, uses, needs, differentiable=differentiable)
+            results.update({(GRADIENT, need): tensor for need, tensor in found.items()})
+        if needs := self.demand.needs(layers, INPUT):
+            found = in_grad_mode(False, quantities_of, [Use(use.record, use.name) for use in uses], needs)
+            results.update({(INPUT, need): tensor for need, tensor in found.items()})
         sizes = Sizes(uses[0].record.samples, unit)
-        lent = {memory_of(parameter)}
-        for use in uses:
-            lent |= self._memory(use)
+        lent = self._memory(parameter, uses)
         fields: list[Tensor] = []
         for extension in features:
             fields += in_grad_mode(
@@ -131,13 +152,16 @@ class Harvest:
         first, *others = [self.demand.serving(use.layer, use.name) for use in uses]
         return tuple(e for e in first if all(e in other for other in others)) if others else first
 
-    def _memory(self, use: Use) -> frozenset[int]:
-        """Where the memory begins of what a use is computed from, which the parameters of a call share."""
-        call, found = self._lent
-        if call is not use.record:
-            found = frozenset(map(memory_of, use.tensors))
-            self._lent = use.record, found
-        return found
+    def _memory(self, parameter: Tensor, uses: Sequence[Use]) -> set[int]:
+        """Where the memory begins of a parameter and of what its uses are computed from, which the parameters of a call share."""
+        begins = {memory_of(parameter)}
+        for use in uses:
+            call, found = self._lent
+            if call is not use.record:
+                found = frozenset(map(memory_of, use.tensors))
+                self._lent = use.record, found
+            begins |= found
+        return begins
 
     @staticmethod
     def _free(parameter: Tensor, features: Sequence[Extension]) -> None:
@@ -146,19 +170,10 @@ class Harvest:
             vars(parameter).pop(extension.field, None)
 
     def clear(self) -> None:
-        self._parameters.clear()
-        self._uses.clear()
-        self._ahead.clear()
+        for gathered in self._gathered.values():
+            gathered.release()
+        self._gathered.clear()
         self._lent = None, frozenset()
-        self._curvature.clear()
-
-    def _found(self, uses: Sequence[Use], source: Source) -> dict[Need, Tensor]:
-        """What needs no sweep."""
-        needs = self.demand.needs([use.layer for use in uses], source)
-        if not needs:
-            return {}
-        own = uses if source is GRADIENT else [Use(use.record, use.name) for use in uses]
-        return quantities_of(own, needs, differentiable=torch.is_grad_enabled())
 
     def _asked(
         self, extension: Extension, uses: Sequence[Use], results: Mapping[tuple[Source, Need], Tensor]

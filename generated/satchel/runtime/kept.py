@@ -23,6 +23,8 @@ class Kept:
 
     def __init__(self) -> None:
         self._by_parameter = WeakTensorKeyDictionary()
+        #: Ids of the parameters that have some, and of any that are gone: looking a parameter up takes longer.
+        self._ids: set[int] = set()
         #: What has been asked for. Fields of other sizes are made by operations that allocate for themselves.
         self._sizes: set[int] = set()
         self._lock = Lock()
@@ -44,17 +46,20 @@ class Kept:
         """Keep the memory of these instead of what the pass before has left. Only the CPU's: others have an allocator that keeps it."""
         if not self._sizes:
             return
-        fields = [field for field in fields if field.device.type == "cpu"]
-        tensors = [field.data for field in fields if field.untyped_storage().nbytes() in self._sizes]
+        tensors = [field.data for field in fields if field.nbytes in self._sizes and field.is_cpu]
+        key = id(parameter)
         with self._lock:
             if tensors:
                 self._by_parameter[parameter] = tensors
-            else:
+                self._ids.add(key)
+            elif key in self._ids:
                 self._by_parameter.pop(parameter, None)
+                self._ids.discard(key)
 
     def clear(self) -> None:
         with self._lock:
             self._by_parameter.clear()
+            self._ids.clear()
 
 
 kept = Kept()

@@ -131,7 +131,7 @@ def _record(step: Step, owner: Owned, layer: Layer, name: str, parameter: Tensor
         parameter_name=owner.name,
     )
     record.versions[name] = parameter._version
-    record.settle(batch)
+    record.geometry = record.geometry.at(batch)
     return record
 
 
@@ -188,7 +188,7 @@ def _defined(
                 continue
             record = _record(step, owner, layer, name, leaf, batch)
             record.transposed = part.transposed
-            fits = batch.canonical_shape(record.output_layout, record.output_shape) is not None
+            fits = batch.canonical_shape(record.geometry.output_layout, record.output_shape) is not None
             if not fits or record.output_shape[-1] != part.extent:  # a broadcast parameter is another formula
                 continue
             if call.input is not None and "input" in layer.reads_of(name):
@@ -197,6 +197,7 @@ def _defined(
                 try:
                     x = saved(step.node, tensor)
                     record.input_shape = tuple(x.shape)
+                    record.geometry = replace(record.geometry, input_shape=record.input_shape)
                     record.keep(input=x)
                 except RuntimeError as error:  # freed, or changed in place
                     raise NodeFailed(step.where) from error

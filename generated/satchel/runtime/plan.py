@@ -14,9 +14,9 @@ from torch.autograd.graph import Node
 
 from .calls import ByRules, Call
 from .lazy import lazy
-from .record import Edge, Mark, Record, entries
+from .record import Edge, Entries, Mark, Record, entries
 from .rules import Layer
-from .torch_private import is_accumulator, leaf_of, node_output_count, node_output_shape
+from .torch_private import ACCUMULATOR, is_accumulator, leaf_of, node_output_count, node_output_shape
 from .uses import Use
 from .wanted import Wanted
 
@@ -190,40 +190,36 @@ def walk(start: Iterable[Edge], wanted: Wanted) -> Plan:
     The inside of a recorded layer is not entered: its rules stand for it.
     """
     start = tuple(start)
-    entered: dict[Node, list[tuple[int, Edge]]] = {}  # with the edges that a factor takes from there
     nodes: set[Node] = set()
     steps: dict[Node, Step] = {}
     marks: list[Mark] = []
-    stack = [node for node, _ in reversed(start) if not is_accumulator(node)]
+    stack: list[Node | None] = [node for node, _ in reversed(start) if not is_accumulator(node)]
+    entered: list[tuple[Node, Entries]] = []
     while stack:
-        node = stack[-1]
-        if node in nodes:
-            stack.pop()
+        above = stack.pop()
+        if above in nodes:
             continue
-        left = entries(node)
-        record, edges = left.record, entered.get(node)
-        if edges is None:
-            entered[node] = edges = []
-            for position, (below, number) in enumerate(node.next_functions if record is None else record.edges):
-                if below is not None:
-                    edges.append((position, (below, number)))
-                    if below not in entered and not is_accumulator(below):
-                        stack.append(below)
-            if stack[-1] is not node:
-                continue
-        stack.pop()
-        nodes.add(node)
-        if len(left) > (record is not None):
+        if above is not None:
+            nodes.add(above)
+            left = entries(above)
+            entered.append((above, left))
+            stack.append(None)  # comes up again when all below has been left
+            for below, _ in above.next_functions if left.record is None else left.record.edges:
+                if below is not None and below not in nodes and type(below) is not ACCUMULATOR:
+                    stack.append(below)
+            continue
+        node, left = entered.pop()
+        record = left.record
+        if left:
             marks += [entry for entry in left if type(entry) is Mark]
         inputs, leaves = [], []
-        for place in edges:
-            position, edge = place
-            if edge[0] in steps:
-                inputs.append(place)
-            elif record is None and is_accumulator(edge[0]):
-                leaf = leaf_of(edge[0])
+        for position, (below, number) in enumerate(node.next_functions if record is None else record.edges):
+            if below is not None and below in steps:
+                inputs.append((position, (below, number)))
+            elif record is None and type(below) is ACCUMULATOR:
+                leaf = leaf_of(below)
                 if leaf is not None and leaf in wanted:
-                    leaves.append((position, edge, leaf))
+                    leaves.append((position, (below, number), leaf))
         parameters = None if record is None else wanted.of(record, node)
         if inputs or leaves or parameters:
             calls = (ByRules(record, parameters),) if record is not None and parameters else ()

@@ -156,7 +156,7 @@ class Probe:
 
     def _placed(self, columns: Tensor | None, record: Record, above: str) -> Batch | None:
         """Where the batch of a layer's output is, that nodes lie above."""
-        places = possible_batches(record.output_layout.rows(record.output_shape), self.samples)
+        places = possible_batches(record.geometry.output_layout.rows(record.output_shape), self.samples)
         if columns is None or not places:
             return places[0] if places else None
         mixed = SamplesMixed(above)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
-from math import prod
 from operator import add
 from typing import Any
 
@@ -41,9 +40,7 @@ def quantities(
     found = {} if differentiable or use.factor is None else _cheapest(use, rules, extra, SUM in names)
     values: dict[str, Tensor] = {}
     for name, rule in rules.items():
-        value = found.get(name)
-        if value is None:
-            value = use.memo.get(rule.aten)
+        value = found[name] if name in found else use.memo.get(rule.aten)
         if value is None:
             given = _given(use, name, extra)
             value = evaluate(rule, use.layer, use.operand, *given, differentiable=differentiable)
@@ -51,7 +48,7 @@ def quantities(
                 use.memo[rule.aten] = value
         values[name] = shaped(rule, use, value)
     if SUM in found:
-        values[SUM] = found[SUM].reshape(use.record.parameter(use.name).shape)
+        values[SUM] = found[SUM].reshape(use.parameter.shape)
     return values
 
 
@@ -93,7 +90,10 @@ def _cheapest(use: Use, rules: Mapping[str, Rule], extra: Sequence[Tensor], summ
 
     Squared deviations by the second moment and autograd's sum, where that is known.
     """
-    seconds = _seconds(use, rules)
+    several = any([isinstance(rule.aten, cheapest) for rule in rules.values()])
+    if not several and not (PER_SAMPLE in rules and (summed or _exceeds(use, KEPT))):
+        return {}
+    seconds = {} if use.total is None else _seconds(use, rules)
     if not seconds:
         return _ranked(use, rules, extra, summed)
     assert use.factor is not None
@@ -126,11 +126,11 @@ def _ranked(use: Use, rules: Mapping[str, Rule], extra: Sequence[Tensor], summed
             if not uses_kernel(rule, own):
                 ranked = rule.aten.ranked(*own)
                 values[name], choices[name] = own, tuple(sorted(ranked, key=_beside_gradient)) if summed else ranked
-    if not choices and PER_SAMPLE not in rules:
-        return {}
     found = _in_blocks(use, rules, extra, choices, summed)
-    rest = {name: best for name, (best, *_) in choices.items() if name not in found}
-    return found | {name: best.run(*values[name]) for name, best in rest.items()}
+    for name, (best, *_) in choices.items():
+        if name not in found:
+            found[name] = best.run(*values[name])
+    return found
 
 
 def _beside_gradient(program: Program) -> float:
@@ -146,30 +146,42 @@ def _in_blocks(
 ) -> dict[str, Tensor]:
     """What is cheapest by blocks of the same individual pullbacks, and these where they are asked for."""
     assert use.factor is not None
-    rule = use.rules[PER_SAMPLE]
-    keep = PER_SAMPLE in rules and not uses_kernel(rule, [use.factor])
-    if not keep and not any(isinstance(best.function, Blockwise) for best, *_ in choices.values()):
+    keep = PER_SAMPLE in rules and not uses_kernel(rules[PER_SAMPLE], [use.factor])
+    if not keep and not any([isinstance(best.function, Blockwise) for best, *_ in choices.values()]):
         return {}
-    together = [
-        name
-        for name, (best, *others) in choices.items()
-        if isinstance(best.function, Blockwise)
-        or any(isinstance(p.function, Blockwise) and p.seconds_among_others <= best.seconds for p in others)
-    ]
-    parameter = use.record.parameter(use.name)
-    stored = parameter.numel() * prod(use.factor.shape[:2]) * use.factor.element_size()
-    if len(together) + keep + summed < 2 and not (keep and stored >= (KEPT if rule.writes else FRESH)):
+    rule = use.rules[PER_SAMPLE]
+    together = [name for name, ranked in choices.items() if _is_blockwise(ranked)]
+    if len(together) + keep + summed < 2 and not (keep and _exceeds(use, KEPT if rule.writes else FRESH)):
         return {}
     reductions = {name: registry().reductions[name] for name in together}
+    if summed:
+        reductions[SUM] = SUMMED
     found, kept = in_blocks(
         rule.aten,
-        reductions | ({SUM: SUMMED} if summed else {}),
+        reductions,
         use.factor,
         [use.operand(name) for name in rule.operands],
         use.shape,
         extra,
-        by_sample=sum(name in ("input", "output") for name in rule.operands),
-        keep=parameter if keep else None,
+        by_sample=len([name for name in rule.operands if name in ("input", "output")]),
+        keep=use.parameter if keep else None,
         writes=rule.writes,
     )
-    return found if kept is None else found | {PER_SAMPLE: kept}
+    if kept is not None:
+        found[PER_SAMPLE] = kept
+    return found
+
+
+def _is_blockwise(ranked: Sequence[Program]) -> bool:
+    """Whether the best program is by blocks, or one is where others need these anyway."""
+    best, *others = ranked
+    return isinstance(best.function, Blockwise) or any(
+        isinstance(p.function, Blockwise) and p.seconds_among_others <= best.seconds for p in others
+    )
+
+
+def _exceeds(use: Use, size: int) -> bool:
+    """Whether individual pullbacks take so many bytes."""
+    assert use.factor is not None
+    V, N = use.factor.shape[:2]
+    return V * N * use.parameter.numel() * use.factor.element_size() >= size

@@ -295,7 +295,10 @@ class Registry:
         """By its forward function: a subclass that computes the same is the same."""
         if "forward" in vars(module):  # patched on the instance: it may compute anything
             return None
-        return next((each for each in self._by_forward.get(type(module).forward, ()) if _covers(each, module)), None)
+        for each in self._by_forward.get(type(module).forward, ()):
+            if _covers(each, module):
+                return each
+        return None
 
     def loss(self, module: nn.Module, target: Tensor) -> Loss:
         """The variant of a loss for a target of classes, or of numbers; the only one there is, where the target fits none."""
@@ -320,7 +323,7 @@ class Registry:
 
 def _covers(definition: Layer | Loss, module: nn.Module) -> bool:
     """Whether the module has the attributes that the definition asks for."""
-    return all(getattr(module, name) == value for name, value in definition.when.items())
+    return not definition.when or all(getattr(module, name) == value for name, value in definition.when.items())
 
 
 def _asks(definition: Layer | Loss) -> int:

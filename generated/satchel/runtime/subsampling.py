@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -21,14 +21,24 @@ def quantities_of(
     """What is needed of one parameter, from columns [V, *output] and their signs [V, N]."""
     found: dict[Need, Tensor] = {}
     for samples, asked in _by_samples(needs):
-        first = all(use.record.batch.outer == 1 for use in uses)
-        chosen = [restricted(use, samples) for use in uses] if samples is not None and first else uses
-        weights = signs if chosen is uses or samples is None else [sign[:, list(samples)] for sign in signs]
-        values = quantities(chosen, asked, *weights, differentiable=differentiable)
-        if samples is not None and not first:  # only individual columns are asked for of some samples
-            values = {name: value[:, list(samples)] for name, value in values.items()}
-        found |= {asked[name]: value for name, value in values.items()}
+        if samples is None:
+            values = quantities(uses, asked, *signs, differentiable=differentiable)
+        else:
+            values = _of_samples(uses, list(samples), asked, signs, differentiable)
+        for name, value in values.items():
+            found[asked[name]] = value
     return found
+
+
+def _of_samples(
+    uses: Sequence[Use], samples: list[int], names: Iterable[str], signs: Sequence[Tensor], differentiable: bool
+) -> dict[str, Tensor]:
+    """The quantities `names` of the listed samples."""
+    if all(use.record.batch.outer == 1 for use in uses):
+        chosen = [restricted(use, samples) for use in uses]
+        return quantities(chosen, names, *(sign[:, samples] for sign in signs), differentiable=differentiable)
+    found = quantities(uses, names, *signs, differentiable=differentiable)
+    return {name: value[:, samples] for name, value in found.items()}  # only individual columns are asked for of some
 
 
 @lru_cache
@@ -40,9 +50,9 @@ def _by_samples(needs: tuple[Need, ...]) -> list[tuple[tuple[int, ...] | None, d
     return list(found.items())
 
 
-def restricted(use: Use, samples: Sequence[int]) -> Use:
+def restricted(use: Use, index: list[int]) -> Use:
     """The same use on a batch of the listed samples."""
-    record, index = use.record, list(samples)
+    record = use.record
     part = replace(
         record,
         tensors={},

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -54,7 +55,10 @@ _ARRANGING = frozenset({
 AXISWISE = _BY_SAMPLE | _ELEMENTWISE | _ARRANGING
 
 
-_ACCUMULATOR: type[Node] = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
+#: A dictionary that lives as long as the node.
+metadata: Callable[[Node], dict[str, Any]] = attrgetter("metadata")
+#: The type of the nodes that add to the gradients of leaves.
+ACCUMULATOR: type[Node] = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 #: What `nn.Linear` puts between its product and its weight.
 _TRANSPOSE = "TBackward0"
 
@@ -94,10 +98,9 @@ def accumulator(parameter: Tensor) -> Node:
 def accumulators_below(node: Node) -> Iterator[tuple[Tensor, Node]]:
     """The leaves that a node sends gradients to, directly or through a transpose, with the nodes that add these."""
     for below, _ in node.next_functions:
-        if below is not None and below.name() == _TRANSPOSE:
+        if below is not None and type(below).__name__ == _TRANSPOSE:
             below = below.next_functions[0][0]
-        leaf = None if below is None else leaf_of(below)
-        if leaf is not None and below is not None:
+        if type(below) is ACCUMULATOR and (leaf := leaf_of(below)) is not None:
             yield leaf, below
 
 
@@ -121,7 +124,7 @@ def node_output_count(node: Node) -> int:
 
 def node_output_shapes(node: Node) -> tuple[tuple[int, ...], ...]:
     """Shapes of all gradients that `node` receives."""
-    return tuple([tuple(m.shape) for m in node._input_metadata])
+    return tuple([tuple(received.shape) for received in node._input_metadata])
 
 
 def node_output_shape(node: Node, output_nr: int) -> tuple[int, ...]:
@@ -131,7 +134,10 @@ def node_output_shape(node: Node, output_nr: int) -> tuple[int, ...]:
 
 def version(tensor: Tensor) -> int:
     """How often the tensor was changed in place."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # inference tensors have none
+        return 0
 
 
 def view_base(tensor: Tensor) -> Tensor | None:
@@ -141,7 +147,12 @@ def view_base(tensor: Tensor) -> Tensor | None:
 
 def held_elsewhere(tensor: Tensor) -> bool:
     """Whether anything besides this tensor holds its memory: another tensor, an array, a graph, a storage, another process."""
-    return tensor.is_shared() or _holders(tensor) != _holders(torch.empty(0))
+    return tensor.is_shared() or _holders(tensor) != _of_one_tensor()
+
+
+@cache
+def _of_one_tensor() -> tuple[int, int]:
+    return _holders(torch.empty(0))
 
 
 def _holders(tensor: Tensor) -> tuple[int, int]:
@@ -166,13 +177,10 @@ def is_python_function(node: Node) -> bool:
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
-def is_reentrant_checkpoint(node: Node) -> bool:
-    return node.name() == "CheckpointFunctionBackward"
-
-
-def metadata(node: Node) -> dict[str, Any]:
-    """A dictionary that lives as long as the node."""
-    return node.metadata  # type: ignore[return-value]
+def reentrant_checkpoint(nodes: Iterable[Node]) -> str | None:
+    """The name of the nodes that run a reentrant checkpoint's backward, if there are any."""
+    name = "CheckpointFunctionBackward"
+    return name if name in {type(node).__name__ for node in nodes} else None
 
 
 def leaf_of(node: Node) -> Tensor | None:
@@ -183,13 +191,13 @@ def leaf_of(node: Node) -> Tensor | None:
 def transposition(node: Node, accumulator: Node | None) -> Node | None:
     """The node between that of a linear layer and its parameter's: it receives the transpose of what the layer adds to the gradient."""
     for above, _ in node.next_functions:
-        if above is not None and above.name() == _TRANSPOSE and above.next_functions[0][0] is accumulator:
+        if above is not None and type(above).__name__ == _TRANSPOSE and above.next_functions[0][0] is accumulator:
             return above
     return None
 
 
 def is_accumulator(node: Node) -> bool:
-    return type(node) is _ACCUMULATOR
+    return type(node) is ACCUMULATOR
 
 
 def normalised_shape(node: Node) -> tuple[int, ...] | None:
@@ -219,14 +227,15 @@ def axis_before(node: Node, axis: int, before: Sequence[int], after: Sequence[in
 
 def axis_structure(node: Node) -> Hashable | None:
     """What besides shapes says where the axes of a node's outputs are in its inputs; None if that is not known of such nodes."""
-    name = node.name()
-    axes = _saved_axes(name, type(node))
-    return (name, *[getattr(node, along) for along in axes]) if axes else (None if axes is None else name)
+    kind = type(node)
+    axes = _saved_axes(kind)
+    return (kind, *[getattr(node, along) for along in axes]) if axes else (None if axes is None else kind)
 
 
 @cache
-def _saved_axes(name: str, kind: type[Node]) -> tuple[str, ...] | None:
-    """The attributes of a node that say along which axes it works; None if more than these may matter."""
+def _saved_axes(kind: type[Node]) -> tuple[str, ...] | None:
+    """The attributes of such a node that say along which axes it works; None if more than these may matter."""
+    name = kind.__name__
     if name in RESHAPING or name in _BY_SAMPLE:
         return ()
     if name not in _ELEMENTWISE and name not in _ARRANGING:
@@ -259,6 +268,14 @@ def _signed(axis: int) -> int:
 def saved(node: Node, name: str) -> Any:
     """What a node has saved for its backward, a tensor or a setting; None if it saved none. Raises RuntimeError if it was freed."""
     return getattr(node, f"_saved_{name}", None)
+
+
+def weight_of_targets(node: Node) -> Tensor | None:
+    """What a mean of negative log-likelihoods has divided by, if the node is one and has counted in full precision."""
+    if type(node).__name__ not in ("NllLossBackward0", "NllLoss2DBackward0"):
+        return None
+    total: Tensor = saved(node, "total_weight")
+    return total if total.dtype in (torch.float32, torch.float64) else None
 
 
 def has_sparse_gradient(node: Node) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .axes import Axes, starred
 from .axes import names as axis_names
 from .evaluate import evaluate
+from .lazy import lazy
 from .record import Record
 from .rules import Layer, Rule
 from .torch_private import version
@@ -79,12 +80,16 @@ class Use:
         found = evaluate(rule, self.layer, self.operand, *arguments, differentiable=differentiable)
         return shaped(rule, self, found)
 
+    @lazy
+    def parameter(self) -> Tensor:
+        return self.record.parameter(self.name)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The parameter's, as the definition has it; its own, where no definition covers the use."""
         if self.name in self.layer.parameter_axes:
-            return tuple(self.operand(f"{self.name}_shape"))
-        return tuple(self.record.parameter(self.name).shape)
+            return self.record.parameter_shape(self.name)
+        return tuple(self.parameter.shape)
 
     @property
     def positions(self) -> int:
@@ -95,8 +100,7 @@ class Use:
 
     def block_bytes(self) -> int:
         """Size of the parameter's exact block."""
-        parameter = self.record.parameter(self.name)
-        return parameter.numel() ** 2 * parameter.element_size()
+        return self.parameter.numel() ** 2 * self.parameter.element_size()
 
 
 def shaped(rule: Rule, use: Use, value: Tensor) -> Tensor:
@@ -105,7 +109,7 @@ def shaped(rule: Rule, use: Use, value: Tensor) -> Tensor:
         return value
     if use.record.transposed:
         return value.mT
-    own, shape = value.shape, use.record.parameter(use.name).shape
+    own, shape = value.shape, use.parameter.shape
     return value if own[rule.lead :] == shape else value.reshape(*own[: rule.lead], *shape)
 
 
@@ -144,7 +148,7 @@ def alike(uses: Sequence[Use]) -> bool:
 
 def _structure(use: Use) -> tuple[object, ...]:
     """The formula, the place of the parameter in it, and how many blocks its joined axes hold."""
-    return use.layer.name, use.name, use.record.transposed, use.record.output_layout.extents
+    return use.layer.name, use.name, use.record.transposed, use.record.geometry.output_layout.extents
 
 
 def joinable(uses: Sequence[Use]) -> bool:
