@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import itertools
 from math import prod
 
 import torch
@@ -28,10 +27,12 @@ def summed_squares(tensor: Tensor, axes: int) -> Tensor:
             break
     else:
         return tensor.square().sum(tuple(range(axes)))
-    first, *others = itertools.product(*map(range, lead))
-    total = tensor[first].square()
-    for place in others:
-        total.addcmul_(tensor[place], tensor[place])
+    rows = [tensor]
+    for _ in range(count):
+        rows = [row for some in rows for row in some.unbind()]
+    total = rows[0].square()
+    for row in rows[1:]:
+        total.addcmul_(row, row)
     return total.sum(tuple(range(axes - count))) if count < axes else total
 
 
