@@ -17,6 +17,8 @@ from conftest import FEATURES
 from lifetimes import Watch, extended, network, x, y
 from satchel import backpack, extend
 from satchel.extensions import KFLR, BatchGrad, BatchL2Grad, DiagGGNExact
+from satchel.runtime.harvest import Gathered, Harvest
+from satchel.runtime.uses import Use
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
@@ -52,6 +54,27 @@ def test_nothing_lives_after_a_forward_without_backward(inplace: bool, active: b
     assert watch.alive() > 0
     del loss
     assert watch.alive() == 0
+
+
+@pytest.mark.parametrize("feature", [BatchGrad, DiagGGNExact])
+def test_what_a_parameter_gathered_dies_with_its_fields(feature: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook on the parameter's node holds what was gathered until the pass ends: by then, no tensor."""
+    own, seen = Harvest.reap, []
+
+    def reap(harvest: Harvest, gathered: Gathered, unit: float | None) -> list[Use]:
+        assert gathered.uses and (
+            gathered.ahead is not None or feature is DiagGGNExact or gathered.uses[0].name == "bias"
+        )
+        assert bool(gathered.swept) is (feature is DiagGGNExact)
+        uses = own(harvest, gathered, unit)
+        seen.append((gathered.uses, gathered.swept, gathered.ahead))
+        return uses
+
+    monkeypatch.setattr(Harvest, "reap", reap)
+    model = extend(nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU(), nn.Conv2d(3, 2, 2), nn.Flatten()))
+    with backpack(feature()):
+        extend(nn.CrossEntropyLoss())(model(torch.randn(5, 2, 4, 4)), torch.arange(5)).backward()
+    assert seen == [([], {}, None)] * 4
 
 
 def test_activations_die_while_the_loss_lives(no_gc: None) -> None:
