@@ -47,7 +47,8 @@ def test_nodes():
     (node,) = {(x * 1).unbind(1)[0].grad_fn}
     assert [o[0] for o in t.node_outputs(node)] == [(3,), (3,)] and t.node_outputs(node)[0][1] == x.dtype
     assert t.is_accumulator(t.accumulator(x)) and t.leaf_of(t.accumulator(x)) is x and t.leaf_of(node) is None
-    assert node is not None and not t.is_python_function(node) and t.reentrant_checkpoint([node]) is None
+    t.metadata(node)["k"] = 1
+    assert node.metadata == {"k": 1} and not t.is_python_function(node) and t.reentrant_checkpoint({node}) is None
 
 
 def test_tensors():

@@ -71,7 +71,6 @@ class Pass:
         self.harvest = Harvest(context.demand)
         self.keep = keeps_graph()
         self.samples: int | None = None
-        self.unit: float | None = None
         self.reductions: set[str] = set()
         self.surveyed: set[Node] = set()
         self.flags: list[Flag] = []
@@ -103,8 +102,7 @@ class Pass:
                 self._layer(entry, wanted, gradients[entry.output_nr])
                 taken = self._spared(entry, wanted, gradients)
                 continue
-            if self.context.extension_hook is not None:
-                self._hook(entry)
+            self._hook(entry)
             if not (type(entry) is Mark or self.keep or self._is_promised(entry)):
                 _release([entry])
         return taken
@@ -134,8 +132,7 @@ class Pass:
             curvature.check_plan(plan, self.demand, start.samples, self.flags)
             self.flags += start.flags(self.demand, layers)
             self._promise(start, plan, curved)
-            if self.context.debug:
-                self.context.log(f"{loss.where}: {', '.join(curved)} over {len(plan.steps)} nodes")
+            self.context.log(lambda: f"{loss.where}: {', '.join(curved)} over {len(plan.steps)} nodes")
             curvature.run(start, plan, self.demand, self.harvest.accumulate)
 
     def _below_no_loss(self, node: Node, entries: Entries) -> None:
@@ -174,7 +171,6 @@ class Pass:
         for extension in self.demand.extensions:
             extension.check(self.samples)
         self.flags += flags
-        self.unit = self._unit()
         self.shared |= plan.tied.keys()
         for call in plan.calls:
             for parameter in call.parameters.values():
@@ -299,22 +295,23 @@ class Pass:
         if not gathered.uses:
             return
         self._refuse_flagged()
-        uses = without_autocast((gathered.parameter,), self.harvest.reap, gathered, self.unit)
+        uses = without_autocast((gathered.parameter,), self.harvest.reap, gathered, self._unit())
         self.finished.add(id(gathered.parameter))
-        if self.context.debug:
-            self.context.log(f"{uses[0].record.where}, parameter {uses[0].name!r}: fields set")
+        self.context.log(lambda: f"{uses[0].record.where}, parameter {uses[0].name!r}: fields set")
         for use in uses:
             record = use.record
             if self.finished.issuperset(map(id, self.wanted.of(record).values())):
-                if self.context.extension_hook is not None:
-                    self._hook(record)
+                self._hook(record)
                 if not self.keep:
                     record.release()
 
     def _hook(self, entry: Mark) -> None:
         """Call the user's hook, once for each leaf module."""
-        hook, module = self.context.extension_hook, entry.module()
-        if hook is None or module is None or id(module) in self.hooked:
+        hook = self.context.extension_hook
+        if hook is None:
+            return
+        module = entry.module()
+        if module is None or id(module) in self.hooked:
             return
         if not (_has_definition(entry) or _is_leaf(module)):
             return
