@@ -128,9 +128,10 @@ def _in_blocks(
     deviations = next((total for total in totals.values() if isinstance(total, _Deviations)), None)
     if deviations is not None and SUM in totals:
         del totals[SUM]
-    ranges = list(blocks(V, N, prod(shape), keep is not None))
-    (columns, samples), whole = ranges[0], len(ranges) == 1  # the first is the largest
     writes = writes and not torch.is_grad_enabled()  # what is differentiated cannot be written to a place
+    # Nothing reads what is only written to its place.
+    ranges = list(blocks(V, N, prod(shape), keep is not None)) if totals or not writes else [(slice(V), slice(N))]
+    (columns, samples), whole = ranges[0], len(ranges) == 1  # the first is the largest
     kept = room = None
     dtype = widened_dtype((factor, *operands))
     if keep is not None and (writes or not whole):

@@ -20,7 +20,7 @@ from .modes import with_few_threads
 from .precision import widened
 
 #: Elements that a block has at least, also where the cache of a core is not known, and at most.
-_BLOCK = 1 << 18, 1 << 20
+_BLOCK = 1 << 19, 1 << 20
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 
 
