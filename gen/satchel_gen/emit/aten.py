@@ -86,6 +86,8 @@ class Body:
                 return self._map(node)
             case Reduce(child=child, over=over):
                 dims = [child.axes.index(i) for i in over]
+                if isinstance(child, Map) and (text := self._is_value(child, over)):
+                    return text
                 squared = _squared(child)
                 if squared is not None and dims == list(range(len(dims))):
                     return f"summed_squares({self(squared)}, {len(dims)})"
@@ -219,6 +221,14 @@ class Body:
         places = self._aligned(counter, (index,), axes)
         equality = f"{names[value]} == {places}" if value in names else f"{places} == {self.scalar(value)}"
         return f"({equality}).to({like}.dtype)"
+
+    def _is_value(self, node: Map, over: Axes) -> str:
+        """Σ_k [k = x] of integers x: whether x is among the values of k."""
+        match node.expr, node.children, over:
+            case Equal(args=(index, _)), (Leaf() as value,), (only,) if index == only and index not in value.axes:
+                text = self(value)
+                return f"(({text} >= 0) & ({text} < {self.scalar(Extent(index))})).to({self._like(node)}.dtype)"
+        return ""
 
     def _after(self, after: After, axes: Axes, like: str) -> str:
         """A mask above or below a diagonal."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from math import inf, prod
+from math import inf, nan, prod
 from typing import Any, TypeAlias
 
 import torch
@@ -63,18 +63,22 @@ class Start:
         shape = Layout.of(self.definition.input_axes).canonical_shape(loss.input_shape)
         assert shape is not None
         self.sizes = extents(self.definition.input_axes, shape)
-        self.arriving = gradient.detach() if gradient.ndim == 0 else self._by_term(gradient.detach())
-        #: c·g; a number where reading it waits for no device.
-        self.scale: Tensor | float = self.arriving / self._divisor(loss.options["reduction"])
-        if self._is_number:
-            self.scale = self.scale.item()
+        #: g; a number where reading it waits for no device.
+        self.arriving: Tensor | float = self._number_or_by_term(gradient.detach())
+        divisor = self._divisor(loss.options["reduction"])
+        if not isinstance(self.arriving, Tensor):
+            divisor = float(divisor) or nan  # 0 where all targets are ignored: then torch's loss is nan, too
+        #: c·g, likewise.
+        self.scale: Tensor | float = self.arriving / divisor
 
-    def _by_term(self, gradient: Tensor) -> Tensor:
-        """The gradient of each term, without a reduction, along the axes of the input."""
+    def _number_or_by_term(self, gradient: Tensor) -> Tensor | float:
+        """The gradient of the loss, or of each term, without a reduction, along the axes of the input."""
+        if gradient.ndim == 0:
+            return gradient.item() if gradient.is_cpu else gradient
         terms = self.definition.elements
         return gradient.reshape([size if axis in terms else 1 for axis, size in self.sizes.items()])
 
-    def _divisor(self, reduction: str) -> Tensor | int:
+    def _divisor(self, reduction: str) -> Tensor | float:
         """What the reduction divides by, 1 / c."""
         divisor = self.definition.reductions.get(reduction, ())
         if isinstance(divisor, tuple):
@@ -86,8 +90,9 @@ class Start:
         """What can only be known from values: read once, when the pass ends."""
         definition, where = self.definition, self.loss.where
         found: list[Flag] = []
-        if not self._known_as_valid():
-            valid = ((self.arriving >= 0) & (self.arriving < inf)).all()
+        if isinstance(self.arriving, Tensor) or not 0 <= self.arriving < inf:
+            arriving = torch.as_tensor(self.arriving)
+            valid = ((arriving >= 0) & (arriving < inf)).all()
             found.append((~valid, NegativeScale(where, demand.features(layers, *CURVATURE))))
         factors = (
             (definition.exact_factor_undefined, ("exact", "averaged")),
@@ -99,14 +104,6 @@ class Start:
                 error = NegativeCurvature(where, features)
                 found.append((evaluate(undefined, definition, self.loss.operand), error))
         return found
-
-    def _known_as_valid(self) -> bool:
-        """Whether one number says so that need not be waited for."""
-        return self._is_number and 0 <= self.arriving.item() < inf
-
-    @property
-    def _is_number(self) -> bool:
-        return self.arriving.numel() == 1 and self.arriving.is_cpu
 
     def exact(self, every: bool) -> Tensor:
         """S [V, *edge], S Sᵀ = c g ∇²Σℓ; `every` column, or without dependent ones."""
@@ -204,8 +201,6 @@ def check_plan(plan: Plan, demand: Demand, samples: int, flags: Sequence[Flag]) 
     for places in plan.uses.values():
         if RESIDUAL in sources and (use := _mixed_without_rule(plan, places)) is not None:
             raise SequentialReuse(use.record.where, use.name, demand.features(layers, "residual"))
-    for extension in demand.extensions:
-        extension.check(samples)
     limit = current().memory_limit
     if limit is None:
         return

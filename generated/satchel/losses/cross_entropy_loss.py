@@ -29,11 +29,10 @@ def gradient(input: Tensor, target: Tensor) -> Tensor:
     input [N, K, R], target [N, R] → [N, K, R]
     """
     K = input.shape[1]
-    classes = torch.arange(K, device=input.device)
-    total = (target[:, :, None] == classes).to(input.dtype).sum(2)
+    total = ((target >= 0) & (target < K)).to(input.dtype)
     probabilities = torch.softmax(input, 1)
-    classes2 = torch.arange(K, device=probabilities.device)
-    return total[:, None, :] * probabilities - (target[:, None, :] == classes2[:, None]).to(probabilities.dtype)
+    classes = torch.arange(K, device=probabilities.device)
+    return total[:, None, :] * probabilities - (target[:, None, :] == classes[:, None]).to(probabilities.dtype)
 
 
 @widened
@@ -43,8 +42,7 @@ def exact_factor(input: Tensor, target: Tensor) -> Tensor:
     input [N, K, R], target [N, R] → [K, R, N, K, R]
     """
     _, K, R = input.shape
-    classes = torch.arange(K, device=input.device)
-    total = (target[:, :, None] == classes).to(input.dtype).sum(2)
+    total = ((target >= 0) & (target < K)).to(input.dtype)
     probabilities = torch.softmax(input, 1)
     eye = torch.eye(K, dtype=probabilities.dtype, device=probabilities.device)
     eye2 = torch.eye(R, dtype=probabilities.dtype, device=probabilities.device)
@@ -64,13 +62,12 @@ def mc_factor(sampled: Tensor, input: Tensor, target: Tensor) -> Tensor:
     """
     M = sampled.shape[0]
     K = input.shape[1]
-    classes = torch.arange(K, device=input.device)
-    total = (target[:, :, None] == classes).to(input.dtype).sum(2)
+    total = ((target >= 0) & (target < K)).to(input.dtype)
     probabilities = torch.softmax(input, 1)
-    classes2 = torch.arange(K, device=probabilities.device)
+    classes = torch.arange(K, device=probabilities.device)
     return (
         torch.sqrt(total[:, None, :])
-        * (probabilities - (sampled[:, :, None, :] == classes2[:, None]).to(probabilities.dtype))
+        * (probabilities - (sampled[:, :, None, :] == classes[:, None]).to(probabilities.dtype))
         / math.sqrt(M)
     )
 
@@ -92,8 +89,7 @@ def mean_divisor(input: Tensor, target: Tensor) -> Tensor:
     input [N, K, R], target [N, R] → []
     """
     K = input.shape[1]
-    classes = torch.arange(K, device=input.device)
-    total = (target[:, :, None] == classes).to(input.dtype).sum(2)
+    total = ((target >= 0) & (target < K)).to(input.dtype)
     return total.sum((0, 1))
 
 
