@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import Wired
+from architectures import ARCHITECTURES
+from cases import Case, Network, Wired
+from conftest import Pass, label
 from satchel import backpack, extend, settings
 from satchel.extensions import BatchGrad, DiagGGNExact, DiagHessian
-from satchel.runtime import survey
-from satchel.runtime.errors import MemoryLimit, SatchelError
+from satchel.runtime import backward, structure, survey
+from satchel.runtime.errors import LossNotExtended, MemoryLimit, SatchelError
+from satchel.runtime.plan import Plan, walk
 from satchel.runtime.record import Record
 
 N = 5
@@ -73,6 +76,10 @@ ALIKE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
         lambda h: h + h.transpose(0, 1).relu().transpose(0, 1),
         lambda h: h.transpose(0, 1) + h.transpose(0, 1).relu(),
     ),
+    "targets of edges": (
+        lambda h: h.transpose(0, 1).transpose(0, 1) + h.relu(),
+        lambda h: (lambda turned: turned.transpose(0, 1) + turned.relu())(h.transpose(0, 1)),
+    ),
     "matrix": (lambda h: torch.eye(N).double() @ h, lambda h: torch.ones(N, N).double() @ h),
 }
 
@@ -87,6 +94,50 @@ def test_what_mixes_samples_is_found_after_what_does_not(name: str, feature: Any
         with pytest.raises(SatchelError):
             step(model_of(mixed), feature())
     step(model_of(apart), feature())
+
+
+@pytest.mark.parametrize("network", ARCHITECTURES, ids=label)
+@pytest.mark.parametrize("feature", [BatchGrad, DiagGGNExact])
+def test_a_recognised_plan_is_the_one_of_a_walk(
+    network: Network, feature: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, plans = backward.recognised, []
+
+    def compared(start: Any, outline: Any, wanted: Any, surveys: Any) -> Any:
+        plan = own(start, outline, wanted, surveys)
+        if plan is not None:
+            plans.append(plan)
+            walked = walk(start, wanted)
+            assert parts(plan) == parts(walked)
+            assert plan.nodes == walked.nodes
+            assert plan.definitions == walked.definitions
+            assert plan.parameters.keys() == walked.parameters.keys()
+            assert plan.tied.keys() == walked.tied.keys()
+        return plan
+
+    monkeypatch.setattr(backward, "recognised", compared)
+    first, second = (
+        Pass(Case(network, nn.CrossEntropyLoss, "sum"), torch.float64, "aten", feature()).fields(feature)
+        for _ in range(2)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    if not plans:
+        pytest.skip("a survey of this network reads values")
+
+
+def parts(plan: Plan) -> list[Any]:
+    return [(s.node, s.record, s.inputs, [c.parameters.keys() for c in s.calls]) for s in plan.steps]
+
+
+def test_a_survey_without_a_loss_is_none_of_one_below_a_loss() -> None:
+    """What a loss would ask has not been looked at."""
+    model, x = model_of(lambda h: h), torch.randn(N, 4, dtype=torch.float64)
+    targets = torch.arange(N) % 3
+    with settings(memory_limit=8):
+        with pytest.raises(LossNotExtended), backpack(DiagGGNExact()):
+            nn.CrossEntropyLoss()(model(x), targets).backward()
+        with pytest.raises(MemoryLimit), backpack(DiagGGNExact()):
+            extend(nn.CrossEntropyLoss())(model(x), targets).backward()
 
 
 def test_another_limit_is_another_survey() -> None:
@@ -127,7 +178,7 @@ def test_an_option_that_is_no_value(monkeypatch: pytest.MonkeyPatch, surveys: li
 
 
 def test_memory_of_structures_is_bounded(monkeypatch: pytest.MonkeyPatch, surveys: list[int]) -> None:
-    monkeypatch.setattr(survey, "_MOST", 2)
+    monkeypatch.setattr(structure, "_MOST", 2)
     model, feature = model_of(lambda h: h), BatchGrad(scaling="table5")
     for samples in (7, 8, 9, 7):
         step(model, feature, samples)

@@ -57,7 +57,7 @@ def operation() -> Layer:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Pullback(Call):
     """T[v, n, p] = Σ_y J[n, y, p] s[v, n, y], by the backward of the node and of what computes its input from the parameter."""
 

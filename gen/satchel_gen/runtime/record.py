@@ -185,12 +185,19 @@ class Record(_Kept):
         """What its module calls a parameter of the definition."""
         return parameter
 
-    def touch(self, name: str) -> None:
-        """Refuse an operand that was overwritten or freed."""
-        if name in ("input", "output") or name in self.definition.buffers:
-            self.tensor(name)
-        elif (parameter := name.removesuffix("_shape")) in self.parameters:
-            self.parameter(parameter)
+    def may_change(self, operand: str) -> bool:
+        """Whether an operand is a tensor, or the shape of a parameter, that the user may overwrite or free."""
+        return self._is_kept(operand) or operand.removesuffix("_shape") in self.parameters
+
+    def touch(self, operand: str) -> None:
+        """Refuse one of these that was overwritten or freed."""
+        if self._is_kept(operand):
+            self.tensor(operand)
+        else:
+            self.parameter(operand.removesuffix("_shape"))
+
+    def _is_kept(self, operand: str) -> bool:
+        return operand in ("input", "output") or operand in self.definition.buffers
 
     @property
     def structure(self) -> tuple[Hashable, ...]:

@@ -9,9 +9,8 @@ from math import prod
 import torch
 from torch.autograd.graph import Node
 
-from . import estimate
+from . import curvature, estimate
 from .context import backpack
-from .curvature import refuse_option
 from .demand import AVERAGED, RESIDUAL, Demand
 from .errors import CheckpointedRegion, MemoryLimit, SatchelError, SharedByKinds, SparseGradient, UnsupportedModule
 from .flags import Flag, first_raised
@@ -23,12 +22,9 @@ from .record import Edge, Mark
 from .rules import BLOCK, registry
 from .second import is_linear
 from .settings import current
-from .structure import Surveyed, structure
+from .structure import Outline, reads, remember
 from .torch_private import has_sparse_gradient, reentrant_checkpoint
 from .uses import alike
-
-#: Structures that are remembered for a set of features: sequences may have any length.
-_MOST = 256
 
 
 def check(
@@ -36,28 +32,24 @@ def check(
     context: backpack,
     start: Mapping[Edge, Sequence[int]],
     samples: Sequence[int],
-    marks: Iterable[Mark] = (),
+    curved: bool,
+    marks: Iterable[Mark],
+    known: Outline | None,
 ) -> tuple[Plan, int, list[Flag]]:
     """Refuse the plan, or return it with the uses of parameters by nodes, N, and what its tensors have to tell at the end.
 
-    `samples` are the numbers of samples that the batch may have, `marks` modules above the plan.
+    `samples` are the numbers of samples that the batch may have, `marks` modules above the plan, `known` what graphs of the same
+    structure have in common.
     """
+    demand = context.demand
     checkpoint = reentrant_checkpoint(plan.nodes)
     if checkpoint is not None:
-        raise CheckpointedRegion(checkpoint, context.demand.names)
-    key = structure(plan, context.demand, start, samples)
-    surveyed = context.demand.surveyed
-    known: Surveyed | None = surveyed.get(key)
-    if known is not None:
-        _touch(plan, context.demand)
-        for record, geometry in zip(plan.records, known.geometries, strict=True):
-            record.geometry = geometry
-        return plan, known.samples, []
+        raise CheckpointedRegion(checkpoint, demand.names)
     plan, count, found, holds = _survey(plan, context, start, samples, marks)
-    if holds and key is not None:
-        if len(surveyed) >= _MOST:
-            surveyed.clear()
-        surveyed[key] = Surveyed(count, tuple(record.geometry for record in plan.records))
+    if curved:
+        curvature.check_plan(plan, demand, count, found.flags)
+    if holds and known is not None:
+        remember(plan, known, count, demand, demand.surveyed)
     return plan, count, found.flags
 
 
@@ -70,7 +62,7 @@ def _survey(
         layer = record.definition
         for option, supported in layer.options.items():
             reason = layer.reasons.get(option, "")
-            refuse_option(record.where, option, record.options[option], supported, features, reason)
+            curvature.refuse_option(record.where, option, record.options[option], supported, features, reason)
         if record.checkpointed and plan.unknown:
             raise CheckpointedRegion(record.where, features)
     owned = _owned(plan, (*plan.marks, *marks, *plan.records))
@@ -125,8 +117,7 @@ def _touch(plan: Plan, demand: Demand) -> None:
     """Refuse a tensor that was overwritten, where a rule will read it."""
     for step in plan.steps:
         if step.record is not None:
-            own = tuple(parameter for call in step.calls for parameter in call.parameters)
-            for operand in demand.reads(step.record.definition, own, bool(step.inputs)):
+            for operand in reads(step, demand):
                 step.record.touch(operand)
 
 

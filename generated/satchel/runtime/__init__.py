@@ -5,6 +5,7 @@
 recorder, record    the forward hook and what it leaves in the graph
 context, backward   the active features, and one backward under them
 plan, survey        what lies below a loss, and what is refused
+structure           graphs that have been surveyed, recognised
 probe, flags        whether samples mix, and what else only values can tell
 sweep, passing      columns through layers, and through nodes without a definition
 curvature           the factors of a loss, swept

@@ -27,7 +27,8 @@ from .plan import Plan, Step, walk
 from .promise import Promise
 from .pullback import operation
 from .record import Edge, Entries, LossRecord, Mark, Record
-from .rules import Layer, registry
+from .rules import registry
+from .structure import Outline, Recognised, outline, recognised
 from .torch_private import (
     at_end_of_backward,
     current_node,
@@ -114,26 +115,22 @@ class Pass:
         self.reductions.add(loss.options["reduction"])
         if len(self.reductions) > 1 or "none" in self.reductions:
             self._refuse_table5("of any layer")
-        plan = walk([loss.edge], self.wanted)
-        layers = [record.definition for record in plan.records] or [operation()]
-        curved = self.demand.features(layers, *CURVATURE)
-        in_grad_mode(False, self._below_loss, loss, gradient, plan, layers, curved)
+        in_grad_mode(False, self._below_loss, loss, loss.edge, gradient)
 
-    def _below_loss(
-        self, loss: LossRecord, gradient: Tensor, plan: Plan, layers: Sequence[Layer], curved: list[str]
-    ) -> None:
-        assert loss.edge is not None
+    def _below_loss(self, loss: LossRecord, edge: Edge, gradient: Tensor) -> None:
+        start = {edge: loss.input_shape}
+        plan, outline = self._plan(start, below_loss=True)
+        layers = plan.definitions or [operation()]
+        curved = self.demand.features(layers, *CURVATURE)
         if curved:
             curvature.check_loss(loss, self.demand, layers)
-        samples = self._possible_samples(plan, loss.input_shape, bool(curved))
-        plan = self._survey(plan, {loss.edge: loss.input_shape}, samples)
+        plan = self._survey(plan, outline, start, loss, bool(curved))
         if curved:
-            start = curvature.Start(loss, gradient)
-            curvature.check_plan(plan, self.demand, start.samples, self.flags)
-            self.flags += start.flags(self.demand, layers)
-            self._promise(start, plan, curved)
+            factors = curvature.Start(loss, gradient)
+            self.flags += factors.flags(self.demand, layers)
+            self._promise(factors, plan, curved)
             self.context.log(lambda: f"{loss.where}: {', '.join(curved)} over {len(plan.steps)} nodes")
-            curvature.run(start, plan, self.demand, self.harvest.accumulate)
+            curvature.run(factors, plan, self.demand, self.harvest.accumulate)
 
     def _below_no_loss(self, node: Node, entries: Entries) -> None:
         """Walk below a node that no walk has met: nothing that needs curvature may be new there."""
@@ -141,15 +138,19 @@ class Pass:
         if record and not record.parameters and record.edge and record.edge[0] in self.surveyed:
             return  # walks went past a reshaping
         shapes = {(node, number): shape for number, (shape, _, _) in enumerate(node_outputs(node))}
-        plan = walk(shapes, self.wanted)
-        first = next((shape for shape in shapes.values() if shape), ())
-        samples = self._possible_samples(plan, plan.records[0].output_shape if plan.records else first, False)
         before = set(self.surveyed)
-        plan = self._survey(plan, shapes, samples, [entry for entry in entries if isinstance(entry, Mark)])
+        marks = [entry for entry in entries if isinstance(entry, Mark)]
+        plan = self._survey(*self._plan(shapes, below_loss=False), shapes, marks=marks)
         for step in plan.steps:
             for call in step.calls if step.node not in before else ():
                 for name in call.parameters:
                     self._refuse_without_loss(call.record, name)
+
+    def _plan(self, start: Mapping[Edge, Sequence[int]], below_loss: bool) -> tuple[Plan, Outline | None]:
+        """The plan below some edges, and what graphs of its structure have in common, where that is all that a survey reads."""
+        found = outline(start, self.wanted, self.samples, below_loss)
+        known = None if found is None else recognised(start, found, self.wanted, self.demand.surveyed)
+        return known or walk(start, self.wanted), found
 
     def _possible_samples(self, plan: Plan, shape: Sequence[int], curved: bool) -> list[int]:
         """Numbers of samples, by preference. A curved loss says it; a loss of flattened positions is a loss of the last layer's batch."""
@@ -164,19 +165,30 @@ class Pass:
         return list(dict.fromkeys([*([top[0]] if flattened else []), shape[0]]))
 
     def _survey(
-        self, plan: Plan, start: dict[Edge, tuple[int, ...]], samples: Sequence[int], marks: Sequence[Mark] = ()
+        self,
+        plan: Plan,
+        outline: Outline | None,
+        start: Mapping[Edge, tuple[int, ...]],
+        loss: LossRecord | None = None,
+        curved: bool = False,
+        marks: Sequence[Mark] = (),
     ) -> Plan:
         self.surveyed |= plan.nodes
-        plan, self.samples, flags = survey.check(plan, self.context, start, samples, marks)
+        if isinstance(plan, Recognised):
+            self.samples = plan.recall()
+        else:
+            shape = next(filter(None, start.values()), ())
+            if loss is None and plan.records:
+                shape = plan.records[0].output_shape
+            samples = self._possible_samples(plan, shape, curved)
+            plan, self.samples, flags = survey.check(plan, self.context, start, samples, curved, marks, outline)
+            self.flags += flags
         for extension in self.demand.extensions:
             extension.check(self.samples)
-        self.flags += flags
         self.shared |= plan.tied.keys()
-        for call in plan.calls:
-            for parameter in call.parameters.values():
-                self.expected[id(parameter)] = call.record
-        for step in plan.unknown:
-            if step.calls and step.node not in self.calls:
+        self.expected |= plan.parameters
+        for step in plan.called:
+            if step.node not in self.calls:
                 self.calls[step.node] = step
                 if step.node is not current_node():
                     self.handles.append(step.node.register_prehook(partial(self._calls, step.node)))

@@ -16,7 +16,7 @@ from .record import Edge, Record
 from .uses import PER_SAMPLE, Use, shaped
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Call(ABC):
     """Wanted parameters by name, and the record whose rules they have. Tensors at outputs are given by output number."""
 
@@ -73,7 +73,7 @@ class Call(ABC):
         return 0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ByRules(Call):
     """A call of a definition, which is linear in its parameters."""
 

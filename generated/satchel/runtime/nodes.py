@@ -158,7 +158,7 @@ class NodeRecord(Record):
 # ------------------------------------------------------------------------------------------------ calls of definitions
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class OfPart(ByRules):
     """A call of a definition with a part of a parameter: as with the whole, where the rest of the output is zero."""
 

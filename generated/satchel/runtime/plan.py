@@ -115,6 +115,16 @@ class Plan:
         """The nodes that pass factors by their own backward."""
         return tuple([step for step in self.steps if step.record is None])
 
+    @property
+    def called(self) -> tuple[Step, ...]:
+        """Those of them that use wanted parameters."""
+        return tuple([step for step in self.unknown if step.calls])
+
+    @property
+    def parameters(self) -> Mapping[int, Record]:
+        """A call that uses it, for each wanted parameter by its id."""
+        return {id(parameter): call.record for call in self.calls for parameter in call.parameters.values()}
+
     @lazy
     def uses(self) -> Mapping[int, list[Place]]:
         """The uses of each wanted parameter, by its id."""
