@@ -141,6 +141,8 @@ MUTANTS = [
            "key.append(number)", "tests/test_surveyed.py"),
     Mutant("runtime: structures without what stands above", f"{GEN}/runtime/structure.py", "samples, below_loss]", "samples]",
            "tests/test_surveyed.py"),
+    Mutant("runtime: structures without parameters that nobody wants", f"{GEN}/runtime/record.py", "self.checkpointed, present,",
+           "self.checkpointed,", "tests/test_surveyed.py"),
     Mutant("runtime: steps of a recognised plan in another order", f"{GEN}/runtime/structure.py", "return tuple(found)",
            "return tuple(found[::-1])", "tests/test_surveyed.py"),
     Mutant("runtime: memory that another call was lent", f"{GEN}/runtime/harvest.py", "if call is not use.record", "if call is None",

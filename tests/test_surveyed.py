@@ -15,7 +15,7 @@ from conftest import Pass, label
 from satchel import backpack, extend, settings
 from satchel.extensions import BatchGrad, DiagGGNExact, DiagHessian
 from satchel.runtime import backward, structure, survey
-from satchel.runtime.errors import LossNotExtended, MemoryLimit, SatchelError
+from satchel.runtime.errors import LossNotExtended, MemoryLimit, Overwritten, SatchelError
 from satchel.runtime.plan import Plan, walk
 from satchel.runtime.record import Record
 
@@ -46,7 +46,7 @@ def step(model: nn.Module, feature: Any, samples: int = N) -> dict[str, Tensor]:
     loss = extend(nn.CrossEntropyLoss())(model(x), torch.arange(samples) % 3)
     with backpack(feature):
         loss.backward()
-    return {name: getattr(p, feature.field) for name, p in model.named_parameters()}
+    return {name: getattr(p, feature.field) for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("feature", [BatchGrad, DiagGGNExact])
@@ -138,6 +138,35 @@ def test_a_survey_without_a_loss_is_none_of_one_below_a_loss() -> None:
             nn.CrossEntropyLoss()(model(x), targets).backward()
         with pytest.raises(MemoryLimit), backpack(DiagGGNExact()):
             extend(nn.CrossEntropyLoss())(model(x), targets).backward()
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+def test_a_frozen_parameter_is_not_an_absent_one(order: tuple[bool, bool]) -> None:
+    """A rule of the layer reads it, so it must not have been overwritten."""
+    for affine in order:
+        norm = nn.LayerNorm(N, elementwise_affine=affine).double().requires_grad_(False)
+        model = extend(nn.Sequential(nn.Linear(4, N), norm, nn.Linear(N, 3)).double())
+        step(model, DiagGGNExact(scaling="table5"))
+        step(model, DiagGGNExact(scaling="table5"))
+        if affine:
+            loss = extend(nn.CrossEntropyLoss())(model(torch.randn(N, 4).double()), torch.arange(N) % 3)
+            with torch.no_grad():
+                norm.weight.mul_(2)
+            with pytest.raises(Overwritten), backpack(DiagGGNExact(scaling="table5")):
+                loss.backward()
+
+
+def test_columns_of_another_dtype_are_another_survey() -> None:
+    """What a limit is compared with."""
+    model = model_of(lambda h: h)
+    with settings(memory_limit=4 * (N * N + N * 3)):
+        step(model, DiagGGNExact())
+        torch.set_default_dtype(torch.float64)
+        try:
+            with pytest.raises(MemoryLimit):
+                step(model, DiagGGNExact())
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def test_another_limit_is_another_survey() -> None:

@@ -203,7 +203,8 @@ class Record(_Kept):
     def structure(self) -> tuple[Hashable, ...]:
         """What of the call does not depend on values."""
         shapes = (self.node_shape, self.input_shape, self.output_shape)
-        return (self.definition, *shapes, self.output_nr, self.checkpointed, *self.options.items())
+        present = tuple(self.parameters)  # wanted or not: rules read them
+        return (self.definition, *shapes, self.output_nr, self.checkpointed, present, *self.options.items())
 
     def trainable(self) -> dict[str, Tensor]:
         """The parameters that autograd computes a gradient for."""

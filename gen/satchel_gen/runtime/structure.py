@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequenc
 from contextlib import suppress
 from typing import NamedTuple
 
+from torch import get_default_dtype
 from torch.autograd.graph import Node
 
 from .calls import ByRules
@@ -42,7 +43,7 @@ def outline(
     places: dict[Node, int] = {}
     parameters: dict[int, int] = {}
     records: list[Record] = []
-    key: list[Hashable] = [current().memory_limit, samples, below_loss]
+    key: list[Hashable] = [current().memory_limit, get_default_dtype(), samples, below_loss]
     for (node, number), shape in start.items():
         place = places.setdefault(node, len(nodes))
         if place == len(nodes):
