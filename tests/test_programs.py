@@ -122,7 +122,8 @@ def test_counts_are_what_the_shapes_say():
 
 
 @pytest.mark.parametrize(
-    "told,elements", [("2048K\n", 1 << 19), ("512K\n", 1 << 18), ("65536K\n", 1 << 20), ("?", 1 << 18), (None, 1 << 18)]
+    "told,elements",
+    [("3072K\n", 3 << 18), ("512K\n", 1 << 19), ("65536K\n", 1 << 20), ("?", 1 << 19), (None, 1 << 19)],
 )
 def test_blocks_are_as_large_as_the_cache_of_a_core(told, elements, monkeypatch, tmp_path):
     if told is not None:
