@@ -194,6 +194,11 @@ def _numel(edge: Edge) -> int:
     return prod(node_output_shape(node, output_nr))
 
 
+def by_rules(record: Record | None, parameters: Mapping[str, Tensor] | None) -> tuple[Call, ...]:
+    """How a layer's step uses wanted parameters."""
+    return (ByRules(record, parameters),) if record is not None and parameters else ()
+
+
 def walk(start: Iterable[Edge], wanted: Wanted) -> Plan:
     """The plan of everything below `start`, each node after all that lie below it. No recursion: graphs are deep.
 
@@ -232,6 +237,5 @@ def walk(start: Iterable[Edge], wanted: Wanted) -> Plan:
                     leaves.append((position, (below, number), leaf))
         parameters = None if record is None else wanted.of(record, node)
         if inputs or leaves or parameters:
-            calls = (ByRules(record, parameters),) if record is not None and parameters else ()
-            steps[node] = Step(node, record, tuple(inputs), calls, tuple(leaves))
+            steps[node] = Step(node, record, tuple(inputs), by_rules(record, parameters), tuple(leaves))
     return Plan(start, tuple(reversed(steps.values())), frozenset(nodes), tuple(marks))

@@ -11,11 +11,10 @@ from typing import NamedTuple
 from torch import get_default_dtype
 from torch.autograd.graph import Node
 
-from .calls import ByRules
 from .demand import SECOND_ORDER, Demand
 from .geometry import Geometry
 from .lazy import lazy
-from .plan import Place, Plan, Step
+from .plan import Place, Plan, Step, by_rules
 from .record import Edge, Record, entries
 from .rules import Layer
 from .settings import current
@@ -104,10 +103,10 @@ class Recognised(Plan):
 
     def recall(self) -> int:
         """Say where each layer has the batch; refuse what was overwritten since. N."""
-        for place, geometry, reads in self.surveyed.layers:
+        for place, geometry, operands in self.surveyed.layers:
             record = self._outline.records[place]
             record.geometry = geometry
-            for operand in reads:
+            for operand in operands:
                 record.touch(operand)
         return self.surveyed.samples
 
@@ -118,9 +117,8 @@ class Recognised(Plan):
             node = nodes[place]
             record = entries(node).record
             used = None if record is None else self._wanted.of(record)
-            calls = (ByRules(record, used),) if record is not None and used else ()
             inputs = tuple([(position, (nodes[at], number)) for position, at, number in below])
-            found.append(Step(node, record, inputs, calls))
+            found.append(Step(node, record, inputs, by_rules(record, used)))
         return tuple(found)
 
     @lazy
@@ -160,10 +158,9 @@ def recognised(
     return None if known is None else Recognised(start, outline, known, wanted)
 
 
-def remember(
-    plan: Plan, outline: Outline, samples: int, demand: Demand, surveys: MutableMapping[Hashable, Surveyed]
-) -> None:
+def remember(plan: Plan, outline: Outline, samples: int, demand: Demand) -> None:
     """Keep what a survey has found, if the same would come of every graph of the structure."""
+    surveys: MutableMapping[Hashable, Surveyed] = demand.surveyed
     sources = demand.sources(plan.definitions)
     if plan.unknown and any(source.kind in SECOND_ORDER for source in sources):  # nodes have second derivatives
         return

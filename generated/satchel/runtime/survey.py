@@ -51,7 +51,7 @@ def check(
     if curved:
         curvature.check_plan(plan, demand, count, found.flags)
     if holds and known is not None:
-        remember(plan, known, count, demand, demand.surveyed)
+        remember(plan, known, count, demand)
     return plan, count, found.flags
 
 
