@@ -56,6 +56,28 @@ def test_nothing_lives_after_a_forward_without_backward(inplace: bool, active: b
     assert watch.alive() == 0
 
 
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+@pytest.mark.parametrize("feature", [None, *FEATURES])
+def test_gradients_that_meet_are_added_in_place(feature: Any) -> None:
+    """Autograd makes a tensor of its own for their sum where anybody holds a summand, or has seen its storage."""
+    inner = Residual(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model, loss_fn = extend(nn.Sequential(nn.Linear(4, 6), inner, nn.Linear(6, 3))), extend(nn.CrossEntropyLoss())
+    addresses: list[int] = []
+    for module in (inner, model[0]):
+        module.register_forward_hook(
+            lambda m, a, out: out.register_hook(lambda g: addresses.append(g.data_ptr())) and None
+        )
+    loss = loss_fn(model(x.repeat(8, 1)), y.repeat(8))
+    with backpack(*[] if feature is None else [feature()]):
+        loss.backward()
+    above, below = addresses
+    assert above == below
+
+
 @pytest.mark.parametrize("feature", [BatchGrad, DiagGGNExact])
 def test_what_a_parameter_gathered_dies_with_its_fields(feature: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hook on the parameter's node holds what was gathered until the pass ends: by then, no tensor."""

@@ -241,7 +241,7 @@ def test_no_field_lies_on_it(features: list[Any], block: int, monkeypatch: pytes
     with cost.forced("blockwise"):
         fields = gathered(network, torch.randn(3, 4, 7), features)
         before = [field.clone() for field in fields]
-        memory._shared.bytes.fill_(255)  # not a number
+        memory._shared.blocks.fill_(255)  # not a number
         assert all(map(torch.equal, fields, before))
         assert asked
         with satchel.settings(reuse_buffers=False):
@@ -253,7 +253,7 @@ def test_each_thread_has_its_own() -> None:
     here = memory.shared((3,), torch.float64, torch.device("cpu"))
     with torch.device("meta"):  # what tensors are by default does not matter
         here_too = memory._Shared()
-    assert here_too.bytes.device.type == "cpu"
+    assert here_too.blocks.device.type == here_too.scratch.device.type == "cpu"
     there = ThreadPoolExecutor(1).submit(memory.shared, (3,), torch.float64, torch.device("cpu")).result()
     assert here.data_ptr() != there.data_ptr()
     assert here.data_ptr() == memory.shared((2, 4), torch.float32, torch.device("cpu")).data_ptr()

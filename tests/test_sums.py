@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from satchel.runtime import memory, sums
 from satchel.runtime.sums import _LONG, squared_norms, standardised, summed, summed_products, summed_squares
 
 
@@ -74,3 +75,36 @@ def test_standardised_inputs_are_those_of_layer_norm(shape: tuple[int, ...], axe
     weights = torch.randn_like(want)
     (ours,), (theirs,) = (torch.autograd.grad((f * weights).sum(), tensor) for f in (found, want))
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("transform", ["none", "jvp", "graph"])
+def test_what_is_dropped_shares_memory_and_what_is_returned_does_not(
+    transform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large intermediates, in any layout; not those that a graph or a transform holds."""
+    x, factor = torch.randn(4, 30, 8, dtype=torch.float64).mT, torch.randn(1, 4, 8, 30, dtype=torch.float64)
+    given: list[torch.Tensor | None] = []
+
+    def asked(*tensors: torch.Tensor) -> torch.Tensor | None:
+        given.append(memory.scratch(*tensors))
+        return given[-1]
+
+    def value(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scaled = standardised(x, 1, 1e-3)
+        return scaled, summed_products("nrj,vnrj->vnj", scaled, factor)
+
+    want = value(x)
+    monkeypatch.setattr(memory, "KEPT", 1)
+    monkeypatch.setattr(sums, "scratch", asked)
+    with torch.set_grad_enabled(transform == "graph"):
+        found = value(x) if transform != "jvp" else torch.func.jvp(value, (x,), (torch.ones_like(x),))[0]
+    shared = [tensor is not None for tensor in given]
+    assert shared == [transform == "none"] * 2
+    memory._shared.scratch.fill_(255)  # not a number
+    torch.testing.assert_close(found, want)
+
+
+def test_a_large_mean_costs_standardised_inputs_no_digits() -> None:
+    x = torch.randn(5, 7, 64, dtype=torch.float64).add(4096).float()
+    want = torch.nn.functional.layer_norm(x.double(), (64,))
+    torch.testing.assert_close(standardised(x, 1, 1e-5).double(), want, rtol=0, atol=2e-6)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr, Indexed, IndexedBase
 
-from ..definitions.standardised import normalised, shift, shifted, standardised
+from ..definitions.standardised import normalised, shift, standardised
 from ..lowering.composed import Stage, stage_of
 from ..notation import LogSumExp, reads
 
@@ -51,7 +51,7 @@ def _dims(total: LogSumExp) -> int | tuple[int, ...]:
 
 
 def _standardised(stages: Sequence[Stage]) -> dict[str, Idiom]:
-    """What is left to standardise after the first centring, where it is over the last axes: two passes for six."""
+    """What is standardised over its last axes: three passes for eight."""
     named = {stage.name: stage for stage in stages}
     first = named.get(str(shift))
     if first is None or str(normalised) not in named:
@@ -62,4 +62,4 @@ def _standardised(stages: Sequence[Stage]) -> dict[str, Idiom]:
     same = all(named.get(s.name) == stage_of(s) for s in standardised(x, *over))
     if not same or list(x.indices)[-len(over) :] != over:
         return {}
-    return {str(normalised): Idiom(f"standardised({shifted}, {len(over)}, eps)", str(shifted))}
+    return {str(normalised): Idiom(f"standardised({x.base}, {len(over)}, eps)", str(x.base))}

@@ -26,12 +26,10 @@ class Owner:
         return [own]
 
     def _own(self, tensor: Tensor, lent: Collection[int]) -> Tensor:
-        storage = tensor.untyped_storage()
-        start = storage.data_ptr()
+        start = memory_of(tensor)
         before = self._fields.get(start)  # of a field that is gone, the memory is free again
         shared = start in lent or (before is not None and before() is not None)
-        part = storage.nbytes() > tensor.nbytes
-        if shared or part or not tensor.is_contiguous():
+        if shared or tensor.untyped_storage().nbytes() > tensor.nbytes or not tensor.is_contiguous():
             tensor = tensor.clone(memory_format=torch.contiguous_format)
             start = memory_of(tensor)
         self._fields[start] = weakref.ref(tensor)
@@ -39,5 +37,5 @@ class Owner:
 
 
 def memory_of(tensor: Tensor) -> int:
-    """Where a tensor's memory begins."""
-    return tensor.untyped_storage().data_ptr()
+    """Where a tensor's memory begins. Its storage is not asked: autograd adds to no gradient in place whose storage Python has seen."""
+    return tensor.data_ptr() - int(tensor.storage_offset()) * tensor.element_size()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .kept import kept
 from .settings import current
+from .torch_private import inside_functorch
 
 #: Bytes from which on `malloc` gives fresh pages each time, and does not keep them.
 FRESH = 1 << 25
@@ -48,7 +49,7 @@ class _Shared(threading.local):
     """Memory of a thread."""
 
     def __init__(self) -> None:
-        self.bytes = torch.empty(_SHARED, dtype=torch.uint8, device="cpu")
+        self.blocks, self.scratch = (torch.empty(_SHARED, dtype=torch.uint8, device="cpu") for _ in range(2))
 
 
 _shared = _Shared()
@@ -59,7 +60,21 @@ def shared(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
     size = prod(shape) * dtype.itemsize
     if device.type != "cpu" or size > _SHARED or not current().reuse_buffers:
         return None
-    return _shared.bytes[:size].view(dtype).view(shape)
+    return _shared.blocks[:size].view(dtype).view(shape)
+
+
+def scratch(*tensors: Tensor) -> Tensor | None:
+    """Where a function may put what it computes elementwise of tensors of one size, and drops before it returns: a later call overwrites
+    it. None where fresh pages cost little, or where the result belongs to a graph or a transform.
+    """
+    like = max(tensors, key=Tensor.dim)
+    if like.nbytes < KEPT or like.nbytes > _SHARED or like.device.type != "cpu":
+        return None
+    if torch.is_grad_enabled() or inside_functorch() or not current().reuse_buffers:
+        return None
+    if any([tensor.dtype != like.dtype for tensor in tensors]):
+        return None
+    return _shared.scratch[: like.nbytes].view(like.dtype).view(like.shape)
 
 
 def keep(parameter: Tensor, fields: Iterable[Tensor]) -> None:

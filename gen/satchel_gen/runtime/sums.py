@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .memory import scratch
 
 #: Elements of what is left of a tensor from which on a call for each of the others costs less than storing their squares.
 _LONG = 1 << 14
@@ -51,17 +51,20 @@ def summed_products(equation: str, one: Tensor, other: Tensor) -> Tensor:
         return torch.einsum(equation, one, other)
     operands, _, kept = equation.partition("->")
     axes = max(operands.split(","), key=len)
-    return (one * other).sum([place for place, axis in enumerate(axes) if axis not in kept])
+    room = scratch(one, other)
+    return torch.mul(one, other, out=room).sum([place for place, axis in enumerate(axes) if axis not in kept])
 
 
 def standardised(tensor: Tensor, axes: int, eps: float) -> Tensor:
-    """(x − E[x]) / √(Var[x] + ε), the moments over the last axes, so many.
+    """(x − E[x]) / √(Var[x] + ε), the moments over the last axes, so many. Of x centred before: what rounding leaves of a mean is small.
 
     On a CPU as one sample whose channels are groups of their own: torch's layer norm without a weight is no loop over vectors, and takes
     two to three times as long.
     """
-    shape = tensor.shape[len(tensor.shape) - axes :]
+    over = tuple(range(tensor.ndim - axes, tensor.ndim))
+    mean = tensor.mean(over, keepdim=True)
     if tensor.is_cuda or not tensor.numel():
-        return F.layer_norm(tensor, shape, eps=eps)
-    rows = tensor.numel() // prod(shape)
-    return torch.group_norm(tensor.reshape(1, rows, -1), rows, eps=eps).view(tensor.shape)
+        return F.layer_norm(tensor - mean, tensor.shape[over[0] :], eps=eps)
+    centred = torch.sub(tensor, mean, out=scratch(tensor))
+    rows = mean.numel()
+    return torch.group_norm(centred.reshape(1, rows, -1), rows, eps=eps).view(tensor.shape)

@@ -116,10 +116,7 @@ def normalised_from(input: Tensor, eps: float) -> Tensor:
 
     input [N, G, C, S] → [N, G, C, S]
     """
-    *_, C, S = input.shape
-    shift = input.sum((2, 3)) / (C * S)
-    shifted = input - shift[:, :, None, None]
-    return standardised(shifted, 2, eps)
+    return standardised(input, 2, eps)
 
 
 @widened

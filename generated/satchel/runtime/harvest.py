@@ -132,6 +132,8 @@ class Harvest:
                 graph and extension.differentiable, self._set, parameter, extension, uses, results, sizes, lent
             )
         keep(parameter, fields)
+        for use in uses:
+            use.release()
         return uses
 
     def _set(

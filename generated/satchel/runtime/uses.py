@@ -65,6 +65,10 @@ class Use:
         (gradient,) = gradients
         self.total = None if gradient is None else Arrived(gradient.mT, version(gradient))
 
+    def release(self) -> None:
+        """Drop all tensors: a hook on a node above the parameter's holds this until the pass ends."""
+        self.factor, self.total, self.memo = None, None, {}
+
     def offers(self, quantity: str) -> bool:
         return quantity in self.rules
 
