@@ -206,7 +206,8 @@ def write_package(folder: Path, name: str, programs: tuple[Program, ...], formul
         (package / part).mkdir(parents=True)
         (package / part / "__init__.py").touch()
     (package / "__init__.py").touch()
-    for module in ("sums.py", "triton_launch.py", "triton_math.py"):
+    needed = ("kept.py", "memory.py", "settings.py", "sums.py", "torch_private.py", "triton_launch.py", "triton_math.py")
+    for module in needed:
         shutil.copy(runtime / module, package / "runtime" / module)
     path = package / "kernels" / "programs.py"
     path.write_text(render_kernels("Programs", formula, programs))
