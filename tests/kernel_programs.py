@@ -206,7 +206,15 @@ def write_package(folder: Path, name: str, programs: tuple[Program, ...], formul
         (package / part).mkdir(parents=True)
         (package / part / "__init__.py").touch()
     (package / "__init__.py").touch()
-    needed = ("kept.py", "memory.py", "settings.py", "sums.py", "torch_private.py", "triton_launch.py", "triton_math.py")
+    needed = (
+        "kept.py",
+        "memory.py",
+        "settings.py",
+        "sums.py",
+        "torch_private.py",
+        "triton_launch.py",
+        "triton_math.py",
+    )
     for module in needed:
         shutil.copy(runtime / module, package / "runtime" / module)
     path = package / "kernels" / "programs.py"
