@@ -59,10 +59,7 @@ _shared = _Shared()
 
 def shared(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """A tensor on memory that all which are asked for have in common, if it is large enough: another one overwrites it."""
-    size = prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size > _SHARED or not current().reuse_buffers:
-        return None
-    return _shared.blocks[:size].view(dtype).view(shape)
+    return _on(_shared.blocks, shape, dtype, device)
 
 
 def scratch(*tensors: Tensor) -> Tensor | None:
@@ -70,13 +67,19 @@ def scratch(*tensors: Tensor) -> Tensor | None:
     it. None where fresh pages cost little, or where the result belongs to a graph or a transform.
     """
     like = max(tensors, key=Tensor.dim)
-    if like.nbytes < KEPT or like.nbytes > _SHARED or like.device.type != "cpu":
-        return None
-    if torch.is_grad_enabled() or inside_functorch() or not current().reuse_buffers:
+    if like.nbytes < KEPT or torch.is_grad_enabled() or inside_functorch():
         return None
     if any([tensor.dtype != like.dtype for tensor in tensors]):
         return None
-    return _shared.scratch[: like.nbytes].view(like.dtype).view(like.shape)
+    return _on(_shared.scratch, like.shape, like.dtype, like.device)
+
+
+def _on(memory: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """A tensor at the beginning of a thread's memory, if it fits and memory may be used again."""
+    size = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size > _SHARED or not current().reuse_buffers:
+        return None
+    return memory[:size].view(dtype).view(shape)
 
 
 def keep(parameter: Tensor, fields: Iterable[Tensor]) -> None:
