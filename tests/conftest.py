@@ -6,6 +6,7 @@ import gc
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -22,6 +23,7 @@ torch.set_num_threads(1)
 
 import satchel  # noqa: E402
 from satchel import backpack, extend, extensions  # noqa: E402
+from satchel.runtime import cost, memory, quantities  # noqa: E402
 from satchel_gen.definitions import load  # noqa: E402
 
 DEFINITIONS = load()
@@ -71,6 +73,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, values in CHOICES.items():
         if name in metafunc.fixturenames and name not in said:
             metafunc.parametrize(name, values, ids=[label(value) for value in values])
+
+
+def as_if_large(monkeypatch: pytest.MonkeyPatch, cache_elements: int) -> None:
+    """Fields of any size are written into the memory of the pass before, and by blocks that fit into so small a cache."""
+    monkeypatch.setattr(cost, "machine", replace(cost.machine, cache_elements=cache_elements))
+    for module in (memory, quantities):
+        monkeypatch.setattr(module, "KEPT", 0)
+    monkeypatch.setattr(quantities, "FRESH", 0)
 
 
 def is_sampled(feature: type) -> bool:

@@ -15,10 +15,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import satchel
 from cases import Case, Network
-from conftest import Agree, Pass
+from conftest import Agree, Pass, as_if_large
 from satchel import backpack, extend
 from satchel.extensions import BatchGrad, BatchL2Grad, SumGradSquared, Variance
-from satchel.runtime import blocks, cost, memory, quantities
+from satchel.runtime import blocks, cost, memory
 
 
 class Library:
@@ -204,10 +204,7 @@ def test_individual_gradients_where_those_before_were(
     network: Network, cache: int, agree: Agree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However small, they are written into the memory of the pass before, whose numbers these are not; in many blocks or one."""
-    monkeypatch.setattr(cost, "machine", replace(cost.machine, cache_elements=cache))
-    for module in (memory, quantities):
-        monkeypatch.setattr(module, "KEPT", 0)
-    monkeypatch.setattr(quantities, "FRESH", 0)
+    as_if_large(monkeypatch, cache)
     case = Case(network, nn.MSELoss, "mean")
     done = Pass(case, torch.float64, "aten", BatchGrad())
     parameters = [p for p in done.network.parameters() if p.requires_grad]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import satchel
 from cases import Wired
-from conftest import Agree
+from conftest import Agree, as_if_large
 from parameters import MOVED, NETWORKS, PULLED, Embedded, N, T, built, check, inputs, reference, targets
 from satchel import backpack, extend
 from satchel.extensions import KFLR, KFRA, BatchDiagHessian, BatchGrad, DiagGGNExact, DiagHessian, SumGradSquared
@@ -50,6 +50,15 @@ def test_individual_quantities(name: str, agree: Agree) -> None:
 def test_first_order_alone(name: str, agree: Agree) -> None:
     """δ comes from the backward itself."""
     check(name, [BatchGrad], agree, reduction="sum")
+
+
+@pytest.mark.filterwarnings("error:An output with one or more elements was resized")
+@pytest.mark.parametrize("features", [PULLED, [BatchGrad]], ids=["together", "alone"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_in_blocks(name: str, features: list[Any], monkeypatch: pytest.MonkeyPatch, agree: Agree) -> None:
+    """As large parameters are: a sample at a time, each pullback written to its place."""
+    as_if_large(monkeypatch, cache_elements=1)
+    check(name, features, agree)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

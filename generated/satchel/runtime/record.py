@@ -168,20 +168,24 @@ class Record(_Kept):
         return self.canonical_input if name == "input" else self.canonical_output
 
     def parameter_shape(self, name: str) -> tuple[int, ...]:
-        """Canonical shape of a parameter."""
+        """Canonical shape of a parameter, as the definition has its axes."""
         axes = self.definition.parameter_axes[name]
         if name not in self.parameters:
             sizes = extents(self.definition.input_axes, self.canonical_input)
             return tuple([sizes[axis.rstrip("*")] for axis in axis_names(axes)])
-        own = tuple(self.parameter(name).shape)
+        own = tuple(self._as_defined(name).shape)
         return self.geometry.layout(axes, own).canonical_shape(own) or own
 
     def _canonical_parameter(self, name: str) -> Tensor:
         shape = self.parameter_shape(name)
         if name not in self.parameters:  # absent: 1 wherever it stands
             return self.tensors["one"].expand(shape)
-        parameter = self.parameter(name)
+        parameter = self._as_defined(name)
         return parameter if parameter.shape == shape else parameter.reshape(shape)
+
+    def _as_defined(self, name: str) -> Tensor:
+        parameter = self.parameter(name)
+        return parameter.mT if self.transposed else parameter
 
     def called(self, parameter: str) -> str:
         """What its module calls a parameter of the definition."""
