@@ -40,7 +40,16 @@ def one_head_twice() -> nn.Module:
     return Wired(wire, a=nn.Linear(4, 6), act=nn.Tanh(), b=nn.Linear(6, 3))
 
 
-@pytest.mark.parametrize("build", [two_heads, deep_supervision, one_head_twice])
+def two_calls() -> nn.Module:
+    """The graphs below the outputs have no node in common, but parameters."""
+
+    def wire(m: Any, x: Tensor) -> Any:
+        return m.b(m.act(m.a(x))), m.b(m.act(m.a(2 * x)))
+
+    return Wired(wire, a=nn.Linear(4, 6), act=nn.Tanh(), b=nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("build", [two_heads, deep_supervision, one_head_twice, two_calls])
 @pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
 def test_two_losses(build: Callable[[], nn.Module], together: bool, agree: Agree) -> None:
     """Curvatures of several losses add: for one_head_twice in one field, for the others where the paths meet."""

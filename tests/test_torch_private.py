@@ -18,6 +18,27 @@ def test_graph_task_and_node():
     assert seen[0][0] != seen[1][0] and [s[1:] for s in seen] == [(True, True), (True, False)]
 
 
+def test_only_root():
+    def asked(run):
+        x = torch.ones(3, requires_grad=True)
+        y = x * 2
+        total, other, seen = y.sum(), (3 * x).sum(), {}
+        for name, node in {"total": total.grad_fn, "y": y.grad_fn}.items():
+            node.register_prehook(lambda _, name=name: seen.update({name: t.is_only_root()}))
+        run(total, other, x)
+        return seen
+
+    alone, below = {"total": True, "y": False}, {"total": False, "y": False}
+    for threads in (True, False):
+        with torch.autograd.set_multithreading_enabled(threads):
+            assert asked(lambda total, other, x: total.backward()) == alone
+            assert asked(lambda total, other, x: torch.autograd.grad(total, [x])) == alone
+            assert asked(lambda total, other, x: (total / 4).backward()) == below
+            assert asked(lambda total, other, x: torch.autograd.backward([total, other])) == below
+            assert asked(lambda total, other, x: torch.autograd.backward([other, total])) == below
+            assert torch._C._is_multithreading_enabled() is threads
+
+
 def test_end_of_backward():
     x = torch.ones(3, requires_grad=True)
     y = x * 2

@@ -78,6 +78,19 @@ def current_node() -> Node:
     return node
 
 
+def is_only_root() -> bool:
+    """Whether the running backward began at the node whose pre-hook runs, and only there."""
+    threads = torch._C._is_multithreading_enabled()
+    torch._C._set_multithreading_enabled(False)  # torch tells the order of a single thread
+    try:
+        order: list[Node] = torch._C._current_graph_task_execution_order()  # type: ignore[attr-defined]
+        return order[0] is current_node()
+    except RuntimeError:  # some nodes have run: torch cannot count their dependents any more
+        return False
+    finally:
+        torch._C._set_multithreading_enabled(threads)
+
+
 def keeps_graph() -> bool:
     """Whether the running backward retains the graph."""
     return torch._C._autograd._get_current_graph_task_keep_graph()

@@ -2,13 +2,14 @@
 # Do not edit: change the definition, the generator or a template, and run `make generate`.
 """One backward under `backpack`: from the first node with a record that runs to the end of the graph task.
 
-A layer's node brings δ. When autograd is about to accumulate a parameter's gradient, all uses of the parameter have
-contributed, so its fields are computed and set then. Curvature is swept ahead, when the backward reaches an extended loss.
+A layer's node brings δ. A parameter's fields are computed and set once all its uses have contributed: with the δ of the only
+one, where that is known; otherwise when autograd is about to accumulate its gradient. Curvature is swept ahead, when the backward
+reaches an extended loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,7 @@ from .torch_private import (
     current_node,
     graph_task,
     is_accumulator,
+    is_only_root,
     keeps_graph,
     node_outputs,
     transposition,
@@ -83,6 +85,7 @@ class Pass:
         self.calls: dict[Node, Step] = {}
         self.hooked: set[int] = set()
         self.shared: set[int] = set()
+        self.surveyed_all = False  # whether nothing runs but what has been surveyed
         self.handles: list[Any] = []
         at_end_of_backward(self.end)
 
@@ -97,11 +100,14 @@ class Pass:
                 self._below_no_loss(node, entries)
             if self.calls:
                 self._calls(node, gradients)
+        for edge in [edge for edge in self.promised if edge[0] is current_node()]:
+            self._kept(edge, gradients)  # now: fields may be set next
         taken: tuple[Tensor, ...] | None = None
         for entry in reversed(entries):
             if isinstance(entry, Record) and (wanted := self.wanted.of(entry)):
-                self._layer(entry, wanted, gradients[entry.output_nr])
+                summed = self._layer(entry, wanted, gradients[entry.output_nr])
                 taken = self._spared(entry, wanted, gradients)
+                self._finish(wanted.values(), summed)
                 continue
             self._hook(entry)
             if not (type(entry) is Mark or self.keep or self._is_promised(entry)):
@@ -124,7 +130,9 @@ class Pass:
         curved = self.demand.features(layers, *CURVATURE)
         if curved:
             curvature.check_loss(loss, self.demand, layers)
+        alone = not (self.surveyed or loss.differentiated) and is_only_root()
         plan = self._survey(plan, outline, start, loss, bool(curved))
+        self.surveyed_all = alone
         if curved:
             factors = curvature.Start(loss, gradient)
             self.flags += factors.flags(self.demand, layers)
@@ -213,18 +221,22 @@ class Pass:
             asked = self.demand.needs([call.record.definition], GRADIENT)
             factor = in_grad_mode(graph, call.factor, columns) if asked else None
             self._use(call.record, call.parameters, factor)
+            self._finish(call.parameters.values())
 
-    def _layer(self, record: Record, wanted: Mapping[str, Tensor], delta: Tensor | None) -> None:
-        """Keep δ until the parameters of the layer have been reached by all their uses."""
+    def _layer(self, record: Record, wanted: Mapping[str, Tensor], delta: Tensor | None) -> set[int]:
+        """Keep δ until the parameters of the layer have been reached by all their uses. The ids of those whose gradient serves, too."""
         if delta is None:
             any_parameter = next(iter(wanted.values()))
             delta = any_parameter.new_zeros(record.output_shape)
         self._use(record, wanted, record.at_output(delta[None], lead=1))
+        summed: set[int] = set()
         for parameter in wanted.values() if self.demand.deviations(record.definition) else ():
             use = self.harvest.takes_total(parameter)
             node = None if use is None else transposition(current_node(), self.wanted.accumulator(parameter))
             if use is not None and node is not None:
                 self.handles.append(node.register_prehook(use.receive))
+                summed.add(id(parameter))
+        return summed
 
     def _spared(
         self, record: Record, wanted: Mapping[str, Tensor], gradients: tuple[Tensor | None, ...]
@@ -241,8 +253,18 @@ class Pass:
 
     def _use(self, record: Record, parameters: Mapping[str, Tensor], factor: Tensor | None) -> None:
         for name, parameter in parameters.items():
-            gathered = self.harvest.use(parameter, Use(record, name, factor))
-            if gathered is not None:
+            self.harvest.use(parameter, Use(record, name, factor))
+
+    def _finish(self, parameters: Iterable[Tensor], summed: Collection[int] = ()) -> None:
+        """Set the fields of parameters that have been reached: now, if by their only use, or when autograd accumulates their gradients.
+
+        summed: ids of those that wait for their gradients.
+        """
+        for parameter in parameters:
+            gathered, key = self.harvest.of(parameter), id(parameter)
+            if self.surveyed_all and key not in self.shared and key not in summed:
+                self._complete(gathered)
+            elif len(gathered.uses) == 1:
                 node = self.wanted.accumulator(parameter)
                 assert node is not None, "only wanted parameters are used"
                 self.handles.append(node.register_prehook(partial(self._complete, gathered)))
@@ -259,7 +281,9 @@ class Pass:
             self.handles.append(edge[0].register_prehook(partial(self._kept, edge)))
 
     def _kept(self, edge: Edge, gradients: tuple[Tensor | None, ...]) -> None:
-        delta, promise = gradients[edge[1]], self.promised.pop(edge)
+        delta, promise = gradients[edge[1]], self.promised.pop(edge, None)
+        if promise is None:
+            return
         if delta is not None and edge[0] not in self.inner:  # below another loss: what that sends here is swept
             self.flags += in_grad_mode(False, promise.flags, delta)
         if not self.keep:
@@ -303,7 +327,7 @@ class Pass:
     # ------------------------------------------------------------------------------------------------- parameters
 
     def _complete(self, gathered: Gathered, gradients: tuple[Tensor | None, ...] = ()) -> None:
-        """Autograd accumulates a parameter's gradient: set its fields, then run the hooks of modules complete with it."""
+        """All uses of a parameter have been reached: set its fields, then run the hooks of modules complete with it."""
         if not gathered.uses:
             return
         self._refuse_flagged()

@@ -60,22 +60,21 @@ class Harvest:
         """The parameters that have been reached."""
         return [gathered for gathered in self._gathered.values() if gathered.uses]
 
-    def _of(self, parameter: Tensor) -> Gathered:
+    def of(self, parameter: Tensor) -> Gathered:
+        """What has reached a parameter."""
         key = id(parameter)
         found = self._gathered.get(key)
         if found is None:
             found = self._gathered[key] = Gathered(parameter)
         return found
 
-    def use(self, parameter: Tensor, use: Use) -> Gathered | None:
-        """Note a use with δ [1, *output], where that is asked for; what is gathered, if it is the parameter's first."""
-        gathered = self._of(parameter)
-        gathered.uses.append(use)
-        return gathered if len(gathered.uses) == 1 else None
+    def use(self, parameter: Tensor, use: Use) -> None:
+        """Note a use with δ [1, *output], where that is asked for."""
+        self.of(parameter).uses.append(use)
 
     def takes_total(self, parameter: Tensor) -> Use | None:
         """The parameter's only use, if autograd's sum over samples serves what is asked of its δ."""
-        use, *others = self._of(parameter).uses
+        use, *others = self.of(parameter).uses
         if others or not any(use.offers(quantity) for quantity in self.demand.deviations(use.layer)):
             return None
         if use.factor is None or use.factor.dtype != parameter.dtype or parameter.dtype not in _EXACT:
@@ -84,7 +83,7 @@ class Harvest:
 
     def accumulate(self, parameter: Tensor, source: Source, found: dict[Need, Tensor]) -> None:
         """Note what a sweep found. Quantities add over columns, spaces and losses; individual columns stand side by side."""
-        swept = self._of(parameter).swept
+        swept = self.of(parameter).swept
         for need, tensor in found.items():
             parts = swept.setdefault((source, need), [])
             if parts and need.quantity != PER_SAMPLE:
@@ -94,7 +93,7 @@ class Harvest:
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """Σ_n g_n of the parameter's first use, if individual gradients are computed for what is asked of δ: these are kept then."""
-        gathered = self._of(parameter)
+        gathered = self.of(parameter)
         use, *others = gathered.uses
         needs = self.demand.needs([use.layer], GRADIENT)
         if others or not needs or use.factor is None:  # without a loss, each use may be found by a walk of its own
