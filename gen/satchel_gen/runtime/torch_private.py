@@ -158,17 +158,19 @@ def view_base(tensor: Tensor) -> Tensor | None:
 
 def held_elsewhere(tensor: Tensor) -> bool:
     """Whether anything besides this tensor holds its memory: another tensor, an array, a graph, a storage, another process."""
-    return tensor.is_shared() or _holders(tensor) != _of_one_tensor()
+    storage = tensor.untyped_storage()
+    return storage.is_shared() or _holders(storage) != _of_one_tensor()
 
 
 @cache
 def _of_one_tensor() -> tuple[int, int]:
-    return _holders(torch.empty(0))
-
-
-def _holders(tensor: Tensor) -> tuple[int, int]:
-    """Those of the storage as an object of Python, and those in C++."""
+    tensor = torch.empty(0)
     storage = tensor.untyped_storage()
+    return _holders(storage)
+
+
+def _holders(storage: torch.UntypedStorage) -> tuple[int, int]:
+    """Those of the storage as an object of Python, and those in C++."""
     return sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
 
 

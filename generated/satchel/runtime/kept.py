@@ -7,13 +7,14 @@ Nothing is kept but what such a pass has left on its parameter, and only as long
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
+from functools import partial
 from math import prod
 from threading import Lock
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .torch_private import held_elsewhere
 
@@ -22,9 +23,8 @@ class Kept:
     """By parameter. Each is a tensor of its own on the memory of a field; when it is given out it is no longer kept."""
 
     def __init__(self) -> None:
-        self._by_parameter = WeakTensorKeyDictionary()
-        #: Ids of the parameters that have some, and of any that are gone: looking a parameter up takes longer.
-        self._ids: set[int] = set()
+        #: By the parameter's id. A dictionary of weak references takes ten times as long.
+        self._tensors: dict[int, tuple[weakref.ref[Tensor], list[Tensor]]] = {}
         #: What has been asked for. Fields of other sizes are made by operations that allocate for themselves.
         self._sizes: set[int] = set()
         self._lock = Lock()
@@ -35,7 +35,9 @@ class Kept:
         size = prod(shape) * dtype.itemsize
         with self._lock:
             self._sizes.add(size)
-            tensors = self._by_parameter.get(parameter, ())
+            reference, tensors = self._tensors.get(id(parameter), (None, []))
+            if reference is None or reference() is not parameter:
+                return None
             for place, tensor in enumerate(tensors):
                 fits = tensor.dtype == dtype and tensor.untyped_storage().nbytes() == size
                 if fits and not held_elsewhere(tensor):
@@ -49,17 +51,20 @@ class Kept:
         tensors = [field.data for field in fields if field.nbytes in self._sizes and field.is_cpu]
         key = id(parameter)
         with self._lock:
-            if tensors:
-                self._by_parameter[parameter] = tensors
-                self._ids.add(key)
-            elif key in self._ids:
-                self._by_parameter.pop(parameter, None)
-                self._ids.discard(key)
+            reference, before = self._tensors.get(key, (None, []))
+            if reference is not None and reference() is parameter:
+                before[:] = tensors
+            elif tensors:
+                self._tensors[key] = weakref.ref(parameter, partial(self._forget, key)), tensors
+
+    def _forget(self, key: int, reference: weakref.ref[Tensor]) -> None:
+        """A parameter is gone; another may have its id by now. Without the lock, which this thread may hold."""
+        if self._tensors.get(key, (None, []))[0] is reference:
+            self._tensors.pop(key, None)
 
     def clear(self) -> None:
         with self._lock:
-            self._by_parameter.clear()
-            self._ids.clear()
+            self._tensors.clear()
 
 
 kept = Kept()
