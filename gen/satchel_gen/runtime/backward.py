@@ -7,7 +7,7 @@ reaches an extended loss.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -103,9 +103,9 @@ class Pass:
         taken: tuple[Tensor, ...] | None = None
         for entry in reversed(entries):
             if isinstance(entry, Record) and (wanted := self.wanted.of(entry)):
-                summed = self._layer(entry, wanted, gradients[entry.output_nr])
+                self._layer(entry, wanted, gradients[entry.output_nr])
                 taken = self._spared(entry, wanted, gradients)
-                self._finish(wanted.values(), summed)
+                self._finish(wanted.values())
                 continue
             self._hook(entry)
             if not (type(entry) is Mark or self.keep or self._is_promised(entry)):
@@ -128,9 +128,8 @@ class Pass:
         curved = self.demand.features(layers, *CURVATURE)
         if curved:
             curvature.check_loss(loss, self.demand, layers)
-        alone = not (self.surveyed or loss.differentiated) and is_only_root()
+        self.surveyed_all = not (self.surveyed or loss.differentiated) and is_only_root()
         plan = self._survey(plan, outline, start, loss, bool(curved))
-        self.surveyed_all = alone
         if curved:
             factors = curvature.Start(loss, gradient)
             self.flags += factors.flags(self.demand, layers)
@@ -221,20 +220,18 @@ class Pass:
             self._use(call.record, call.parameters, factor)
             self._finish(call.parameters.values())
 
-    def _layer(self, record: Record, wanted: Mapping[str, Tensor], delta: Tensor | None) -> set[int]:
-        """Keep δ until the parameters of the layer have been reached by all their uses. The ids of those whose gradient serves, too."""
+    def _layer(self, record: Record, wanted: Mapping[str, Tensor], delta: Tensor | None) -> None:
+        """Keep δ until the parameters of the layer have been reached by all their uses."""
         if delta is None:
             any_parameter = next(iter(wanted.values()))
             delta = any_parameter.new_zeros(record.output_shape)
         self._use(record, wanted, record.at_output(delta[None], lead=1))
-        summed: set[int] = set()
         for parameter in wanted.values() if self.demand.deviations(record.definition) else ():
             use = self.harvest.takes_total(parameter)
             node = None if use is None else transposition(current_node(), self.wanted.accumulator(parameter))
             if use is not None and node is not None:
                 self.handles.append(node.register_prehook(use.receive))
-                summed.add(id(parameter))
-        return summed
+                self.harvest.of(parameter).waits = True
 
     def _spared(
         self, record: Record, wanted: Mapping[str, Tensor], gradients: tuple[Tensor | None, ...]
@@ -253,14 +250,11 @@ class Pass:
         for name, parameter in parameters.items():
             self.harvest.use(parameter, Use(record, name, factor))
 
-    def _finish(self, parameters: Iterable[Tensor], summed: Collection[int] = ()) -> None:
-        """Set the fields of parameters that have been reached: now, if by their only use, or when autograd accumulates their gradients.
-
-        summed: ids of those that wait for their gradients.
-        """
+    def _finish(self, parameters: Iterable[Tensor]) -> None:
+        """Set the fields of parameters that have been reached: now, if by their only use, or when autograd accumulates their gradients."""
         for parameter in parameters:
-            gathered, key = self.harvest.of(parameter), id(parameter)
-            if self.surveyed_all and key not in self.shared and key not in summed:
+            gathered = self.harvest.of(parameter)
+            if self.surveyed_all and id(parameter) not in self.shared and not gathered.waits:
                 self._complete(gathered)
             elif len(gathered.uses) == 1:
                 node = self.wanted.accumulator(parameter)

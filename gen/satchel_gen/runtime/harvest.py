@@ -31,13 +31,15 @@ _EXACT = (torch.float32, torch.float64)
 class Gathered:
     """What has reached a parameter: its uses with their δ, and what sweeps have left, by what it was asked for.
 
-    ahead: what is asked of δ, where it has been computed with the first use's gradient.
+    ahead: what is asked of δ, where it has been computed with the first use's gradient. waits: whether the sum of the pullbacks that
+    autograd is about to compute serves, too.
     """
 
     parameter: Tensor
     uses: list[Use] = field(default_factory=list)
     swept: dict[tuple[Source, Need], list[Tensor]] = field(default_factory=dict)
     ahead: dict[Need, Tensor] | None = None
+    waits: bool = False
 
     def release(self) -> None:
         """Drop all tensors: a hook on the parameter's node holds this until the pass ends."""

@@ -35,9 +35,7 @@ class Kept:
         size = prod(shape) * dtype.itemsize
         with self._lock:
             self._sizes.add(size)
-            reference, tensors = self._tensors.get(id(parameter), (None, []))
-            if reference is None or reference() is not parameter:
-                return None
+            tensors = self._of(parameter) or []
             for place, tensor in enumerate(tensors):
                 fits = tensor.dtype == dtype and tensor.untyped_storage().nbytes() == size
                 if fits and not held_elsewhere(tensor):
@@ -49,13 +47,18 @@ class Kept:
         if not self._sizes:
             return
         tensors = [field.data for field in fields if field.nbytes in self._sizes and field.is_cpu]
-        key = id(parameter)
         with self._lock:
-            reference, before = self._tensors.get(key, (None, []))
-            if reference is not None and reference() is parameter:
+            before = self._of(parameter)
+            if before is not None:
                 before[:] = tensors
             elif tensors:
+                key = id(parameter)
                 self._tensors[key] = weakref.ref(parameter, partial(self._forget, key)), tensors
+
+    def _of(self, parameter: Tensor) -> list[Tensor] | None:
+        """What is kept for a parameter, if anything ever was; not for one that had its id before."""
+        reference, tensors = self._tensors.get(id(parameter), (None, None))
+        return tensors if reference is not None and reference() is parameter else None
 
     def _forget(self, key: int, reference: weakref.ref[Tensor]) -> None:
         """A parameter is gone; another may have its id by now. Without the lock, which this thread may hold."""
