@@ -18,6 +18,7 @@ from lifetimes import Watch, extended, network, x, y
 from satchel import backpack, extend
 from satchel.extensions import KFLR, BatchGrad, BatchL2Grad, DiagGGNExact
 from satchel.runtime.harvest import Gathered, Harvest
+from satchel.runtime.rules import Sizes
 from satchel.runtime.uses import Use
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -83,12 +84,12 @@ def test_what_a_parameter_gathered_dies_with_its_fields(feature: Any, monkeypatc
     """A hook on the parameter's node holds what was gathered until the pass ends: by then, no tensor."""
     own, seen = Harvest.reap, []
 
-    def reap(harvest: Harvest, gathered: Gathered, unit: float | None) -> list[Use]:
+    def reap(harvest: Harvest, gathered: Gathered, sizes: Sizes) -> list[Use]:
         assert gathered.uses and (
             gathered.ahead is not None or feature is DiagGGNExact or gathered.uses[0].name == "bias"
         )
         assert bool(gathered.swept) is (feature is DiagGGNExact)
-        uses = own(harvest, gathered, unit)
+        uses = own(harvest, gathered, sizes)
         seen.append((gathered.uses, gathered.swept, gathered.ahead))
         return uses
 

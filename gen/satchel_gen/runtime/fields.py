@@ -16,7 +16,10 @@ class Owner:
         self._fields: dict[int, weakref.ref[Tensor]] = {}
 
     def set(self, parameter: Tensor, field: str, value: Tensor | list[Tensor], lent: Collection[int]) -> list[Tensor]:
-        """Set a field; its tensors. `lent`: where the memory begins that others hold: of δ, activations, parameters."""
+        """Set a field; its tensors. `lent`: addresses of what others hold, δ, activations and parameters.
+
+        A value that lies further into the memory of one of these is smaller than that memory, and copied for that.
+        """
         if isinstance(value, list):
             owned = [self._own(tensor, lent) for tensor in value]
             setattr(parameter, field, owned)

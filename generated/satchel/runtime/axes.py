@@ -141,7 +141,7 @@ class Batch(NamedTuple):
 
     def to_front(self, tensor: Tensor, layout: Layout, lead: int = 0) -> Tensor:
         """`tensor` [*lead, *shape] as [*lead, *canonical]."""
-        before, own = tensor.shape[:lead], tuple(tensor.shape[lead:])
+        before, own = tensor.shape[:lead], tensor.shape[lead:]
         shape = self.canonical_shape(layout, own)
         assert shape is not None, f"a tensor of shape {tuple(tensor.shape)} has no batch {self}"
         if self.is_first(own):

@@ -28,7 +28,7 @@ from .plan import Plan, Step, walk
 from .promise import Promise
 from .pullback import operation
 from .record import Edge, Entries, LossRecord, Mark, Record
-from .rules import registry
+from .rules import Sizes, registry
 from .structure import Outline, Recognised, outline, recognised
 from .torch_private import (
     at_end_of_backward,
@@ -105,9 +105,9 @@ class Pass:
         taken: tuple[Tensor, ...] | None = None
         for entry in reversed(entries):
             if isinstance(entry, Record) and (wanted := self.wanted.of(entry)):
-                self._layer(entry, wanted, gradients[entry.output_nr])
+                reached = self._layer(entry, wanted, gradients[entry.output_nr])
                 taken = self._spared(entry, wanted, gradients)
-                self._finish(wanted.values())
+                self._finish(reached)
                 continue
             self._hook(entry)
             if not (type(entry) is Mark or self.keep or self._is_promised(entry)):
@@ -219,21 +219,21 @@ class Pass:
         for call in step.calls:
             asked = self.demand.needs([call.record.definition], GRADIENT)
             factor = in_grad_mode(graph, call.factor, columns) if asked else None
-            self._use(call.record, call.parameters, factor)
-            self._finish(call.parameters.values())
+            self._finish(self._use(call.record, call.parameters, factor))
 
-    def _layer(self, record: Record, wanted: Mapping[str, Tensor], delta: Tensor | None) -> None:
-        """Keep δ until the parameters of the layer have been reached by all their uses."""
+    def _layer(self, record: Record, wanted: Mapping[str, Tensor], delta: Tensor | None) -> list[Gathered]:
+        """Keep δ until the parameters of the layer have been reached by all their uses; what has reached each."""
         if delta is None:
             any_parameter = next(iter(wanted.values()))
             delta = any_parameter.new_zeros(record.output_shape)
-        self._use(record, wanted, record.at_output(delta[None], lead=1))
-        for parameter in wanted.values() if self.demand.deviations(record.definition) else ():
-            use = self.harvest.takes_total(parameter)
-            node = None if use is None else transposition(current_node(), self.wanted.accumulator(parameter))
+        reached = self._use(record, wanted, record.at_output(delta[None], lead=1))
+        for gathered in reached if self.demand.deviations(record.definition) else ():
+            use = self.harvest.takes_total(gathered)
+            node = None if use is None else transposition(current_node(), self.wanted.accumulator(gathered.parameter))
             if use is not None and node is not None:
                 self.handles.append(node.register_prehook(use.receive))
-                self.harvest.of(parameter).waits = True
+                gathered.waits = True
+        return reached
 
     def _spared(
         self, record: Record, wanted: Mapping[str, Tensor], gradients: tuple[Tensor | None, ...]
@@ -248,20 +248,22 @@ class Pass:
         gradient = self.harvest.gradient(kernel)
         return None if gradient is None else (spared.given(delta, gradient),)
 
-    def _use(self, record: Record, parameters: Mapping[str, Tensor], factor: Tensor | None) -> None:
-        for name, parameter in parameters.items():
-            self.harvest.use(parameter, Use(record, name, factor))
+    def _use(self, record: Record, parameters: Mapping[str, Tensor], factor: Tensor | None) -> list[Gathered]:
+        """Note a call's use of its parameters; what has reached each."""
+        return [self.harvest.use(parameter, Use(record, name, factor)) for name, parameter in parameters.items()]
 
-    def _finish(self, parameters: Iterable[Tensor]) -> None:
-        """Set the fields of parameters that have been reached: now, if by their only use, or when autograd accumulates their gradients."""
-        for parameter in parameters:
-            gathered = self.harvest.of(parameter)
-            if self.surveyed_all and id(parameter) not in self.shared and not gathered.waits:
-                self._complete(gathered)
+    def _finish(self, reached: Sequence[Gathered]) -> None:
+        """Set the fields of parameters that a call has reached: now, if by their only use, or when autograd accumulates their gradients."""
+        now = []
+        for gathered in reached:
+            if self.surveyed_all and id(gathered.parameter) not in self.shared and not gathered.waits:
+                now.append(gathered)
             elif len(gathered.uses) == 1:
-                node = self.wanted.accumulator(parameter)
+                node = self.wanted.accumulator(gathered.parameter)
                 assert node is not None, "only wanted parameters are used"
-                self.handles.append(node.register_prehook(partial(self._complete, gathered)))
+                self.handles.append(node.register_prehook(partial(self._complete, [gathered])))
+        if now:
+            self._complete(now)
 
     def _promise(self, start: curvature.Start, plan: Plan, features: list[str]) -> None:
         """Note what an extended loss sends to its input: more than that would have curvature, too."""
@@ -320,20 +322,27 @@ class Pass:
 
     # ------------------------------------------------------------------------------------------------- parameters
 
-    def _complete(self, gathered: Gathered, gradients: tuple[Tensor | None, ...] = ()) -> None:
-        """All uses of a parameter have been reached: set its fields, then run the hooks of modules complete with it."""
-        if not gathered.uses:
+    def _complete(self, reached: Sequence[Gathered], gradients: tuple[Tensor | None, ...] = ()) -> None:
+        """All uses of some parameters have been reached: set their fields, then run the hooks of modules complete with them."""
+        parameters = [gathered.parameter for gathered in reached if gathered.uses]
+        if not parameters:
             return
         self._refuse_flagged()
-        uses = without_autocast((gathered.parameter,), self.harvest.reap, gathered, self._unit())
-        self.finished.add(id(gathered.parameter))
-        self.context.log(lambda: f"{uses[0].record.where}, parameter {uses[0].name!r}: fields set")
-        for use in uses:
-            record = use.record
+        records = without_autocast(parameters, self._reap, reached)
+        self.finished.update(map(id, parameters))
+        for record in records:
+            self.context.log(lambda: f"{record.where}: fields set")  # noqa: B023 (called at once)
             if self.finished.issuperset(map(id, self.wanted.of(record).values())):
                 self._hook(record)
                 if not self.keep:
                     record.release()
+
+    def _reap(self, reached: Iterable[Gathered]) -> Iterable[Record]:
+        """Set the fields of some parameters; the calls that use them."""
+        assert self.samples is not None, "a walk has met all that is reached"
+        sizes = Sizes(self.samples, self._unit())
+        uses = [self.harvest.reap(gathered, sizes) for gathered in reached if gathered.uses]
+        return dict.fromkeys([use.record for some in uses for use in some])
 
     def _hook(self, entry: Mark) -> None:
         """Call the user's hook, once for each leaf module."""
@@ -355,7 +364,7 @@ class Pass:
         """Autograd is done. Under `autograd.grad` it accumulates nothing, so parameters are finished here."""
         try:
             for gathered in self.harvest.pending:
-                self._complete(gathered)
+                self._complete([gathered])
             self._refuse_flagged()
             for key, record in self.expected.items():
                 if key not in self.finished:

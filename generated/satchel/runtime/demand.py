@@ -34,6 +34,16 @@ def source(extension: Extension, need: Need) -> Source:
     return Source("mc", extension.mc_samples or 1, extension.generator) if need.source == "mc" else Source(need.source)
 
 
+class Duty(NamedTuple):
+    """What the features make of a parameter: the places of those that have a value, what each of these asks for, and what all of
+    them ask of δ and of inputs alone."""
+
+    features: tuple[int, ...]
+    asked: tuple[tuple[tuple[Source, Need], ...], ...]
+    gradient: tuple[Need, ...]
+    input: tuple[Need, ...]
+
+
 @dataclass
 class _Known:
     """What features of given options ask for, which holds for every pass: features go by their position."""
@@ -41,6 +51,7 @@ class _Known:
     asked: dict[tuple[int, Layer], tuple[tuple[Source, Need], ...]] = field(default_factory=dict)
     by_layer: dict[Layer, Mapping[Source, tuple[Need, ...]]] = field(default_factory=dict)
     serving: dict[tuple[Layer, str], tuple[int, ...]] = field(default_factory=dict)
+    duties: dict[tuple[tuple[Layer, str], ...], Duty] = field(default_factory=dict)
     reads: dict[tuple[Layer, tuple[str, ...], bool], frozenset[str]] = field(default_factory=dict)
     sources: dict[tuple[Layer, ...], tuple[Source, ...]] = field(default_factory=dict)
     features: dict[tuple[tuple[Layer, ...], tuple[str, ...]], list[str]] = field(default_factory=dict)
@@ -107,6 +118,21 @@ class Demand:
             known[key] = tuple(k for k, e in enumerate(self.extensions) if self._serves(e, layer, parameter))
         places = known[key]
         return self.extensions if len(places) == len(self.extensions) else tuple(self.extensions[k] for k in places)
+
+    def duty(self, uses: tuple[tuple[Layer, str], ...]) -> Duty:
+        """What the features make of a parameter, by the layers that use it and what it is called there."""
+        known = self._known.duties
+        if uses not in known:
+            layers = [layer for layer, _ in uses]
+            first, *others = [self.serving(*use) for use in uses]
+            serving = [extension for extension in first if all(extension in other for other in others)]
+            known[uses] = Duty(
+                tuple(self._places[id(extension)] for extension in serving),
+                tuple(self.asked(extension, layers[0]) for extension in serving),
+                self.needs(layers, GRADIENT),
+                self.needs(layers, INPUT),
+            )
+        return known[uses]
 
     def _serves(self, extension: Extension, layer: Layer, parameter: str) -> bool:
         """What it needs of inputs alone, a bias goes without, and a diagonal can be had as columns."""
