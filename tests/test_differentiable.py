@@ -13,7 +13,7 @@ from cases import Case, Network
 from conftest import FEATURES, Agree
 from networks import NETWORKS
 from satchel import backend, backpack, extend
-from satchel.extensions import BatchGrad, DiagGGNExact, Variance
+from satchel.extensions import BatchGrad, BatchL2Grad, DiagGGNExact, Variance
 
 DIFFERENTIABLE: list[Any] = [BatchGrad, Variance]
 SOME = ("linear", "sigmoid_tanh", "tanh_relu_sigmoid", "sequence", "skip", "siamese", "recurrent", "functional", "gelu",
@@ -107,6 +107,21 @@ def test_other_fields_are_constants(feature: Any) -> None:
 
 def test_differentiable_features() -> None:
     assert all(feature.differentiable for feature in DIFFERENTIABLE)
+
+
+class Norms(BatchL2Grad):
+    """A constant that is made of the same quantity as a field with a graph."""
+
+    field, differentiable = "norms", False
+
+
+def test_a_constant_that_shares_a_quantity() -> None:
+    model, loss = extend(small()), extend(nn.MSELoss())
+    with backpack(BatchL2Grad(), Norms()):
+        loss(model(torch.randn(6, 4)), torch.randn(6, 3)).backward(create_graph=True)
+    for p in model.parameters():
+        assert p.batch_l2.requires_grad and not p.norms.requires_grad
+        assert torch.equal(p.batch_l2, p.norms)
 
 
 def test_field_and_curvature_together() -> None:

@@ -98,9 +98,7 @@ class Harvest:
         gathered = self.of(parameter)
         use, *others = gathered.uses
         duty = self._duty([use])
-        if (
-            others or not duty.gradient or use.factor is None
-        ):  # without a loss, each use may be found by a walk of its own
+        if others or not duty.gradient or use.factor is None:  # without a loss, a walk may find one use alone
             return None
         self._free(parameter, [self.demand.extensions[place] for place in duty.features])
         found = quantities_of([use], (*duty.gradient, _SUM))
@@ -130,8 +128,8 @@ class Harvest:
         lent = {parameter.data_ptr(), *[tensor.data_ptr() for use in uses for tensor in use.tensors]}
         fields: list[Tensor] = []
         for extension, asked in zip(features, duty.asked, strict=True):
-            q = _given(extension, asked, uses, results)
-            value = in_grad_mode(graph and extension.differentiable, extension.value, q, sizes)
+            differentiable = graph and extension.differentiable
+            value = in_grad_mode(differentiable, _value, extension, asked, uses, results, sizes)
             fields += self._owner.set(parameter, extension.field, value, lent)
         keep(parameter, fields)
         for use in uses:
@@ -153,13 +151,14 @@ class Harvest:
         self._gathered.clear()
 
 
-def _given(
+def _value(
     extension: Extension,
     asked: Sequence[tuple[Source, Need]],
     uses: Sequence[Use],
     results: Mapping[tuple[Source, Need], Tensor],
-) -> dict[str, Tensor]:
-    """What a feature asked for, by name; residuals that never arose are absent. Only its graph is kept."""
+    sizes: Sizes,
+) -> Tensor | list[Tensor]:
+    """A feature from what it asked for, by name; residuals that never arose are absent. Only its own graph is kept."""
     q: dict[str, Tensor] = {}
     for key in asked:
         _, need = key
@@ -167,6 +166,6 @@ def _given(
             q[need.quantity] = results[key]
         elif need.source not in RESIDUALS and all(use.offers(need.quantity) for use in uses):
             raise FieldMissing(uses[0].record.where, uses[0].name, [extension.name])  # no sweep has come by
-    if torch.is_grad_enabled() or not any([tensor.requires_grad for tensor in q.values()]):
-        return q
-    return {name: tensor.detach() for name, tensor in q.items()}
+    if not torch.is_grad_enabled() and any([tensor.requires_grad for tensor in q.values()]):
+        q = {name: tensor.detach() for name, tensor in q.items()}
+    return extension.value(q, sizes)
