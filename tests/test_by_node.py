@@ -1,4 +1,6 @@
-"""A layer of several operations that torch computes in one node: columns pass it by that node, or by its rule, to the same end."""
+"""A layer of several operations that torch computes in one node: columns pass it by that node, or by its rule, to the same end.
+
+The slope of a curve is what its node makes of ones."""
 
 from __future__ import annotations
 
@@ -19,6 +21,10 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "InstanceNorm1d": lambda: nn.InstanceNorm1d(4, affine=True),  # torch computes it in several nodes
     "Softmax": lambda: nn.Softmax(1),
     "GLU": lambda: nn.GLU(1),
+    "GELU": lambda: nn.GELU(),
+    "SiLU": lambda: nn.SiLU(),
+    "Mish": lambda: nn.Mish(),
+    "Hardswish": lambda: nn.Hardswish(),
 }
 
 

@@ -21,6 +21,8 @@ from .squares import Variant, variants
 
 #: Tensors that the runtime passes to a rule; all others are operands, taken from the record.
 EXPLICIT = ("factor", "sign", "curvature", "rows", "averaged", "delta", "tangent")
+#: Operations for each element that as many passes over memory cost less than a call of a node.
+_FEW = 6
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,11 @@ class LoweredRule:
 
     @property
     def composed(self) -> bool:
-        """Whether it computes intermediates of its own."""
-        return bool(self.stages) and not self.on_parameter
+        """Whether it computes intermediates of its own, or the slope of a curve in many operations."""
+        if self.stages:
+            return not self.on_parameter
+        values = {"input", "output"} & set(self.operands)
+        return self.quantity == "vjp" and bool(values) and any(t.factor.count_ops() > _FEW for t in self.formula.terms)
 
     @property
     def heavy(self) -> bool:

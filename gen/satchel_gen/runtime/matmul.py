@@ -26,7 +26,7 @@ def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mul(left, right, out=out)
     if right.ndim == 3 and left.ndim == 4 and len(left) == 1:  # as it lies: broadcast operands would be copied
         return torch.bmm(left[0], right, out=None if out is None else out[0])[None]
-    return left @ right if right.ndim > 2 else _with_matrix(left, right)
+    return torch.matmul(left, right, out=out) if right.ndim > 2 else _with_matrix(left, right)
 
 
 def _with_matrix(left: Tensor, right: Tensor) -> Tensor:

@@ -24,11 +24,11 @@ def summed_squares(tensor: Tensor, axes: int) -> Tensor:
         if not tensor.is_cuda and lead.numel() and tensor.numel() >= _LONG * lead.numel():
             break
     else:
-        return tensor.square().sum(tuple(range(axes)))
+        return torch.square(tensor, out=scratch(tensor)).sum(tuple(range(axes)))
     rows = [tensor]
     for _ in range(count):
         rows = [row for some in rows for row in some.unbind()]
-    total = rows[0].square()
+    total = torch.square(rows[0], out=scratch(rows[0]) if count < axes else None)
     for row in rows[1:]:
         total.addcmul_(row, row)
     return total.sum(tuple(range(axes - count))) if count < axes else total

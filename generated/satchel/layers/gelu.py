@@ -100,7 +100,7 @@ LAYER = Layer(
     kernels="gelu",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input",), kernel="vjp"),
+    vjp=Rule(vjp, ("input",), kernel="vjp", composed=True),
     diagonal=Rule(diagonal, ("input",), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input",)),
     sandwich=Rule(sandwich, ("input",), heavy=True),

@@ -101,7 +101,7 @@ LAYER = Layer(
     kernels="hardswish",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input",), kernel="vjp"),
+    vjp=Rule(vjp, ("input",), kernel="vjp", composed=True),
     diagonal=Rule(diagonal, ("input",), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input",)),
     sandwich=Rule(sandwich, ("input",), heavy=True),

@@ -31,8 +31,8 @@ class Rule:
     `operands` are appended as positional arguments after the explicit ones: "input", "output", "target", the name of a
     parameter, a buffer or an option. `lead`: the value is [*lead axes, *parameter], flattened as its axes are. `writes`: whether
     `aten` takes a tensor `out`, in which it computes its value where that saves memory. `heavy`: whether it takes many operations
-    for each element that it reads, or writes many. `composed`: whether it takes intermediates, where torch may have one operation
-    for all.
+    for each element that it reads, or writes many. `composed`: whether it takes intermediates, or many operations for each element,
+    where torch may have one for all.
     """
 
     aten: Callable[..., Tensor]

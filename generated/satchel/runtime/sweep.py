@@ -18,9 +18,9 @@ from .evaluate import evaluate, uses_kernel
 from .memory import FRESH
 from .passing import by_node, edge_shape, pull
 from .plan import Plan, Step
-from .record import Edge
+from .record import Edge, Record
 from .rules import Rule
-from .torch_private import held_elsewhere
+from .torch_private import held_elsewhere, node_outputs
 
 #: Bytes of columns at a step from which on fewer at a time are faster: they stay in cache, and `malloc` reuses their memory.
 AT_ONCE = FRESH // 2
@@ -86,8 +86,11 @@ def pass_step(step: Step, columns: dict[int, Tensor], last: bool = False) -> dic
         return {}
     # Detached from the tensor that it may be a view of, which would hold its memory.
     own = columns.pop(record.output_nr).detach() if last else columns[record.output_nr]
-    if _is_slower(layer.vjp, own) and (alone := by_node(step)) is not None:
-        return pull(alone, {record.output_nr: own}, columnwise=True)
+    if _is_slower(step, record, layer.vjp, own) and (alone := by_node(step)) is not None:
+        if not layer.elementwise or len(own) == 1:
+            return pull(alone, {record.output_nr: own}, columnwise=True)
+        slopes = pull(alone, {record.output_nr: torch.ones_like(own[:1])})
+        return {edge: own.reshape(len(own), *edge_shape(edge)) * slope for edge, slope in slopes.items()}
     spent = last and layer.vjp.writes and own.dtype in _WRITTEN and not held_elsewhere(own)
     factor = record.at_output(own, lead=1)
     passed = evaluate(layer.vjp, layer, record.operand, factor, out=factor if spent else None)
@@ -95,10 +98,12 @@ def pass_step(step: Step, columns: dict[int, Tensor], last: bool = False) -> dic
     return {edge: at_edge(passed, edge, lead=1) for _, edge in step.inputs}
 
 
-def _is_slower(rule: Rule, columns: Tensor) -> bool:
-    """Whether a rule is slower than a node of torch's, which takes one column, in one operation for several."""
-    large = len(columns) == 1 or columns[0].numel() >= _LARGE
-    return rule.composed and large and columns.dtype in _WRITTEN and not uses_kernel(rule, [columns])
+def _is_slower(step: Step, record: Record, rule: Rule, columns: Tensor) -> bool:
+    """Whether a rule is slower than a node of torch's, which takes one column, in one operation for several. In its own precision."""
+    if not rule.composed or columns.dtype not in _WRITTEN or uses_kernel(rule, [columns]):
+        return False
+    once = len(columns) == 1 or record.definition.elementwise
+    return (once or columns[0].numel() >= _LARGE) and node_outputs(step.node)[record.output_nr][1] == columns.dtype
 
 
 def chunks(factor: Tensor, size: int) -> Iterator[Tensor]:
