@@ -1,6 +1,7 @@
 """A layer of several operations that torch computes in one node: columns pass it by that node, or by its rule, to the same end.
 
-The slope of a curve is what its node makes of ones."""
+The slope of a curve is what its node makes of ones.
+"""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class Harvest:
         duty = self._duty([use])
         if others or not duty.gradient or use.factor is None:  # without a loss, a walk may find one use alone
             return None
-        self._free(parameter, [self.demand.extensions[place] for place in duty.features])
+        self._free(parameter, duty)
         found = quantities_of([use], (*duty.gradient, _SUM))
         total = found.pop(_SUM, None)
         gathered.ahead = found
@@ -111,8 +111,7 @@ class Harvest:
         del self._gathered[id(parameter)]
         gathered.release()
         duty = self._duty(uses)
-        features = [self.demand.extensions[place] for place in duty.features]
-        self._free(parameter, features)
+        self._free(parameter, duty)
         graph = torch.is_grad_enabled()  # create_graph=True
         if ahead is not None and len(uses) == 1:
             results.update({(GRADIENT, need): tensor for need, tensor in ahead.items()})
@@ -125,7 +124,8 @@ class Harvest:
             results.update({(INPUT, need): tensor for need, tensor in found.items()})
         lent = {parameter.data_ptr(), *[tensor.data_ptr() for use in uses for tensor in use.tensors]}
         fields: list[Tensor] = []
-        for extension, asked in zip(features, duty.asked, strict=True):
+        for place, asked in zip(duty.features, duty.asked, strict=True):
+            extension = self.demand.extensions[place]
             differentiable = graph and extension.differentiable
             value = in_grad_mode(differentiable, _value, extension, asked, uses, results, sizes)
             fields += self._owner.set(parameter, extension.field, value, lent)
@@ -137,11 +137,10 @@ class Harvest:
     def _duty(self, uses: Sequence[Use]) -> Duty:
         return self.demand.duty(tuple([(use.layer, use.name) for use in uses]))
 
-    @staticmethod
-    def _free(parameter: Tensor, features: Sequence[Extension]) -> None:
+    def _free(self, parameter: Tensor, duty: Duty) -> None:
         """Nothing can be refused any more: the memory of the fields of the pass before may serve again."""
-        for extension in features:
-            vars(parameter).pop(extension.field, None)
+        for place in duty.features:
+            vars(parameter).pop(self.demand.extensions[place].field, None)
 
     def clear(self) -> None:
         for gathered in self._gathered.values():

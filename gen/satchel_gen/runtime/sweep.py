@@ -16,8 +16,7 @@ from .evaluate import evaluate, uses_kernel
 from .memory import FRESH
 from .passing import by_node, edge_shape, pull
 from .plan import Plan, Step
-from .record import Edge, Record
-from .rules import Rule
+from .record import Edge
 from .torch_private import held_elsewhere, node_outputs
 
 #: Bytes of columns at a step from which on fewer at a time are faster: they stay in cache, and `malloc` reuses their memory.
@@ -84,7 +83,7 @@ def pass_step(step: Step, columns: dict[int, Tensor], last: bool = False) -> dic
         return {}
     # Detached from the tensor that it may be a view of, which would hold its memory.
     own = columns.pop(record.output_nr).detach() if last else columns[record.output_nr]
-    if _is_slower(step, record, layer.vjp, own) and (alone := by_node(step)) is not None:
+    if _is_slower(step, own) and (alone := by_node(step)) is not None:
         if not layer.elementwise or len(own) == 1:
             return pull(alone, {record.output_nr: own}, columnwise=True)
         slopes = pull(alone, {record.output_nr: torch.ones_like(own[:1])})
@@ -96,11 +95,14 @@ def pass_step(step: Step, columns: dict[int, Tensor], last: bool = False) -> dic
     return {edge: at_edge(passed, edge, lead=1) for _, edge in step.inputs}
 
 
-def _is_slower(step: Step, record: Record, rule: Rule, columns: Tensor) -> bool:
-    """Whether a rule is slower than a node of torch's, which takes one column, in one operation for several. In its own precision."""
+def _is_slower(step: Step, columns: Tensor) -> bool:
+    """Whether a layer's rule is slower than a node of torch's, which takes one column of its own precision, in one operation."""
+    record = step.record
+    assert record is not None and record.definition.vjp is not None
+    layer, rule = record.definition, record.definition.vjp
     if not rule.composed or columns.dtype not in _WRITTEN or uses_kernel(rule, [columns]):
         return False
-    once = len(columns) == 1 or record.definition.elementwise
+    once = len(columns) == 1 or layer.elementwise
     return (once or columns[0].numel() >= _LARGE) and node_outputs(step.node)[record.output_nr][1] == columns.dtype
 
 

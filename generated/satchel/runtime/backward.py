@@ -324,14 +324,14 @@ class Pass:
 
     def _complete(self, reached: Sequence[Gathered], gradients: tuple[Tensor | None, ...] = ()) -> None:
         """All uses of some parameters have been reached: set their fields, then run the hooks of modules complete with them."""
-        parameters = [gathered.parameter for gathered in reached if gathered.uses]
-        if not parameters:
+        reached = [gathered for gathered in reached if gathered.uses]
+        if not reached:
             return
         self._refuse_flagged()
+        parameters = [gathered.parameter for gathered in reached]
         records = without_autocast(parameters, self._reap, reached)
         self.finished.update(map(id, parameters))
         for record in records:
-            self.context.log(lambda: f"{record.where}: fields set")  # noqa: B023 (called at once)
             if self.finished.issuperset(map(id, self.wanted.of(record).values())):
                 self._hook(record)
                 if not self.keep:
@@ -341,8 +341,12 @@ class Pass:
         """Set the fields of some parameters; the calls that use them."""
         assert self.samples is not None, "a walk has met all that is reached"
         sizes = Sizes(self.samples, self._unit())
-        uses = [self.harvest.reap(gathered, sizes) for gathered in reached if gathered.uses]
-        return dict.fromkeys([use.record for some in uses for use in some])
+        records: dict[Record, None] = {}
+        for gathered in reached:
+            uses = self.harvest.reap(gathered, sizes)
+            self.context.log(partial(_fields_set, uses[0]))
+            records.update(dict.fromkeys([use.record for use in uses]))
+        return records
 
     def _hook(self, entry: Mark) -> None:
         """Call the user's hook, once for each leaf module."""
@@ -388,6 +392,10 @@ class Pass:
         self.inner.clear()
         self.shared.clear()
         self.promised.clear()
+
+
+def _fields_set(use: Use) -> str:
+    return f"{use.record.where}, parameter {use.name!r}: fields set"
 
 
 def _has_definition(entry: Mark) -> bool:

@@ -26,14 +26,19 @@ def summed_squares(tensor: Tensor, axes: int) -> Tensor:
         if not tensor.is_cuda and lead.numel() and tensor.numel() >= _LONG * lead.numel():
             break
     else:
-        return torch.square(tensor, out=scratch(tensor)).sum(tuple(range(axes)))
+        return _squares(tensor).sum(tuple(range(axes)))
     rows = [tensor]
     for _ in range(count):
         rows = [row for some in rows for row in some.unbind()]
-    total = torch.square(rows[0], out=scratch(rows[0]) if count < axes else None)
+    total = _squares(rows[0]) if count < axes else rows[0].square()
     for row in rows[1:]:
         total.addcmul_(row, row)
     return total.sum(tuple(range(axes - count))) if count < axes else total
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    """x², to be summed at once: a later call overwrites it."""
+    return torch.square(tensor, out=scratch(tensor))
 
 
 def squared_norms(tensor: Tensor, axis: int) -> Tensor:
