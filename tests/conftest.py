@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 import satchel  # noqa: E402
 from satchel import backpack, extend, extensions  # noqa: E402
-from satchel.runtime import cost, memory, quantities  # noqa: E402
+from satchel.runtime import cost, matmul, memory, quantities, symmetric  # noqa: E402
 from satchel_gen.definitions import load  # noqa: E402
 
 DEFINITIONS = load()
@@ -76,15 +76,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def as_if_large(monkeypatch: pytest.MonkeyPatch, cache_elements: int) -> None:
-    """Fields of any size are written into the memory of the pass before, and by blocks that fit into so small a cache."""
+    """Fields and products of any size are written into the memory of the pass before, and by blocks that fit into so small a cache."""
     monkeypatch.setattr(cost, "machine", replace(cost.machine, cache_elements=cache_elements))
     for module in (memory, quantities):
         monkeypatch.setattr(module, "KEPT", 0)
     monkeypatch.setattr(quantities, "FRESH", 0)
+    monkeypatch.setattr(matmul, "_LARGE", 0)
+    monkeypatch.setattr(symmetric, "_STRIP", 1)
 
 
 def is_sampled(feature: type) -> bool:
     return "mc_samples" in inspect.signature(feature).parameters
+
+
+EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
+SAMPLED = [feature for feature in FEATURES if is_sampled(feature)]
 
 
 class Pass:

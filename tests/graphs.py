@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cases import Wired
-from conftest import FEATURES, Agree, comparable, is_sampled
+from conftest import Agree, comparable
 from reference import Contributions, Reference
 from satchel import backpack, extend
 from satchel.extensions import (
@@ -19,7 +19,6 @@ from satchel.extensions import (
     Variance,
 )
 
-EXACT: list[Any] = [feature for feature in FEATURES if not is_sampled(feature)]
 FIRST_ORDER: list[Any] = [BatchGrad, BatchL2Grad, SumGradSquared, Variance]
 x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 labels = torch.tensor([0, 2, 1, 1, 0])

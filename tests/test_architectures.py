@@ -9,11 +9,9 @@ import torch
 
 from architectures import ARCHITECTURES
 from cases import Case, Network
-from conftest import FEATURES, KERNELS, Agree, Pass, is_sampled, label
+from conftest import EXACT, KERNELS, SAMPLED, Agree, Pass, label
 from satchel import extensions
 
-EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
-SAMPLED = [feature for feature in FEATURES if is_sampled(feature)]
 pytestmark = pytest.mark.parametrize("network", ARCHITECTURES, ids=label)
 
 

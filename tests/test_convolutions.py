@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cases import Case, Network, Wired, projection
-from conftest import FEATURES, Agree, Pass, is_sampled
+from conftest import EXACT, Agree, Pass
 from satchel.registry import REGISTRY
 from satchel.runtime import window_gram, windows
 from satchel.runtime.place_gram import place_gram
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
 #: Relative error in float64. What is drawn may cancel: 1.7e-10 was seen of an entry of 2e-8 that differences of weights leave.
 CANCELLED = 1e-9
 DRAWN = settings(

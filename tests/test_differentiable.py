@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cases import Case, Network
-from conftest import FEATURES, Agree
+from conftest import FEATURES, Agree, as_if_large
 from networks import NETWORKS
 from satchel import backend, backpack, extend
 from satchel.extensions import BatchGrad, BatchL2Grad, DiagGGNExact, Variance
@@ -68,6 +68,14 @@ def test_gradient_through_a_field(
         )
         slopes.append(dict(zip([*named, "input"], (s.detach() for s in found), strict=True)))
     agree(*slopes)
+
+
+@some
+@pytest.mark.parametrize("feature", DIFFERENTIABLE)
+def test_however_large(network: Network, feature: Any, agree: Agree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a graph is written to memory that is there."""
+    as_if_large(monkeypatch, cache_elements=1)
+    test_gradient_through_a_field(network, nn.MSELoss, "mean", "aten", feature, agree)
 
 
 @pytest.mark.parametrize("feature", DIFFERENTIABLE)

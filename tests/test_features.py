@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cases import Case, Network
-from conftest import DEFINITIONS, FEATURES, KERNELS, LOSSES, Agree, Pass, as_list, comparable, is_sampled
+from conftest import (
+    DEFINITIONS,
+    EXACT,
+    FEATURES,
+    KERNELS,
+    LOSSES,
+    SAMPLED,
+    Agree,
+    Pass,
+    as_list,
+    comparable,
+    is_sampled,
+)
 from networks import NETWORKS
 from satchel import backpack, extend, extensions
 from satchel.layers import linear
@@ -21,8 +33,6 @@ from satchel.registry import REGISTRY
 from satchel.runtime import averaged, cost, curvature, quantities, residual, sweep, uses
 from satchel.runtime.cost import forced
 
-EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
-SAMPLED = [feature for feature in FEATURES if is_sampled(feature)]
 MEAN_SQUARE = Case(next(n for n in NETWORKS if n.name == "sequence"), nn.MSELoss, "mean")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cases import Case, Network, drawn
-from conftest import DEFINITIONS, FEATURES, KERNELS, LAYERS, LOSSES, Agree, Pass, is_sampled, label, module_class
+from conftest import DEFINITIONS, EXACT, FEATURES, KERNELS, LAYERS, LOSSES, SAMPLED, Agree, Pass, label, module_class
 from reference import jacobian
 from satchel import extend
 from satchel.runtime.averaged import Pair, averaged_quantities
@@ -24,8 +24,6 @@ from satchel.runtime.rules import BLOCK, Need
 from satchel.runtime.uses import Use
 
 N, V = 3, 2
-EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
-SAMPLED = [feature for feature in FEATURES if is_sampled(feature)]
 #: torch has no double backward, and rounds its slope 1/6 to float32, also in float64.
 SINGLE = {"Hardsigmoid"}
 EXAMPLES = [

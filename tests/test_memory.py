@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import satchel
 from cases import Case, Network
-from conftest import Agree, Pass, as_if_large
+from conftest import EXACT, Agree, Pass, as_if_large, as_list
 from satchel import backpack, extend
-from satchel.extensions import BatchGrad, BatchL2Grad, SumGradSquared, Variance
-from satchel.runtime import blocks, cost, memory
+from satchel.extensions import KFLR, BatchGrad, BatchL2Grad, DiagGGNExact, SumGradSquared, Variance
+from satchel.runtime import blocks, cost, matmul, memory
 
 
 class Library:
@@ -200,19 +201,53 @@ def test_the_setting_is_a_truth_value() -> None:
 
 @pytest.mark.filterwarnings("error:An output with one or more elements was resized")
 @pytest.mark.parametrize("cache", [1, 1 << 18])
-def test_individual_gradients_where_those_before_were(
+def test_fields_where_those_before_were(
     network: Network, cache: int, agree: Agree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However small, they are written into the memory of the pass before, whose numbers these are not; in many blocks or one."""
     as_if_large(monkeypatch, cache)
     case = Case(network, nn.MSELoss, "mean")
-    done = Pass(case, torch.float64, "aten", BatchGrad())
-    parameters = [p for p in done.network.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.grad_batch.fill_(torch.nan)
+    done = Pass(case, torch.float64, "aten", *(feature() for feature in EXACT))
+    for parameter in done.network.parameters():
+        for feature in EXACT if parameter.requires_grad else ():
+            for tensor in as_list(vars(parameter).pop(feature.field)):
+                tensor.fill_(torch.nan)
     done.again()
     reference = case.reference()
-    agree(done.fields(BatchGrad), {name: reference.field("BatchGrad", name) for name in reference.parameters})
+    for feature in EXACT:
+        expected = {name: reference.field(feature.__name__, name) for name in reference.parameters}
+        agree(done.fields(feature), expected)
+
+
+@pytest.mark.parametrize(
+    "layer,shape,feature",
+    [
+        (partial(nn.Linear, 300, 260), (300,), SumGradSquared),
+        (partial(nn.Linear, 300, 260), (300,), DiagGGNExact),
+        (partial(nn.Linear, 300, 260), (300,), KFLR),
+        (partial(nn.Conv2d, 32, 4, 3), (32, 4, 4), KFLR),
+    ],
+)
+def test_products_where_those_before_were(
+    layer: Callable[[], nn.Module], shape: tuple[int, ...], feature: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Diagonals of fully connected layers, and Kronecker factors; but where oneDNN is far ahead, which writes nowhere."""
+    monkeypatch.setattr(matmul, "onednn_speed", lambda: 1.0)
+    x = torch.randn(17, *shape)
+    network = nn.Sequential(layer(), nn.Flatten(), nn.LazyLinear(2))
+    network(x)
+    extend(network)
+
+    def places() -> dict[tuple[str, int], int]:
+        with backpack(feature()):
+            extend(nn.CrossEntropyLoss())(network(x), torch.zeros(17, dtype=torch.int64)).backward()
+        fields = {name: as_list(vars(p).pop(feature.field)) for name, p in network.named_parameters()}
+        large = {(name, k): t for name, ts in fields.items() for k, t in enumerate(ts) if t.nbytes >= memory.KEPT}
+        return {key: tensor.data_ptr() for key, tensor in large.items()}
+
+    first = places()
+    taken = torch.zeros(1 << 20)  # what is free
+    assert first and places() == first, taken
 
 
 # --- what intermediates share -----------------------------------------------------------------------------------------
@@ -238,7 +273,7 @@ def test_no_field_lies_on_it(features: list[Any], block: int, monkeypatch: pytes
     with cost.forced("blockwise"):
         fields = gathered(network, torch.randn(3, 4, 7), features)
         before = [field.clone() for field in fields]
-        memory._shared.blocks.fill_(255)  # not a number
+        memory._shared.blocks.whole.fill_(255)  # not a number
         assert all(map(torch.equal, fields, before))
         assert asked
         with satchel.settings(reuse_buffers=False):
@@ -250,7 +285,7 @@ def test_each_thread_has_its_own() -> None:
     here = memory.shared((3,), torch.float64, torch.device("cpu"))
     with torch.device("meta"):  # what tensors are by default does not matter
         here_too = memory._Shared()
-    assert here_too.blocks.device.type == here_too.scratch.device.type == "cpu"
+    assert here_too.blocks.whole.device.type == here_too.scratch.whole.device.type == "cpu"
     there = ThreadPoolExecutor(1).submit(memory.shared, (3,), torch.float64, torch.device("cpu")).result()
     assert here.data_ptr() != there.data_ptr()
     assert here.data_ptr() == memory.shared((2, 4), torch.float32, torch.device("cpu")).data_ptr()

@@ -31,8 +31,8 @@ class Tried:
         self.served: list[bool] = []
         difference = moments.difference
 
-        def noted(*arguments: Any) -> Tensor | None:
-            value = difference(*arguments)
+        def noted(*arguments: Any, **options: Any) -> Tensor | None:
+            value = difference(*arguments, **options)
             self.served.append(value is not None)
             return value
 
@@ -59,6 +59,12 @@ def variances(module: nn.Module, x: Tensor, delta: Tensor, *others: Any) -> list
     with backpack(extensions.Variance(), *others):
         (extend(module)(x) * delta).sum().backward()
     return [parameter.variance for parameter in module.parameters()]
+
+
+def second_moments(module: nn.Module, x: Tensor, delta: Tensor, *others: Any) -> list[Tensor]:
+    with backpack(extensions.SumGradSquared(), *others):
+        (extend(module)(x) * delta).sum().backward()
+    return [parameter.sum_grad_squared for parameter in module.parameters()]
 
 
 def reference(module: nn.Module, x: Tensor, delta: Tensor) -> list[Tensor]:
@@ -133,6 +139,15 @@ def test_not_finite(kind: str, bad: float, tried: Tried) -> None:
     assert tried.served and not any(tried.served) and not found.isfinite().any()
     if bad != bad:
         assert found.isnan().all()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_second_moment_that_is_asked_for_is_left(kind: str, tried: Tried) -> None:
+    module, x, delta = layer(kind)
+    alone = [second.clone() for second in second_moments(module, x, delta)]
+    beside = second_moments(module, x, delta, extensions.Variance())
+    assert any(tried.served)
+    torch.testing.assert_close(beside, alone)
 
 
 @pytest.mark.parametrize("samples", [1, moments.FEWEST - 1, moments.FEWEST])

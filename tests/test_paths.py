@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import satchel
 from cases import Wired
-from conftest import FEATURES, Agree, comparable
-from graphs import EXACT, built, check, labels, two_heads, values, x
+from conftest import EXACT, FEATURES, Agree, comparable
+from graphs import built, check, labels, two_heads, values, x
 from reference import Reference, contributions
 from satchel import backpack, extend
 from satchel.extensions import (

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cases import Wired
-from conftest import Agree, comparable
-from graphs import EXACT, FIRST_ORDER, built, check, labels, two_heads, values, x
+from conftest import EXACT, Agree, comparable
+from graphs import FIRST_ORDER, built, check, labels, two_heads, values, x
 from reference import Reference, contributions
 from satchel import backpack, extend
 from satchel.extensions import (

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cases import Case, Network, projection
-from conftest import DEFINITIONS, FEATURES, Agree, Pass, is_sampled, module_class
+from conftest import DEFINITIONS, EXACT, Agree, Pass, module_class
 
-EXACT = [feature for feature in FEATURES if not is_sampled(feature)]
 DRAWN = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )

@@ -100,7 +100,7 @@ def test_what_is_dropped_shares_memory_and_what_is_returned_does_not(
         found = value(x) if transform != "jvp" else torch.func.jvp(value, (x,), (torch.ones_like(x),))[0]
     shared = [tensor is not None for tensor in given]
     assert shared == [transform == "none"] * 2
-    memory._shared.scratch.fill_(255)  # not a number
+    memory._shared.scratch.whole.fill_(255)  # not a number
     torch.testing.assert_close(found, want)
 
 

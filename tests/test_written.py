@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import FEATURES, is_sampled
+from conftest import EXACT
 from satchel import backpack, extend, extensions
 from satchel.runtime import sweep
 from satchel.runtime.masks import above
@@ -50,7 +50,7 @@ def fields(model: nn.Module, x: Tensor, *features: Any) -> list[Any]:
 
 def test_the_same_numbers(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where nothing is ever written in place; in one pass, where features share their factors."""
-    features = [feature() for feature in FEATURES if not is_sampled(feature)]
+    features = [feature() for feature in EXACT]
     written = fields(*given, *features)
     monkeypatch.setattr(sweep, "_WRITTEN", ())
     torch.testing.assert_close(written, fields(*given, *features), rtol=0, atol=0)

@@ -100,8 +100,8 @@ class Body:
                 return f"{text}.sum({_tuple(dims)})"
             case Permute(child=child, axes=axes):
                 return f"{self.operand(child)}.permute({', '.join(str(child.axes.index(i)) for i in axes)})"
-            case Scaled(child=child, coefficient=coefficient):
-                return self._scaled(child, coefficient)
+            case Scaled():
+                return self._scaled(node)
             case Contract():
                 return self._contract(node)
             case Products():
@@ -126,11 +126,12 @@ class Body:
             return AtenPrinter({}, scalars=frozenset(expr.free_symbols)).doprint(expr)
         return sympy.sstr(expr, order="none")
 
-    def _scaled(self, child: Node, coefficient: Expr) -> str:
-        numerator, denominator = coefficient.as_numer_denom()
-        rows = self._gram_rows(child) if isinstance(child, Contract) else None
-        if rows is not None and numerator == 1 and denominator != 1:
-            return f"gram({rows}, {self.scalar(denominator)})"
+    def _scaled(self, node: Scaled) -> str:
+        child = node.child
+        numerator, denominator = node.coefficient.as_numer_denom()
+        gram = self._gram(child) if isinstance(child, Contract) else None
+        if gram is not None and numerator == 1 and denominator != 1:
+            return f"{gram[:-1]}, over={self.scalar(denominator)}{self.out(node)})"
         text = f"({self(child)})" if isinstance(child, Map) and child.expr.is_Add else self(child)
         if numerator == -1:
             text = f"-{text}" if is_postfix(text) else f"-({text})"
@@ -284,10 +285,14 @@ class Body:
             product = f"{self.operand(left)} * {self.operand(right)}"
             return f"({product}).sum({_tuple([a.index(i) for i in over])})"
         if not batch and len(over) == 1 and len(columns) == 1 and out == (*rows, *columns) and a == (*rows, *over):
-            return f"matmul({self(left)}, {self.operand(right)}{'' if b == (*over, *columns) else '.T'})"
+            return (
+                f"matmul({self(left)}, {self.operand(right)}{'' if b == (*over, *columns) else '.T'}{self.out(node)})"
+            )
         if _is_grouped(left, right, over, out):
             first, second = (self._flattened(part, len(over)) for part in (left, right))
-            return f"gram({first})" if first == second else f"matmul({first}.T, {second})"
+            return (
+                f"gram({first}{self.out(node)})" if first == second else f"matmul({first}.T, {second}{self.out(node)})"
+            )
         if len(over) == 1 and len(columns) == 1 and rows and b[:-2] == batch and out[-2:] == (rows[-1], columns[0]):
             lead = a[:-2]
             if lead == out[:-2] and lead[len(lead) - len(batch) :] == batch:
@@ -296,12 +301,14 @@ class Body:
                 return f"matmul({first}, {second}{self.out(node)})"
         return None
 
-    def _gram_rows(self, node: Contract) -> str | None:
-        """The rows r of a symmetric product r.T @ r."""
-        if window_gram(self, node) is not None or not _is_grouped(node.left, node.right, node.over, node.axes):
+    def _gram(self, node: Contract) -> str | None:
+        """A symmetric product that can be divided as it is computed."""
+        if (windows := window_gram(self, node)) is not None:
+            return windows
+        if not _is_grouped(node.left, node.right, node.over, node.axes):
             return None
         first, second = (self._flattened(part, len(node.over)) for part in (node.left, node.right))
-        return first if first == second else None
+        return f"gram({first})" if first == second else None
 
     def _flattened(self, node: Node, leading: int) -> str:
         """Leading axes as one; an operation (not an argument) is computed once and named."""

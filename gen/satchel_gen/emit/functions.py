@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -12,7 +12,7 @@ from ..calculus.derive import Statement
 from ..calculus.instantiate import Formula
 from ..calculus.terms import CalculusError, Term, terms
 from ..definitions.distributions import Distribution
-from ..definitions.quantities import PER_SAMPLE, VJP
+from ..definitions.quantities import VJP
 from ..formula import render, render_formula, wrapped
 from ..lowering.composed import Stage
 from ..lowering.losses import LossRule, LoweredLoss
@@ -21,7 +21,7 @@ from ..lowering.rules import EXPLICIT, LoweredRule, term_reads
 from ..lowering.squares import Variant
 from ..notation import Extent, LogSumExp, Option, index_atoms, reads
 from .aten import Body, unpack_extents
-from .aten_expr import AtenPrinter, sequence
+from .aten_expr import AtenPrinter, is_postfix, sequence
 from .idioms import Idiom, idioms, logsumexp, softmax, softmax_of
 
 
@@ -37,6 +37,7 @@ class Choice:
     function: str
     costs: Mapping[str, str]
     valid: str
+    writes: bool
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Function:
     @property
     def signature(self) -> str:
         given = signature(self.arguments, self.numbers)
-        return f"{given}, out: Tensor | None = None" if self.writes else given
+        return f"{given}, out: Out = None" if self.writes else given
 
     @property
     def body(self) -> tuple[object, ...]:
@@ -88,8 +89,8 @@ def rule_functions(rule: LoweredRule) -> list[Function]:
     if len(rule.variants) == 1 and not rule.variants[0].blockwise:
         return [replace(_straight(rule, formula, shapes), numbers=numbers)]
     programs = [replace(_program(rule, variant), numbers=numbers) for variant in rule.variants if not variant.blockwise]
-    body = Body(dict(rule.arguments))
-    choices = tuple(_choice(rule, variant, body) for variant in rule.variants)
+    body, writing = Body(dict(rule.arguments)), {program.name for program in programs if program.writes}
+    choices = tuple(_choice(rule, variant, body, writing) for variant in rule.variants)
     entry = Function(
         rule.name, formula, shapes, arguments, tuple(unpack_extents(body.extents, rule.arguments, rule.shapes)),
         note="The cheapest program for the shapes." if len(choices) > 1 else "", choices=choices, numbers=numbers,
@@ -99,16 +100,21 @@ def rule_functions(rule: LoweredRule) -> list[Function]:
 
 def _straight(rule: LoweredRule, formula: str, shapes: str) -> Function:
     (variant,), arguments, groups = rule.variants, rule.arguments, rule.formula.groups
-    body = Body(dict(arguments), result=variant.tree if rule.quantity in _WRITTEN else None)
+    body = Body(dict(arguments), result=_written(rule, variant.tree))
     _emit_stages(body, rule)
     text = result(body, variant)
     if any(len(group) != 1 for group in groups):
-        text = f"({text}).reshape({', '.join(body.scalar(sympy.Mul(*map(Extent, group))) for group in groups)})"
+        text = f"{_postfix(text)}.reshape({', '.join(body.scalar(sympy.Mul(*map(Extent, group))) for group in groups)})"
     if rule.formula.blocks:
-        text = f"{text if text.endswith(')') and text.startswith('(') else f'({text})'}.squeeze(0)"
+        text = f"{_postfix(text)}.squeeze(0)"
     lines = unpack_extents(body.extents, arguments, rule.shapes) + body.lines
     note = "Computed in `out` where it can be." if body.writes else ""
     return Function(rule.name, formula, shapes, tuple(arguments), tuple(lines), text, note, writes=body.writes)
+
+
+def _postfix(text: str) -> str:
+    """What a method can be called on."""
+    return text if is_postfix(text) else f"({text})"
 
 
 def result(body: Body, variant: Variant) -> str:
@@ -190,8 +196,11 @@ def _value(stage: Stage, body: Body, known: Mapping[str, Idiom]) -> str:
     return body(stage.tree)
 
 
-#: What may be written to memory that is there: results of their own, and columns in the place of those above.
-_WRITTEN = (PER_SAMPLE.name, VJP.name)
+def _written(rule: LoweredRule, tree: Node) -> Node | None:
+    """What may be computed in memory that is there: what belongs to a parameter, and columns in the place of those above."""
+    return tree if rule.on_parameter or (rule.quantity == VJP.name and isinstance(tree, Map)) else None
+
+
 NOTES = {
     "separated": "Of one summand, the square of a product is a product of squares.",
     "gram": "By the Gram matrices of both operands.",
@@ -203,14 +212,14 @@ def _program(rule: LoweredRule, variant: Variant) -> Function:
     name = f"{rule.name}_{variant.name}"
     note = NOTES[variant.name]
     arguments = tuple(rule.arguments)
-    body = Body(dict(rule.arguments))
+    body = Body(dict(rule.arguments), result=_written(rule, variant.tree))
     _emit_stages(body, rule)
     text = result(body, variant)
     lines = unpack_extents(body.extents, rule.arguments, rule.shapes) + body.lines
-    return Function(name, "", "", arguments, tuple(lines), text, note, entry=False)
+    return Function(name, "", "", arguments, tuple(lines), text, note, entry=False, writes=body.writes)
 
 
-def _choice(rule: LoweredRule, variant: Variant, body: Body) -> Choice:
+def _choice(rule: LoweredRule, variant: Variant, body: Body, writing: Collection[str]) -> Choice:
     function, called, blocked = f"{rule.name}_{variant.name}", str(variant.calls_before + variant.calls), {}
     if variant.blockwise:
         assert variant.inner is not None
@@ -226,7 +235,7 @@ def _choice(rule: LoweredRule, variant: Variant, body: Body) -> Choice:
         valid = f"{body.scalar(sympy.Mul(*map(Extent, variant.several)))} > 1"
     costs = {"flops": variant.flops, "elements": variant.elements, "scratch": variant.scratch}
     counted = {name: body.scalar(cost) for name, cost in costs.items() if cost != 0}
-    return Choice(function, {**counted, **blocked, "calls": called}, valid)
+    return Choice(function, {**counted, **blocked, "calls": called}, valid, function in writing)
 
 
 def _is_written(rule: LoweredRule, variant: Variant) -> bool:

@@ -78,7 +78,7 @@ def window_gram(body: Body, node: Contract) -> str | None:
     if transposed or node.axes != (group, inner, *taps, second, *others):
         return None
     arguments = [body.stored(one), body.sizes(places), body.sizes(taps), *numbers]
-    return f"window_gram({', '.join(arguments)})"
+    return f"window_gram({', '.join(arguments)}{body.out(node)})"
 
 
 def place_gram(body: Body, node: Contract) -> str | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .lazy import lazy
+from .memory import Out
 from .modes import with_few_threads
 from .precision import widened
 
@@ -50,6 +51,7 @@ class Program:
 
     `scratch` elements are moved through intermediates: through cache where the largest of these, of `peak` elements, does not
     exceed the nearest one by much. Where that is not said they are taken to be as large as the operands and the result.
+    `writes`: whether the function takes `out`, in which it computes its value where that saves memory.
     """
 
     function: Callable[..., Tensor]
@@ -59,15 +61,17 @@ class Program:
     peak: int = 0
     calls: int = 1
     valid: bool = True
+    writes: bool = False
 
     @property
     def name(self) -> str:
         """What it can be forced by: "separated", "gram" …"""
         return getattr(self.function, "__name__", type(self.function).__name__).lower().rpartition("_")[2]
 
-    def run(self, *operands: Any) -> Tensor:
+    def run(self, *operands: Any, out: Out = None) -> Tensor:
         """The value, of operands of any precision."""
-        return with_few_threads(self._widened, self._seconds_alone, self.calls, operands, {})
+        given = {"out": out} if self.writes else {}
+        return with_few_threads(self._widened, self._seconds_alone, self.calls, operands, given)
 
     @lazy
     def _widened(self) -> Callable[..., Tensor]:

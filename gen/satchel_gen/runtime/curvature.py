@@ -29,7 +29,7 @@ from .errors import (
     TargetRefused,
     UnsupportedOption,
 )
-from .evaluate import evaluate
+from .evaluate import computed, evaluate
 from .flags import Flag, first_raised
 from .hessian import HessianSweep, may_add, residuals_of
 from .householder import independent
@@ -143,7 +143,7 @@ class Start:
         # Not `evaluate`: random numbers come from torch on every backend.
         rule = self.definition.sample
         assert rule is not None
-        return rule.aten(mc_samples, generator, *map(operand, rule.operands)).to(here)
+        return computed(rule, self.definition, [mc_samples, generator, *map(operand, rule.operands)]).to(here)
 
 
 def _scaled(tensor: Tensor, scale: Tensor | float) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
+from .memory import Out
 from .modes import with_few_threads
 from .rules import Layer, Loss, Rule
 from .settings import current
@@ -16,6 +18,7 @@ from .settings import current
 _PACKAGE = __name__.rsplit(".", 2)[0]
 #: Seconds that an element takes, and operations, of a rule that is not heavy.
 _EACH, _CALLS = 5e-10, 3
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def evaluate(
@@ -24,19 +27,25 @@ def evaluate(
     operand: Callable[[str], Any],
     *arguments: Any,
     differentiable: bool = False,
-    out: Tensor | None = None,
+    out: Out = None,
 ) -> Tensor:
-    """The rule's value; `operand` gives an operand by name. Only the ATen program is differentiable, and takes `out`."""
+    """The rule's value; `operand` gives an operand by name. Only the ATen program is differentiable, and takes `out`, if it `writes`."""
     values = [*arguments, *map(operand, rule.operands)]
     if rule.kernel is not None and not differentiable and _fused(values):
         return getattr(import_module(f"{_PACKAGE}.kernels.{definition.kernels}"), rule.kernel)(*values)
-    given = {} if out is None else {"out": out}
+    return computed(rule, definition, values, {"out": out} if rule.writes and out is not None else {})
+
+
+def computed(
+    rule: Rule, definition: Layer | Loss, values: Sequence[Any], given: Mapping[str, Any] = _NOTHING
+) -> Tensor:
+    """The value of the rule's ATen program, on few threads where it is little work."""
     if rule.heavy:
         return rule.aten(*values, **given)
     return with_few_threads(rule.aten, _seconds(values, isinstance(definition, Loss)), _CALLS, values, given)
 
 
-def _seconds(values: list[Any], factor: bool) -> float:
+def _seconds(values: Sequence[Any], factor: bool) -> float:
     """What a rule takes one thread that reads each element a few times; or, of a loss, writes a column for each element of a sample."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     columns = max([tensor.shape[1:].numel() for tensor in tensors], default=1) if factor else 1

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .memory import Out, placed
 
-def above(values: Tensor, tensor: Tensor, threshold: float, out: Tensor | None = None) -> Tensor:
+
+def above(values: Tensor, tensor: Tensor, threshold: float, out: Out = None) -> Tensor:
     """`values` where `tensor` is above the threshold, otherwise 0; written to `out`, which `values` may be, where that is given."""
-    if out is None:
+    place = placed(out, values.shape, values.dtype)
+    if place is None:
         return torch.ops.aten.threshold_backward(values, tensor, threshold)
-    return torch.ops.aten.threshold_backward.grad_input(values, tensor, threshold, grad_input=out)
+    return torch.ops.aten.threshold_backward.grad_input(values, tensor, threshold, grad_input=place)

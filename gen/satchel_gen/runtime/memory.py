@@ -10,6 +10,7 @@ import ctypes
 import sys
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from .torch_private import inside_functorch
 FRESH = 1 << 25
 #: Bytes from which on the memory of a field is kept: what lies at the end of the heap when it is freed goes back to the system, too.
 KEPT = 1 << 18
-#: Bytes that intermediates of a thread may share.
+#: Bytes that intermediates of a thread may share, and the number of their shapes that are remembered.
 _SHARED = 1 << 22
+_SHAPES = 1 << 8
 _PAGE = 1 << 12
 _HUGE_PAGE = 1 << 21
 #: `MADV_HUGEPAGE` of Linux.
@@ -45,11 +47,56 @@ def empty(shape: Sequence[int], dtype: torch.dtype, parameter: Tensor) -> Tensor
     return tensor if size < FRESH else _on_huge_pages(tensor, size)
 
 
+@dataclass(frozen=True)
+class Room:
+    """Memory for a field of a parameter, for whoever knows its shape."""
+
+    parameter: Tensor
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """None where fresh pages cost little."""
+        if self.parameter.device.type != "cpu" or prod(shape) * dtype.itemsize < KEPT:
+            return None
+        return empty(shape, dtype, self.parameter)
+
+
+def room(parameter: Tensor) -> Room | None:
+    """Where a field of a parameter may be computed; None if it belongs to a graph or a transform."""
+    return None if torch.is_grad_enabled() or inside_functorch() else Room(parameter)
+
+
+#: Where an operation computes its result, if it can: in a tensor of the result's shape, or where there is room.
+Out = Tensor | Room | None
+
+
+def placed(out: Out, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+    """The tensor for a result, if one is given or there is room."""
+    return out.tensor(shape, dtype) if isinstance(out, Room) else out
+
+
+class _Bytes:
+    """Memory as tensors that begin with it, one for each shape that has been asked for: to make one takes as long as fresh pages."""
+
+    def __init__(self) -> None:
+        self.whole = torch.empty(_SHARED, dtype=torch.uint8, device="cpu")
+        self._tensors: dict[tuple[Sequence[int], torch.dtype], Tensor | None] = {}
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """None if it does not fit."""
+        key = shape, dtype
+        if key not in self._tensors:
+            if len(self._tensors) == _SHAPES:
+                self._tensors.clear()
+            size = prod(shape) * dtype.itemsize
+            self._tensors[key] = self.whole[:size].view(dtype).view(shape) if size <= _SHARED else None
+        return self._tensors[key]
+
+
 class _Shared(threading.local):
     """Memory of a thread."""
 
     def __init__(self) -> None:
-        self.blocks, self.scratch = (torch.empty(_SHARED, dtype=torch.uint8, device="cpu") for _ in range(2))
+        self.blocks, self.scratch = _Bytes(), _Bytes()
 
 
 _shared = _Shared()
@@ -57,27 +104,17 @@ _shared = _Shared()
 
 def shared(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """A tensor on memory that all which are asked for have in common, if it is large enough: another one overwrites it."""
-    return _on(_shared.blocks, shape, dtype, device)
+    return _shared.blocks.tensor(shape, dtype) if device.type == "cpu" and current().reuse_buffers else None
 
 
-def scratch(*tensors: Tensor) -> Tensor | None:
-    """Where a function may put what it computes elementwise of tensors of one size, and drops before it returns: a later call overwrites
-    it. None where fresh pages cost little, or where the result belongs to a graph or a transform.
+def scratch(like: Tensor) -> Tensor | None:
+    """Where a function may put what it computes elementwise of a tensor, and drops before it returns: a later call overwrites it.
+
+    None where fresh pages cost little, or where the result belongs to a graph or a transform.
     """
-    like = max(tensors, key=Tensor.dim)
-    if like.nbytes < KEPT or torch.is_grad_enabled() or inside_functorch():
+    if like.nbytes < KEPT or not like.is_cpu or torch.is_grad_enabled() or inside_functorch():
         return None
-    if any([tensor.dtype != like.dtype for tensor in tensors]):
-        return None
-    return _on(_shared.scratch, like.shape, like.dtype, like.device)
-
-
-def _on(memory: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """A tensor at the beginning of a thread's memory, if it fits and memory may be used again."""
-    size = prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size > _SHARED or not current().reuse_buffers:
-        return None
-    return memory[:size].view(dtype).view(shape)
+    return _shared.scratch.tensor(like.shape, like.dtype) if current().reuse_buffers else None
 
 
 def keep(parameter: Tensor, fields: Iterable[Tensor]) -> None:

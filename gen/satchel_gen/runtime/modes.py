@@ -33,7 +33,7 @@ def without_autocast(tensors: Iterable[Tensor | None], function: Callable[..., T
 
 
 def with_few_threads(
-    function: Callable[..., Tensor], seconds: float, calls: int, operands: Sequence[Any], out: Mapping[str, Tensor]
+    function: Callable[..., Tensor], seconds: float, calls: int, operands: Sequence[Any], out: Mapping[str, Any]
 ) -> Tensor:
     """The value of `function`, which takes one thread `seconds` for so many of torch's operations: on one, where others would sleep
     again before the next and waking them takes longer than they save."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .cost import forced_program
+from .memory import scratch
 
 #: The least part of Σ T² that may be left. In float32 products over 128 samples are 6e-7 off, so that this leaves 5e-6.
 LEAST = 1 / 8
@@ -26,8 +27,11 @@ def serve(factor: Tensor) -> bool:
     return not torch.is_grad_enabled() and forced_program() is None
 
 
-def difference(squares: Tensor, total: Tensor, samples: int) -> Tensor | None:
-    """Σ T² − (Σ T)² / N [*p] of Σ T² and Σ T; None if some element cancels, or is not finite."""
-    value = torch.addcmul(squares, total, total, value=-1 / samples)
-    spare = torch.sub(value, squares, alpha=LEAST)  # NaN of NaN and ∞, and so is the least then
-    return value if spare.numel() == 0 or spare.amin().item() >= 0 else None
+def difference(squares: Tensor, total: Tensor, samples: int, spent: bool) -> Tensor | None:
+    """Σ T² − (Σ T)² / N [*p] of Σ T² and Σ T; None if some element cancels, or is not finite. spent: nobody else needs `squares`."""
+    weight = -1 / samples
+    spare = torch.sub(squares, squares, alpha=LEAST, out=scratch(squares))  # NaN of NaN and ∞, and so is the least then
+    spare.addcmul_(total, total, value=weight)
+    if spare.numel() and not spare.amin().item() >= 0:
+        return None
+    return torch.addcmul(squares, total, total, value=weight, out=squares if spent else None)

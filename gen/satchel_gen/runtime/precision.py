@@ -16,7 +16,7 @@ def widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function` with every floating operand in one dtype, float32 or wider (mixed dtypes occur under autocast)."""
 
     @wraps(function)
-    def call(*operands: Any, **out: Tensor) -> Tensor:
+    def call(*operands: Any, **out: Any) -> Tensor:
         for operand in operands:
             if isinstance(operand, Tensor) and operand.dtype is not torch.float32:
                 break

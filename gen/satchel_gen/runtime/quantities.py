@@ -18,7 +18,7 @@ from .blocks import SUM, SUMMED, Blockwise, in_blocks
 from .cost import Program, cheapest
 from .errors import SharedByKinds
 from .evaluate import evaluate, uses_kernel
-from .memory import FRESH, KEPT
+from .memory import FRESH, KEPT, room
 from .rules import Rule, registry
 from .uses import PER_SAMPLE, Use, alike, joinable, joined, shaped
 
@@ -41,7 +41,8 @@ def quantities(
         value = found[name] if name in found else use.memo.get(rule.aten)
         if value is None:
             given = _given(use, name, extra)
-            value = evaluate(rule, use.layer, use.operand, *given, differentiable=differentiable)
+            place = room(use.parameter) if rule.writes else None
+            value = evaluate(rule, use.layer, use.operand, *given, differentiable=differentiable, out=place)
             if not rule.operands:
                 use.memo[rule.aten] = value
         values[name] = shaped(rule, use, value)
@@ -100,7 +101,8 @@ def _cheapest(use: Use, rules: Mapping[str, Rule], extra: Sequence[Tensor], summ
     for name, second in seconds.items():
         squares, total = found[second], use.total
         assert total is not None
-        value = moments.difference(squares, total.gradient.reshape(squares.shape), use.factor.shape[1])
+        gradient, spent = total.gradient.reshape(squares.shape), second not in rules
+        value = moments.difference(squares, gradient, use.factor.shape[1], spent)
         found |= _ranked(use, {name: rules[name]}, extra, False) if value is None else {name: value}
     return {name: value for name, value in found.items() if name in rules or name == SUM}
 
@@ -127,7 +129,7 @@ def _ranked(use: Use, rules: Mapping[str, Rule], extra: Sequence[Tensor], summed
     found = _in_blocks(use, rules, extra, choices, summed)
     for name, (best, *_) in choices.items():
         if name not in found:
-            found[name] = best.run(*values[name])
+            found[name] = best.run(*values[name], out=room(use.parameter) if best.writes else None)
     return found
 
 

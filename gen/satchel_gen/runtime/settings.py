@@ -23,9 +23,10 @@ class Settings:
     not count: they are what was asked for. Where there is no limit, a pass whose fields or KFRA matrix alone are larger than the
     memory that the machine has left is an error before it begins; with one, that is the user's affair.
 
-    reuse_buffers: whether the next pass may write fields (256 KB and more, on the CPU) of individual gradients into the memory
-    of this one's. Memory that anything still holds, if only a view, an array or a graph, is left alone. What a pass has left on a
-    parameter is kept until another pass over it or the parameter's end, even if the field is deleted; False frees it.
+    reuse_buffers: whether the next pass may write fields (256 KB and more, on the CPU) that are individual gradients or products
+    of matrices into the memory of this one's. Memory that anything still holds, if only a view, an array or a graph, is left
+    alone. What a pass has left on a parameter is kept until another pass over it or the parameter's end, even if the field is
+    deleted; False frees it.
 
     backend: "aten" (plain torch ops), "triton", or "auto": triton on GPU tensors, aten elsewhere.
     """

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
+from ..runtime.memory import Out
 from ..runtime.place_gram import place_gram
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
@@ -53,7 +54,7 @@ def weight_per_sample(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-    out: Tensor | None = None,
+    out: Out = None,
 ) -> Tensor:
     """weight_per_sample[v, n, g, o, c, kw] = Σ_{w} factor[v, n, g, o, w] input[n, g, c, kw dilation[0] + w stride[0] −
         padding[0]]
@@ -318,7 +319,7 @@ def weight_output_factor_expand(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, W] → [G, O, O]
     """
-    return (summed_gram(factor, 2)).squeeze(0)
+    return summed_gram(factor, 2).squeeze(0)
 
 
 @widened
@@ -327,7 +328,7 @@ def weight_output_factor_reduce(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, W] → [G, O, O]
     """
-    return (torch.einsum("vngo,vngO->goO", factor.sum(4), factor.sum(4))).squeeze(0)
+    return torch.einsum("vngo,vngO->goO", factor.sum(4), factor.sum(4)).squeeze(0)
 
 
 @widened
@@ -336,7 +337,7 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
 
     averaged [G, O, W, G, O, W] → [G, O, O]
     """
-    return (averaged.diagonal(0, 0, 3).sum((1, 3)).permute(2, 0, 1)).squeeze(0)
+    return averaged.diagonal(0, 0, 3).sum((1, 3)).permute(2, 0, 1).squeeze(0)
 
 
 @widened
@@ -356,7 +357,7 @@ def weight_input_sum(
     KW = weight_shape[3]
     W = output_shape[3]
     patches = windows(input, (W,), (KW,), stride, dilation, padding)
-    return (patches.sum(3)).reshape(N, G, C * KW)
+    return patches.sum(3).reshape(N, G, C * KW)
 
 
 @widened
@@ -367,16 +368,21 @@ def weight_input_factor_expand(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
+    out: Out = None,
 ) -> Tensor:
     """weight_input_factor_expand[g, c, kw, c2, kw2] = Σ_{n,w} input[n, g, c, kw dilation[0] + w stride[0] −
         padding[0]] input[n, g, c2, kw2 dilation[0] + w stride[0] − padding[0]] / (N W)
 
-    input [N, G, C, IW] → [G, C KW, C KW]
+    input [N, G, C, IW] → [G, C KW, C KW]. Computed in `out` where it can be.
     """
     N, G, C, _ = input.shape
     KW = weight_shape[3]
     W = output_shape[3]
-    return (window_gram(input, (W,), (KW,), stride, dilation, padding) / (N * W)).reshape(G, C * KW, C * KW).squeeze(0)
+    return (
+        window_gram(input, (W,), (KW,), stride, dilation, padding, over=N * W, out=out)
+        .reshape(G, C * KW, C * KW)
+        .squeeze(0)
+    )
 
 
 @widened
@@ -412,16 +418,21 @@ def weight_input_factor_backpack(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
+    out: Out = None,
 ) -> Tensor:
     """weight_input_factor_backpack[g, c, kw, c2, kw2] = Σ_{n,w} input[n, g, c, kw dilation[0] + w stride[0] −
         padding[0]] input[n, g, c2, kw2 dilation[0] + w stride[0] − padding[0]] / N
 
-    input [N, G, C, IW] → [G, C KW, C KW]
+    input [N, G, C, IW] → [G, C KW, C KW]. Computed in `out` where it can be.
     """
     N, G, C, _ = input.shape
     KW = weight_shape[3]
     W = output_shape[3]
-    return (window_gram(input, (W,), (KW,), stride, dilation, padding) / N).reshape(G, C * KW, C * KW).squeeze(0)
+    return (
+        window_gram(input, (W,), (KW,), stride, dilation, padding, over=N, out=out)
+        .reshape(G, C * KW, C * KW)
+        .squeeze(0)
+    )
 
 
 @widened
@@ -505,7 +516,7 @@ def bias_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, G, O, W] → [V, N, 1, G O]
     """
     V, N, G, O, _ = factor.shape
-    return (factor.sum(4)).reshape(V, N, 1, G * O)
+    return factor.sum(4).reshape(V, N, 1, G * O)
 
 
 @widened
@@ -515,7 +526,7 @@ def bias_output_factor_expand(factor: Tensor) -> Tensor:
     factor [V, N, G, O, W] → [G O, G O]
     """
     *_, G, O, _ = factor.shape
-    return (torch.einsum("vngow,vnGOw->goGO", factor, factor)).reshape(G * O, G * O)
+    return torch.einsum("vngow,vnGOw->goGO", factor, factor).reshape(G * O, G * O)
 
 
 @widened
@@ -525,7 +536,7 @@ def bias_output_factor_reduce(factor: Tensor) -> Tensor:
     factor [V, N, G, O, W] → [G O, G O]
     """
     *_, G, O, _ = factor.shape
-    return (torch.einsum("vngo,vnGO->goGO", factor.sum(4), factor.sum(4))).reshape(G * O, G * O)
+    return torch.einsum("vngo,vnGO->goGO", factor.sum(4), factor.sum(4)).reshape(G * O, G * O)
 
 
 @widened
@@ -535,7 +546,7 @@ def bias_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [G, O, W, G, O, W] → [G O, G O]
     """
     G, O, _, _, _, _ = averaged.shape
-    return (averaged.sum((2, 5))).reshape(G * O, G * O)
+    return averaged.sum((2, 5)).reshape(G * O, G * O)
 
 
 LAYER = Layer(
@@ -621,6 +632,7 @@ LAYER = Layer(
             "input_factor_expand": Rule(
                 weight_input_factor_expand,
                 ("input", "weight_shape", "output_shape", "dilation", "padding", "stride"),
+                writes=True,
                 heavy=True,
             ),
             "input_factor_reduce": Rule(
@@ -631,6 +643,7 @@ LAYER = Layer(
             "input_factor_backpack": Rule(
                 weight_input_factor_backpack,
                 ("input", "weight_shape", "output_shape", "dilation", "padding", "stride"),
+                writes=True,
                 heavy=True,
             ),
         },

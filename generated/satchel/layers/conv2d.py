@@ -14,6 +14,7 @@ from torch import Tensor
 from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
+from ..runtime.memory import Out
 from ..runtime.place_gram import place_gram
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
@@ -54,7 +55,7 @@ def weight_per_sample(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-    out: Tensor | None = None,
+    out: Out = None,
 ) -> Tensor:
     """weight_per_sample[v, n, g, o, c, kh, kw] = Σ_{h,w} factor[v, n, g, o, h, w] input[n, g, c, h stride[0] + kh
         dilation[0] − padding[0], kw dilation[1] + w stride[1] − padding[1]]
@@ -326,7 +327,7 @@ def weight_output_factor_expand(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, H, W] → [G, O, O]
     """
-    return (summed_gram(factor.flatten(4), 2)).squeeze(0)
+    return summed_gram(factor.flatten(4), 2).squeeze(0)
 
 
 @widened
@@ -335,7 +336,7 @@ def weight_output_factor_reduce(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, H, W] → [G, O, O]
     """
-    return (torch.einsum("vngo,vngO->goO", factor.sum((4, 5)), factor.sum((4, 5)))).squeeze(0)
+    return torch.einsum("vngo,vngO->goO", factor.sum((4, 5)), factor.sum((4, 5))).squeeze(0)
 
 
 @widened
@@ -344,7 +345,7 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
 
     averaged [G, O, H, W, G, O, H, W] → [G, O, O]
     """
-    return (averaged.diagonal(0, 0, 4).sum((1, 2, 4, 5)).permute(2, 0, 1)).squeeze(0)
+    return averaged.diagonal(0, 0, 4).sum((1, 2, 4, 5)).permute(2, 0, 1).squeeze(0)
 
 
 @widened
@@ -365,7 +366,7 @@ def weight_input_sum(
     *_, KH, KW = weight_shape
     *_, H, W = output_shape
     patches = windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    return (patches.sum((3, 4))).reshape(N, G, C * KH * KW)
+    return patches.sum((3, 4)).reshape(N, G, C * KH * KW)
 
 
 @widened
@@ -376,18 +377,19 @@ def weight_input_factor_expand(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
+    out: Out = None,
 ) -> Tensor:
     """weight_input_factor_expand[g, c, kh, kw, c2, kh2, kw2] = Σ_{h,n,w} input[n, g, c, h stride[0] + kh dilation[0] −
         padding[0], kw dilation[1] + w stride[1] − padding[1]] input[n, g, c2, h stride[0] + kh2 dilation[0] −
         padding[0], kw2 dilation[1] + w stride[1] − padding[1]] / (H N W)
 
-    input [N, G, C, IH, IW] → [G, C KH KW, C KH KW]
+    input [N, G, C, IH, IW] → [G, C KH KW, C KH KW]. Computed in `out` where it can be.
     """
     N, G, C, _, _ = input.shape
     *_, KH, KW = weight_shape
     *_, H, W = output_shape
     return (
-        (window_gram(input, (H, W), (KH, KW), stride, dilation, padding) / (H * N * W))
+        window_gram(input, (H, W), (KH, KW), stride, dilation, padding, over=H * N * W, out=out)
         .reshape(G, C * KH * KW, C * KH * KW)
         .squeeze(0)
     )
@@ -427,18 +429,19 @@ def weight_input_factor_backpack(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
+    out: Out = None,
 ) -> Tensor:
     """weight_input_factor_backpack[g, c, kh, kw, c2, kh2, kw2] = Σ_{h,n,w} input[n, g, c, h stride[0] + kh dilation[0]
         − padding[0], kw dilation[1] + w stride[1] − padding[1]] input[n, g, c2, h stride[0] + kh2 dilation[0] −
         padding[0], kw2 dilation[1] + w stride[1] − padding[1]] / N
 
-    input [N, G, C, IH, IW] → [G, C KH KW, C KH KW]
+    input [N, G, C, IH, IW] → [G, C KH KW, C KH KW]. Computed in `out` where it can be.
     """
     N, G, C, _, _ = input.shape
     *_, KH, KW = weight_shape
     *_, H, W = output_shape
     return (
-        (window_gram(input, (H, W), (KH, KW), stride, dilation, padding) / N)
+        window_gram(input, (H, W), (KH, KW), stride, dilation, padding, over=N, out=out)
         .reshape(G, C * KH * KW, C * KH * KW)
         .squeeze(0)
     )
@@ -525,7 +528,7 @@ def bias_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, G, O, H, W] → [V, N, 1, G O]
     """
     V, N, G, O, _, _ = factor.shape
-    return (factor.sum((4, 5))).reshape(V, N, 1, G * O)
+    return factor.sum((4, 5)).reshape(V, N, 1, G * O)
 
 
 @widened
@@ -535,7 +538,7 @@ def bias_output_factor_expand(factor: Tensor) -> Tensor:
     factor [V, N, G, O, H, W] → [G O, G O]
     """
     *_, G, O, _, _ = factor.shape
-    return (torch.einsum("vngohw,vnGOhw->goGO", factor, factor)).reshape(G * O, G * O)
+    return torch.einsum("vngohw,vnGOhw->goGO", factor, factor).reshape(G * O, G * O)
 
 
 @widened
@@ -546,7 +549,7 @@ def bias_output_factor_reduce(factor: Tensor) -> Tensor:
     factor [V, N, G, O, H, W] → [G O, G O]
     """
     *_, G, O, _, _ = factor.shape
-    return (torch.einsum("vngo,vnGO->goGO", factor.sum((4, 5)), factor.sum((4, 5)))).reshape(G * O, G * O)
+    return torch.einsum("vngo,vnGO->goGO", factor.sum((4, 5)), factor.sum((4, 5))).reshape(G * O, G * O)
 
 
 @widened
@@ -556,7 +559,7 @@ def bias_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [G, O, H, W, G, O, H, W] → [G O, G O]
     """
     G, O, _, _, _, _, _, _ = averaged.shape
-    return (averaged.sum((2, 3, 6, 7))).reshape(G * O, G * O)
+    return averaged.sum((2, 3, 6, 7)).reshape(G * O, G * O)
 
 
 LAYER = Layer(
@@ -642,6 +645,7 @@ LAYER = Layer(
             "input_factor_expand": Rule(
                 weight_input_factor_expand,
                 ("input", "weight_shape", "output_shape", "dilation", "padding", "stride"),
+                writes=True,
                 heavy=True,
             ),
             "input_factor_reduce": Rule(
@@ -652,6 +656,7 @@ LAYER = Layer(
             "input_factor_backpack": Rule(
                 weight_input_factor_backpack,
                 ("input", "weight_shape", "output_shape", "dilation", "padding", "stride"),
+                writes=True,
                 heavy=True,
             ),
         },

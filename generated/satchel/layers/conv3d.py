@@ -15,6 +15,7 @@ from torch import Tensor
 from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
+from ..runtime.memory import Out
 from ..runtime.place_gram import place_gram
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
@@ -55,7 +56,7 @@ def weight_per_sample(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
-    out: Tensor | None = None,
+    out: Out = None,
 ) -> Tensor:
     """weight_per_sample[v, n, g, o, c, kd, kh, kw] = Σ_{d,h,w} factor[v, n, g, o, d, h, w] input[n, g, c, d stride[0]
         + kd dilation[0] − padding[0], h stride[1] + kh dilation[1] − padding[1], kw dilation[2] + w stride[2] −
@@ -351,7 +352,7 @@ def weight_output_factor_expand(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, D, H, W] → [G, O, O]
     """
-    return (summed_gram(factor.flatten(4), 2)).squeeze(0)
+    return summed_gram(factor.flatten(4), 2).squeeze(0)
 
 
 @widened
@@ -361,7 +362,7 @@ def weight_output_factor_reduce(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, D, H, W] → [G, O, O]
     """
-    return (torch.einsum("vngo,vngO->goO", factor.sum((4, 5, 6)), factor.sum((4, 5, 6)))).squeeze(0)
+    return torch.einsum("vngo,vngO->goO", factor.sum((4, 5, 6)), factor.sum((4, 5, 6))).squeeze(0)
 
 
 @widened
@@ -370,7 +371,7 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
 
     averaged [G, O, D, H, W, G, O, D, H, W] → [G, O, O]
     """
-    return (averaged.diagonal(0, 0, 5).sum((1, 2, 3, 5, 6, 7)).permute(2, 0, 1)).squeeze(0)
+    return averaged.diagonal(0, 0, 5).sum((1, 2, 3, 5, 6, 7)).permute(2, 0, 1).squeeze(0)
 
 
 @widened
@@ -391,7 +392,7 @@ def weight_input_sum(
     *_, KD, KH, KW = weight_shape
     *_, D, H, W = output_shape
     patches = windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
-    return (patches.sum((3, 4, 5))).reshape(N, G, C * KD * KH * KW)
+    return patches.sum((3, 4, 5)).reshape(N, G, C * KD * KH * KW)
 
 
 @widened
@@ -402,19 +403,20 @@ def weight_input_factor_expand(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
+    out: Out = None,
 ) -> Tensor:
     """weight_input_factor_expand[g, c, kd, kh, kw, c2, kd2, kh2, kw2] = Σ_{d,h,n,w} input[n, g, c, d stride[0] + kd
         dilation[0] − padding[0], h stride[1] + kh dilation[1] − padding[1], kw dilation[2] + w stride[2] −
         padding[2]] input[n, g, c2, d stride[0] + kd2 dilation[0] − padding[0], h stride[1] + kh2 dilation[1] −
         padding[1], kw2 dilation[2] + w stride[2] − padding[2]] / (D H N W)
 
-    input [N, G, C, ID, IH, IW] → [G, C KD KH KW, C KD KH KW]
+    input [N, G, C, ID, IH, IW] → [G, C KD KH KW, C KD KH KW]. Computed in `out` where it can be.
     """
     N, G, C, _, _, _ = input.shape
     *_, KD, KH, KW = weight_shape
     *_, D, H, W = output_shape
     return (
-        (window_gram(input, (D, H, W), (KD, KH, KW), stride, dilation, padding) / (D * H * N * W))
+        window_gram(input, (D, H, W), (KD, KH, KW), stride, dilation, padding, over=D * H * N * W, out=out)
         .reshape(G, C * KD * KH * KW, C * KD * KH * KW)
         .squeeze(0)
     )
@@ -458,19 +460,20 @@ def weight_input_factor_backpack(
     dilation: tuple[int, ...],
     padding: tuple[int, ...],
     stride: tuple[int, ...],
+    out: Out = None,
 ) -> Tensor:
     """weight_input_factor_backpack[g, c, kd, kh, kw, c2, kd2, kh2, kw2] = Σ_{d,h,n,w} input[n, g, c, d stride[0] + kd
         dilation[0] − padding[0], h stride[1] + kh dilation[1] − padding[1], kw dilation[2] + w stride[2] −
         padding[2]] input[n, g, c2, d stride[0] + kd2 dilation[0] − padding[0], h stride[1] + kh2 dilation[1] −
         padding[1], kw2 dilation[2] + w stride[2] − padding[2]] / N
 
-    input [N, G, C, ID, IH, IW] → [G, C KD KH KW, C KD KH KW]
+    input [N, G, C, ID, IH, IW] → [G, C KD KH KW, C KD KH KW]. Computed in `out` where it can be.
     """
     N, G, C, _, _, _ = input.shape
     *_, KD, KH, KW = weight_shape
     *_, D, H, W = output_shape
     return (
-        (window_gram(input, (D, H, W), (KD, KH, KW), stride, dilation, padding) / N)
+        window_gram(input, (D, H, W), (KD, KH, KW), stride, dilation, padding, over=N, out=out)
         .reshape(G, C * KD * KH * KW, C * KD * KH * KW)
         .squeeze(0)
     )
@@ -557,7 +560,7 @@ def bias_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, G, O, D, H, W] → [V, N, 1, G O]
     """
     V, N, G, O, _, _, _ = factor.shape
-    return (factor.sum((4, 5, 6))).reshape(V, N, 1, G * O)
+    return factor.sum((4, 5, 6)).reshape(V, N, 1, G * O)
 
 
 @widened
@@ -568,7 +571,7 @@ def bias_output_factor_expand(factor: Tensor) -> Tensor:
     factor [V, N, G, O, D, H, W] → [G O, G O]
     """
     *_, G, O, _, _, _ = factor.shape
-    return (torch.einsum("vngodhw,vnGOdhw->goGO", factor, factor)).reshape(G * O, G * O)
+    return torch.einsum("vngodhw,vnGOdhw->goGO", factor, factor).reshape(G * O, G * O)
 
 
 @widened
@@ -579,7 +582,7 @@ def bias_output_factor_reduce(factor: Tensor) -> Tensor:
     factor [V, N, G, O, D, H, W] → [G O, G O]
     """
     *_, G, O, _, _, _ = factor.shape
-    return (torch.einsum("vngo,vnGO->goGO", factor.sum((4, 5, 6)), factor.sum((4, 5, 6)))).reshape(G * O, G * O)
+    return torch.einsum("vngo,vnGO->goGO", factor.sum((4, 5, 6)), factor.sum((4, 5, 6))).reshape(G * O, G * O)
 
 
 @widened
@@ -589,7 +592,7 @@ def bias_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [G, O, D, H, W, G, O, D, H, W] → [G O, G O]
     """
     G, O, _, _, _, _, _, _, _, _ = averaged.shape
-    return (averaged.sum((2, 3, 4, 7, 8, 9))).reshape(G * O, G * O)
+    return averaged.sum((2, 3, 4, 7, 8, 9)).reshape(G * O, G * O)
 
 
 LAYER = Layer(
@@ -675,6 +678,7 @@ LAYER = Layer(
             "input_factor_expand": Rule(
                 weight_input_factor_expand,
                 ("input", "weight_shape", "output_shape", "dilation", "padding", "stride"),
+                writes=True,
                 heavy=True,
             ),
             "input_factor_reduce": Rule(
@@ -685,6 +689,7 @@ LAYER = Layer(
             "input_factor_backpack": Rule(
                 weight_input_factor_backpack,
                 ("input", "weight_shape", "output_shape", "dilation", "padding", "stride"),
+                writes=True,
                 heavy=True,
             ),
         },

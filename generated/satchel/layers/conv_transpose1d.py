@@ -316,7 +316,7 @@ def weight_output_factor_expand(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, W] → [G, O, O]
     """
-    return (summed_gram(factor, 2)).squeeze(0)
+    return summed_gram(factor, 2).squeeze(0)
 
 
 @widened
@@ -325,7 +325,7 @@ def weight_output_factor_reduce(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, W] → [G, O, O]
     """
-    return (torch.einsum("vngo,vngO->goO", factor.sum(4), factor.sum(4))).squeeze(0)
+    return torch.einsum("vngo,vngO->goO", factor.sum(4), factor.sum(4)).squeeze(0)
 
 
 @widened
@@ -334,7 +334,7 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
 
     averaged [G, O, W, G, O, W] → [G, O, O]
     """
-    return (averaged.diagonal(0, 0, 3).sum((1, 3)).permute(2, 0, 1)).squeeze(0)
+    return averaged.diagonal(0, 0, 3).sum((1, 3)).permute(2, 0, 1).squeeze(0)
 
 
 @widened
@@ -354,7 +354,7 @@ def weight_input_sum(
     KW = weight_shape[3]
     W = output_shape[3]
     patches = transposed_windows(input, (W,), (KW,), stride, dilation, padding)
-    return (patches.sum(3)).reshape(N, G, C * KW)
+    return patches.sum(3).reshape(N, G, C * KW)
 
 
 @widened
@@ -505,7 +505,7 @@ def bias_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, G, O, W] → [V, N, 1, G O]
     """
     V, N, G, O, _ = factor.shape
-    return (factor.sum(4)).reshape(V, N, 1, G * O)
+    return factor.sum(4).reshape(V, N, 1, G * O)
 
 
 @widened
@@ -515,7 +515,7 @@ def bias_output_factor_expand(factor: Tensor) -> Tensor:
     factor [V, N, G, O, W] → [G O, G O]
     """
     *_, G, O, _ = factor.shape
-    return (torch.einsum("vngow,vnGOw->goGO", factor, factor)).reshape(G * O, G * O)
+    return torch.einsum("vngow,vnGOw->goGO", factor, factor).reshape(G * O, G * O)
 
 
 @widened
@@ -525,7 +525,7 @@ def bias_output_factor_reduce(factor: Tensor) -> Tensor:
     factor [V, N, G, O, W] → [G O, G O]
     """
     *_, G, O, _ = factor.shape
-    return (torch.einsum("vngo,vnGO->goGO", factor.sum(4), factor.sum(4))).reshape(G * O, G * O)
+    return torch.einsum("vngo,vnGO->goGO", factor.sum(4), factor.sum(4)).reshape(G * O, G * O)
 
 
 @widened
@@ -535,7 +535,7 @@ def bias_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [G, O, W, G, O, W] → [G O, G O]
     """
     G, O, _, _, _, _ = averaged.shape
-    return (averaged.sum((2, 5))).reshape(G * O, G * O)
+    return averaged.sum((2, 5)).reshape(G * O, G * O)
 
 
 LAYER = Layer(

@@ -320,7 +320,7 @@ def weight_output_factor_expand(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, H, W] → [G, O, O]
     """
-    return (summed_gram(factor.flatten(4), 2)).squeeze(0)
+    return summed_gram(factor.flatten(4), 2).squeeze(0)
 
 
 @widened
@@ -329,7 +329,7 @@ def weight_output_factor_reduce(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, H, W] → [G, O, O]
     """
-    return (torch.einsum("vngo,vngO->goO", factor.sum((4, 5)), factor.sum((4, 5)))).squeeze(0)
+    return torch.einsum("vngo,vngO->goO", factor.sum((4, 5)), factor.sum((4, 5))).squeeze(0)
 
 
 @widened
@@ -338,7 +338,7 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
 
     averaged [G, O, H, W, G, O, H, W] → [G, O, O]
     """
-    return (averaged.diagonal(0, 0, 4).sum((1, 2, 4, 5)).permute(2, 0, 1)).squeeze(0)
+    return averaged.diagonal(0, 0, 4).sum((1, 2, 4, 5)).permute(2, 0, 1).squeeze(0)
 
 
 @widened
@@ -359,7 +359,7 @@ def weight_input_sum(
     *_, KH, KW = weight_shape
     *_, H, W = output_shape
     patches = transposed_windows(input, (H, W), (KH, KW), stride, dilation, padding)
-    return (patches.sum((3, 4))).reshape(N, G, C * KH * KW)
+    return patches.sum((3, 4)).reshape(N, G, C * KH * KW)
 
 
 @widened
@@ -519,7 +519,7 @@ def bias_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, G, O, H, W] → [V, N, 1, G O]
     """
     V, N, G, O, _, _ = factor.shape
-    return (factor.sum((4, 5))).reshape(V, N, 1, G * O)
+    return factor.sum((4, 5)).reshape(V, N, 1, G * O)
 
 
 @widened
@@ -529,7 +529,7 @@ def bias_output_factor_expand(factor: Tensor) -> Tensor:
     factor [V, N, G, O, H, W] → [G O, G O]
     """
     *_, G, O, _, _ = factor.shape
-    return (torch.einsum("vngohw,vnGOhw->goGO", factor, factor)).reshape(G * O, G * O)
+    return torch.einsum("vngohw,vnGOhw->goGO", factor, factor).reshape(G * O, G * O)
 
 
 @widened
@@ -540,7 +540,7 @@ def bias_output_factor_reduce(factor: Tensor) -> Tensor:
     factor [V, N, G, O, H, W] → [G O, G O]
     """
     *_, G, O, _, _ = factor.shape
-    return (torch.einsum("vngo,vnGO->goGO", factor.sum((4, 5)), factor.sum((4, 5)))).reshape(G * O, G * O)
+    return torch.einsum("vngo,vnGO->goGO", factor.sum((4, 5)), factor.sum((4, 5))).reshape(G * O, G * O)
 
 
 @widened
@@ -550,7 +550,7 @@ def bias_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [G, O, H, W, G, O, H, W] → [G O, G O]
     """
     G, O, _, _, _, _, _, _ = averaged.shape
-    return (averaged.sum((2, 3, 6, 7))).reshape(G * O, G * O)
+    return averaged.sum((2, 3, 6, 7)).reshape(G * O, G * O)
 
 
 LAYER = Layer(

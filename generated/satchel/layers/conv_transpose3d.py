@@ -348,7 +348,7 @@ def weight_output_factor_expand(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, D, H, W] → [G, O, O]
     """
-    return (summed_gram(factor.flatten(4), 2)).squeeze(0)
+    return summed_gram(factor.flatten(4), 2).squeeze(0)
 
 
 @widened
@@ -358,7 +358,7 @@ def weight_output_factor_reduce(factor: Tensor) -> Tensor:
 
     factor [V, N, G, O, D, H, W] → [G, O, O]
     """
-    return (torch.einsum("vngo,vngO->goO", factor.sum((4, 5, 6)), factor.sum((4, 5, 6)))).squeeze(0)
+    return torch.einsum("vngo,vngO->goO", factor.sum((4, 5, 6)), factor.sum((4, 5, 6))).squeeze(0)
 
 
 @widened
@@ -367,7 +367,7 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
 
     averaged [G, O, D, H, W, G, O, D, H, W] → [G, O, O]
     """
-    return (averaged.diagonal(0, 0, 5).sum((1, 2, 3, 5, 6, 7)).permute(2, 0, 1)).squeeze(0)
+    return averaged.diagonal(0, 0, 5).sum((1, 2, 3, 5, 6, 7)).permute(2, 0, 1).squeeze(0)
 
 
 @widened
@@ -388,7 +388,7 @@ def weight_input_sum(
     *_, KD, KH, KW = weight_shape
     *_, D, H, W = output_shape
     patches = transposed_windows(input, (D, H, W), (KD, KH, KW), stride, dilation, padding)
-    return (patches.sum((3, 4, 5))).reshape(N, G, C * KD * KH * KW)
+    return patches.sum((3, 4, 5)).reshape(N, G, C * KD * KH * KW)
 
 
 @widened
@@ -557,7 +557,7 @@ def bias_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, G, O, D, H, W] → [V, N, 1, G O]
     """
     V, N, G, O, _, _, _ = factor.shape
-    return (factor.sum((4, 5, 6))).reshape(V, N, 1, G * O)
+    return factor.sum((4, 5, 6)).reshape(V, N, 1, G * O)
 
 
 @widened
@@ -568,7 +568,7 @@ def bias_output_factor_expand(factor: Tensor) -> Tensor:
     factor [V, N, G, O, D, H, W] → [G O, G O]
     """
     *_, G, O, _, _, _ = factor.shape
-    return (torch.einsum("vngodhw,vnGOdhw->goGO", factor, factor)).reshape(G * O, G * O)
+    return torch.einsum("vngodhw,vnGOdhw->goGO", factor, factor).reshape(G * O, G * O)
 
 
 @widened
@@ -579,7 +579,7 @@ def bias_output_factor_reduce(factor: Tensor) -> Tensor:
     factor [V, N, G, O, D, H, W] → [G O, G O]
     """
     *_, G, O, _, _, _ = factor.shape
-    return (torch.einsum("vngo,vnGO->goGO", factor.sum((4, 5, 6)), factor.sum((4, 5, 6)))).reshape(G * O, G * O)
+    return torch.einsum("vngo,vnGO->goGO", factor.sum((4, 5, 6)), factor.sum((4, 5, 6))).reshape(G * O, G * O)
 
 
 @widened
@@ -589,7 +589,7 @@ def bias_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [G, O, D, H, W, G, O, D, H, W] → [G O, G O]
     """
     G, O, _, _, _, _, _, _, _, _ = averaged.shape
-    return (averaged.sum((2, 3, 4, 7, 8, 9))).reshape(G * O, G * O)
+    return averaged.sum((2, 3, 4, 7, 8, 9)).reshape(G * O, G * O)
 
 
 LAYER = Layer(

@@ -16,6 +16,7 @@ from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.matmul import matmul
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 from ..runtime.sums import squared_norms, summed, summed_squares
@@ -321,26 +322,26 @@ def weight_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, R, D] → [V, N, 1, D]
     """
     V, N, _, D = factor.shape
-    return (summed(factor, 2)).reshape(V, N, 1, D)
+    return summed(factor, 2).reshape(V, N, 1, D)
 
 
 @widened
-def weight_output_factor_expand(factor: Tensor) -> Tensor:
+def weight_output_factor_expand(factor: Tensor, out: Out = None) -> Tensor:
     """weight_output_factor_expand[d, d2] = Σ_{n,r,v} factor[v, n, r, d2] factor[v, n, r, d]
 
-    factor [V, N, R, D] → [D, D]
+    factor [V, N, R, D] → [D, D]. Computed in `out` where it can be.
     """
-    return gram(factor.flatten(0, 2))
+    return gram(factor.flatten(0, 2), out=out)
 
 
 @widened
-def weight_output_factor_reduce(factor: Tensor) -> Tensor:
+def weight_output_factor_reduce(factor: Tensor, out: Out = None) -> Tensor:
     """weight_output_factor_reduce[d, d2] = Σ_{n,r,r2,v} factor[v, n, r, d] factor[v, n, r2, d2]
 
-    factor [V, N, R, D] → [D, D]
+    factor [V, N, R, D] → [D, D]. Computed in `out` where it can be.
     """
     total = summed(factor, 2)
-    return gram(total.flatten(0, 1))
+    return gram(total.flatten(0, 1), out=out)
 
 
 @widened
@@ -462,8 +463,8 @@ LAYER = Layer(
                 weight_squared_deviations, ("input", "weight", "padding_idx"), lead=0, heavy=True
             ),
             "output_sum": Rule(weight_output_sum, ()),
-            "output_factor_expand": Rule(weight_output_factor_expand, (), heavy=True),
-            "output_factor_reduce": Rule(weight_output_factor_reduce, (), heavy=True),
+            "output_factor_expand": Rule(weight_output_factor_expand, (), writes=True, heavy=True),
+            "output_factor_reduce": Rule(weight_output_factor_reduce, (), writes=True, heavy=True),
             "averaged_factor": Rule(weight_averaged_factor, ()),
             "input_sum": Rule(weight_input_sum, ("input", "weight", "padding_idx"), heavy=True),
             "input_factor_expand": Rule(weight_input_factor_expand, ("input", "weight", "padding_idx"), heavy=True),

@@ -16,6 +16,7 @@ from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.matmul import matmul
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 from ..runtime.sums import squared_norms, summed_squares
@@ -173,13 +174,13 @@ def weight_squared_norm(factor: Tensor, input: Tensor, weight: Tensor) -> tuple[
     )
 
 
-def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, weight: Tensor, out: Out = None) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
     values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
     total = summed_squares(factor, 1)
-    return matmul(values.T, total)
+    return matmul(values.T, total, out=out)
 
 
 @cheapest
@@ -199,6 +200,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor) -> tupl
             scratch=N - N * R + 2 * D * N + 2 * K * N + 2 * D * N * V,
             calls=4,
             valid=R == 1,
+            writes=True,
         ),
         Program(
             Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], (K, D)),
@@ -211,13 +213,15 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor, weight: Tensor) -> tupl
     )
 
 
-def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+def weight_signed_sum_of_squares_separated(
+    factor: Tensor, sign: Tensor, input: Tensor, weight: Tensor, out: Out = None
+) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
     values = (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()
     product = torch.einsum("vnd,vn->nd", factor.square(), sign)
-    return matmul(values.T, product)
+    return matmul(values.T, product, out=out)
 
 
 @cheapest
@@ -237,6 +241,7 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor, we
             scratch=N - N * R + 2 * D * N + 2 * K * N + 2 * D * N * V,
             calls=4,
             valid=R == 1,
+            writes=True,
         ),
         Program(
             Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], (K, D)),
@@ -317,16 +322,16 @@ def weight_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, D] → [V, N, 1, D]
     """
     V, N, D = factor.shape
-    return (factor).reshape(V, N, 1, D)
+    return factor.reshape(V, N, 1, D)
 
 
 @widened
-def weight_output_factor_expand(factor: Tensor) -> Tensor:
+def weight_output_factor_expand(factor: Tensor, out: Out = None) -> Tensor:
     """weight_output_factor_expand[d, d2] = Σ_{n,v} factor[v, n, d2] factor[v, n, d]
 
-    factor [V, N, D] → [D, D]
+    factor [V, N, D] → [D, D]. Computed in `out` where it can be.
     """
-    return gram(factor.flatten(0, 1))
+    return gram(factor.flatten(0, 1), out=out)
 
 
 @widened
@@ -347,20 +352,20 @@ def weight_input_sum(input: Tensor, weight: Tensor) -> Tensor:
     N = input.shape[0]
     K = weight.shape[0]
     classes = torch.arange(K, device=weight.device)
-    return ((input[:, :, None] == classes).to(weight.dtype).sum(1)).reshape(N, 1, K)
+    return (input[:, :, None] == classes).to(weight.dtype).sum(1).reshape(N, 1, K)
 
 
 @widened
-def weight_input_factor_expand(input: Tensor, weight: Tensor) -> Tensor:
+def weight_input_factor_expand(input: Tensor, weight: Tensor, out: Out = None) -> Tensor:
     """weight_input_factor_expand[k, k2] = Σ_{n,r,r2} [k = input[n, r]] [k2 = input[n, r2]] / N
 
-    input [N, R], weight [K, D] → [K, K]
+    input [N, R], weight [K, D] → [K, K]. Computed in `out` where it can be.
     """
     N = input.shape[0]
     K = weight.shape[0]
     classes = torch.arange(K, device=weight.device)
     total = (input[:, :, None] == classes).to(weight.dtype).sum(1)
-    return gram(total, N)
+    return gram(total, over=N, out=out)
 
 
 LAYER = Layer(
@@ -392,13 +397,13 @@ LAYER = Layer(
             "diagonal_sum": Rule(weight_diagonal_sum, ("input", "weight"), lead=0, heavy=True),
             "squared_deviations": Rule(weight_squared_deviations, ("input", "weight"), lead=0, heavy=True),
             "output_sum": Rule(weight_output_sum, ()),
-            "output_factor_expand": Rule(weight_output_factor_expand, (), heavy=True),
-            "output_factor_reduce": Rule(weight_output_factor_expand, (), heavy=True),
+            "output_factor_expand": Rule(weight_output_factor_expand, (), writes=True, heavy=True),
+            "output_factor_reduce": Rule(weight_output_factor_expand, (), writes=True, heavy=True),
             "averaged_factor": Rule(weight_averaged_factor, ()),
             "input_sum": Rule(weight_input_sum, ("input", "weight"), heavy=True),
-            "input_factor_expand": Rule(weight_input_factor_expand, ("input", "weight"), heavy=True),
-            "input_factor_reduce": Rule(weight_input_factor_expand, ("input", "weight"), heavy=True),
-            "input_factor_backpack": Rule(weight_input_factor_expand, ("input", "weight"), heavy=True),
+            "input_factor_expand": Rule(weight_input_factor_expand, ("input", "weight"), writes=True, heavy=True),
+            "input_factor_reduce": Rule(weight_input_factor_expand, ("input", "weight"), writes=True, heavy=True),
+            "input_factor_backpack": Rule(weight_input_factor_expand, ("input", "weight"), writes=True, heavy=True),
         },
     },
     when={"mode": "sum"},

@@ -220,12 +220,10 @@ def weight_block(factor: Tensor, input: Tensor, eps: float) -> Tensor:
     """
     *_, G, C, _ = factor.shape
     normalised = normalised_from(input, eps)
-    return (
-        torch.einsum(
-            "ngcv,nGCv->gcGC",
-            torch.einsum("ngcs,vngcs->ngcv", normalised, factor),
-            torch.einsum("nGCS,vnGCS->nGCv", normalised, factor),
-        )
+    return torch.einsum(
+        "ngcv,nGCv->gcGC",
+        torch.einsum("ngcs,vngcs->ngcv", normalised, factor),
+        torch.einsum("nGCS,vnGCS->nGCv", normalised, factor),
     ).reshape(C * G, C * G)
 
 
@@ -319,7 +317,7 @@ def bias_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, G, C, S] → [V, N, 1, G C]
     """
     V, N, G, C, _ = factor.shape
-    return (summed(factor, 4)).reshape(V, N, 1, C * G)
+    return summed(factor, 4).reshape(V, N, 1, C * G)
 
 
 @widened
@@ -329,7 +327,7 @@ def bias_output_factor_expand(factor: Tensor) -> Tensor:
     factor [V, N, G, C, S] → [G C, G C]
     """
     *_, G, C, _ = factor.shape
-    return (torch.einsum("vngcs,vnGCs->gcGC", factor, factor)).reshape(C * G, C * G)
+    return torch.einsum("vngcs,vnGCs->gcGC", factor, factor).reshape(C * G, C * G)
 
 
 @widened
@@ -339,7 +337,7 @@ def bias_output_factor_reduce(factor: Tensor) -> Tensor:
     factor [V, N, G, C, S] → [G C, G C]
     """
     *_, G, C, _ = factor.shape
-    return (torch.einsum("vngc,vnGC->gcGC", summed(factor, 4), summed(factor, 4))).reshape(C * G, C * G)
+    return torch.einsum("vngc,vnGC->gcGC", summed(factor, 4), summed(factor, 4)).reshape(C * G, C * G)
 
 
 @widened
@@ -349,7 +347,7 @@ def bias_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [G, C, S, G, C, S] → [G C, G C]
     """
     G, C, _, _, _, _ = averaged.shape
-    return (averaged.sum((2, 5))).reshape(C * G, C * G)
+    return averaged.sum((2, 5)).reshape(C * G, C * G)
 
 
 LAYER = Layer(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 from ..runtime.sums import squared_norms, standardised, summed, summed_products, summed_squares
@@ -316,7 +317,7 @@ def bias_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, C, S] → [V, N, 1, C]
     """
     V, N, C, _ = factor.shape
-    return (summed(factor, 3)).reshape(V, N, 1, C)
+    return summed(factor, 3).reshape(V, N, 1, C)
 
 
 @widened
@@ -329,13 +330,13 @@ def bias_output_factor_expand(factor: Tensor) -> Tensor:
 
 
 @widened
-def bias_output_factor_reduce(factor: Tensor) -> Tensor:
+def bias_output_factor_reduce(factor: Tensor, out: Out = None) -> Tensor:
     """bias_output_factor_reduce[c, c2] = Σ_{n,s,s2,v} factor[v, n, c, s] factor[v, n, c2, s2]
 
-    factor [V, N, C, S] → [C, C]
+    factor [V, N, C, S] → [C, C]. Computed in `out` where it can be.
     """
     total = summed(factor, 3)
-    return gram(total.flatten(0, 1))
+    return gram(total.flatten(0, 1), out=out)
 
 
 @widened
@@ -398,7 +399,7 @@ LAYER = Layer(
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
             "output_sum": Rule(bias_output_sum, ()),
             "output_factor_expand": Rule(bias_output_factor_expand, (), heavy=True),
-            "output_factor_reduce": Rule(bias_output_factor_reduce, (), heavy=True),
+            "output_factor_reduce": Rule(bias_output_factor_reduce, (), writes=True, heavy=True),
             "averaged_factor": Rule(bias_averaged_factor, ()),
         },
     },

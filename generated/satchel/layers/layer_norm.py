@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 from ..runtime.sums import squared_norms, standardised, summed, summed_products, summed_squares
@@ -316,26 +317,26 @@ def bias_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, R, J] → [V, N, 1, J]
     """
     V, N, _, J = factor.shape
-    return (summed(factor, 2)).reshape(V, N, 1, J)
+    return summed(factor, 2).reshape(V, N, 1, J)
 
 
 @widened
-def bias_output_factor_expand(factor: Tensor) -> Tensor:
+def bias_output_factor_expand(factor: Tensor, out: Out = None) -> Tensor:
     """bias_output_factor_expand[j, j2] = Σ_{n,r,v} factor[v, n, r, j2] factor[v, n, r, j]
 
-    factor [V, N, R, J] → [J, J]
+    factor [V, N, R, J] → [J, J]. Computed in `out` where it can be.
     """
-    return gram(factor.flatten(0, 2))
+    return gram(factor.flatten(0, 2), out=out)
 
 
 @widened
-def bias_output_factor_reduce(factor: Tensor) -> Tensor:
+def bias_output_factor_reduce(factor: Tensor, out: Out = None) -> Tensor:
     """bias_output_factor_reduce[j, j2] = Σ_{n,r,r2,v} factor[v, n, r, j] factor[v, n, r2, j2]
 
-    factor [V, N, R, J] → [J, J]
+    factor [V, N, R, J] → [J, J]. Computed in `out` where it can be.
     """
     total = summed(factor, 2)
-    return gram(total.flatten(0, 1))
+    return gram(total.flatten(0, 1), out=out)
 
 
 @widened
@@ -397,8 +398,8 @@ LAYER = Layer(
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
             "output_sum": Rule(bias_output_sum, ()),
-            "output_factor_expand": Rule(bias_output_factor_expand, (), heavy=True),
-            "output_factor_reduce": Rule(bias_output_factor_reduce, (), heavy=True),
+            "output_factor_expand": Rule(bias_output_factor_expand, (), writes=True, heavy=True),
+            "output_factor_reduce": Rule(bias_output_factor_reduce, (), writes=True, heavy=True),
             "averaged_factor": Rule(bias_averaged_factor, ()),
         },
     },

@@ -16,6 +16,7 @@ from ..extensions.reductions import REDUCTIONS
 from ..runtime.blocks import Blockwise
 from ..runtime.cost import Program, block_count, cheapest
 from ..runtime.matmul import matmul
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, NodeCall, Rule
 from ..runtime.sums import squared_norms, summed, summed_squares
@@ -59,7 +60,7 @@ def sandwich(averaged: Tensor, weight: Tensor) -> Tensor:
 
 
 @widened
-def weight_per_sample(factor: Tensor, input: Tensor, out: Tensor | None = None) -> Tensor:
+def weight_per_sample(factor: Tensor, input: Tensor, out: Out = None) -> Tensor:
     """weight_per_sample[v, n, o, i] = Σ_{r} factor[v, n, r, o] input[n, r, i]
 
     factor [V, N, R, O], input [N, R, I] → [V, N, O, I]. Computed in `out` where it can be.
@@ -136,12 +137,12 @@ def weight_signed_sample_squares(factor: Tensor, sign: Tensor, input: Tensor) ->
 
 
 @widened
-def weight_sample_diagonal(curvature: Tensor, input: Tensor) -> Tensor:
+def weight_sample_diagonal(curvature: Tensor, input: Tensor, out: Out = None) -> Tensor:
     """weight_sample_diagonal[n, o, i] = Σ_{r} curvature[n, r, o] input[n, r, i]²
 
-    curvature [N, R, O], input [N, R, I] → [N, O, I]
+    curvature [N, R, O], input [N, R, I] → [N, O, I]. Computed in `out` where it can be.
     """
-    return matmul(curvature.transpose(-2, -1), input.square())
+    return matmul(curvature.transpose(-2, -1), input.square(), out=out)
 
 
 def weight_squared_norm_separated(factor: Tensor, input: Tensor) -> Tensor:
@@ -190,11 +191,11 @@ def weight_squared_norm(factor: Tensor, input: Tensor) -> tuple[Program, ...]:
     )
 
 
-def weight_sum_of_squares_separated(factor: Tensor, input: Tensor) -> Tensor:
+def weight_sum_of_squares_separated(factor: Tensor, input: Tensor, out: Out = None) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
     total = summed_squares(factor.squeeze(2), 1)
     values = input.squeeze(1).square()
-    return matmul(total.T, values)
+    return matmul(total.T, values, out=out)
 
 
 @cheapest
@@ -213,6 +214,7 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor) -> tuple[Program, ...]:
             scratch=2 * N * O + 3 * I * N - I * N * R + 3 * N * O * V - N * O * R * V,
             calls=4,
             valid=R == 1,
+            writes=True,
         ),
         Program(
             Blockwise(weight_per_sample, REDUCTIONS["sum_of_squares"], (O, I), writes=True),
@@ -225,11 +227,11 @@ def weight_sum_of_squares(factor: Tensor, input: Tensor) -> tuple[Program, ...]:
     )
 
 
-def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: Tensor) -> Tensor:
+def weight_signed_sum_of_squares_separated(factor: Tensor, sign: Tensor, input: Tensor, out: Out = None) -> Tensor:
     """Of one summand, the square of a product is a product of squares."""
     product = torch.einsum("vno,vn->no", factor.squeeze(2).square(), sign)
     values = input.squeeze(1).square()
-    return matmul(product.T, values)
+    return matmul(product.T, values, out=out)
 
 
 @cheapest
@@ -248,6 +250,7 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor) ->
             scratch=2 * N * O + 3 * I * N - I * N * R + 3 * N * O * V - N * O * R * V,
             calls=4,
             valid=R == 1,
+            writes=True,
         ),
         Program(
             Blockwise(weight_per_sample, REDUCTIONS["signed_sum_of_squares"], (O, I), writes=True),
@@ -261,13 +264,13 @@ def weight_signed_sum_of_squares(factor: Tensor, sign: Tensor, input: Tensor) ->
 
 
 @widened
-def weight_diagonal_sum(curvature: Tensor, input: Tensor) -> Tensor:
+def weight_diagonal_sum(curvature: Tensor, input: Tensor, out: Out = None) -> Tensor:
     """weight_diagonal_sum[o, i] = Σ_{n,r} curvature[n, r, o] input[n, r, i]²
 
-    curvature [N, R, O], input [N, R, I] → [O, I]
+    curvature [N, R, O], input [N, R, I] → [O, I]. Computed in `out` where it can be.
     """
     values = input.square()
-    return matmul(curvature.flatten(0, 1).T, values.flatten(0, 1))
+    return matmul(curvature.flatten(0, 1).T, values.flatten(0, 1), out=out)
 
 
 def weight_squared_deviations_centred(factor: Tensor, input: Tensor) -> Tensor:
@@ -322,26 +325,26 @@ def weight_output_sum(factor: Tensor) -> Tensor:
     factor [V, N, R, O] → [V, N, 1, O]
     """
     V, N, _, O = factor.shape
-    return (summed(factor, 2)).reshape(V, N, 1, O)
+    return summed(factor, 2).reshape(V, N, 1, O)
 
 
 @widened
-def weight_output_factor_expand(factor: Tensor) -> Tensor:
+def weight_output_factor_expand(factor: Tensor, out: Out = None) -> Tensor:
     """weight_output_factor_expand[o, o2] = Σ_{n,r,v} factor[v, n, r, o2] factor[v, n, r, o]
 
-    factor [V, N, R, O] → [O, O]
+    factor [V, N, R, O] → [O, O]. Computed in `out` where it can be.
     """
-    return gram(factor.flatten(0, 2))
+    return gram(factor.flatten(0, 2), out=out)
 
 
 @widened
-def weight_output_factor_reduce(factor: Tensor) -> Tensor:
+def weight_output_factor_reduce(factor: Tensor, out: Out = None) -> Tensor:
     """weight_output_factor_reduce[o, o2] = Σ_{n,r,r2,v} factor[v, n, r, o] factor[v, n, r2, o2]
 
-    factor [V, N, R, O] → [O, O]
+    factor [V, N, R, O] → [O, O]. Computed in `out` where it can be.
     """
     total = summed(factor, 2)
-    return gram(total.flatten(0, 1))
+    return gram(total.flatten(0, 1), out=out)
 
 
 @widened
@@ -360,38 +363,38 @@ def weight_input_sum(input: Tensor) -> Tensor:
     input [N, R, I] → [N, 1, I]
     """
     N, _, I = input.shape
-    return (summed(input, 1)).reshape(N, 1, I)
+    return summed(input, 1).reshape(N, 1, I)
 
 
 @widened
-def weight_input_factor_expand(input: Tensor) -> Tensor:
+def weight_input_factor_expand(input: Tensor, out: Out = None) -> Tensor:
     """weight_input_factor_expand[i, i2] = Σ_{n,r} input[n, r, i2] input[n, r, i] / (N R)
 
-    input [N, R, I] → [I, I]
+    input [N, R, I] → [I, I]. Computed in `out` where it can be.
     """
     N, R, _ = input.shape
-    return gram(input.flatten(0, 1), N * R)
+    return gram(input.flatten(0, 1), over=N * R, out=out)
 
 
 @widened
-def weight_input_factor_reduce(input: Tensor) -> Tensor:
+def weight_input_factor_reduce(input: Tensor, out: Out = None) -> Tensor:
     """weight_input_factor_reduce[i, i2] = Σ_{n,r,r2} input[n, r, i] input[n, r2, i2] / (N (R)²)
 
-    input [N, R, I] → [I, I]
+    input [N, R, I] → [I, I]. Computed in `out` where it can be.
     """
     N, R, _ = input.shape
     total = summed(input, 1)
-    return gram(total, N * R**2)
+    return gram(total, over=N * R**2, out=out)
 
 
 @widened
-def weight_input_factor_backpack(input: Tensor) -> Tensor:
+def weight_input_factor_backpack(input: Tensor, out: Out = None) -> Tensor:
     """weight_input_factor_backpack[i, i2] = Σ_{n,r} input[n, r, i2] input[n, r, i] / N
 
-    input [N, R, I] → [I, I]
+    input [N, R, I] → [I, I]. Computed in `out` where it can be.
     """
     N = input.shape[0]
-    return gram(input.flatten(0, 1), N)
+    return gram(input.flatten(0, 1), over=N, out=out)
 
 
 @widened
@@ -504,7 +507,7 @@ LAYER = Layer(
                 weight_signed_sample_squares, ("input",), kernel="weight_signed_sample_squares", lead=1, heavy=True
             ),
             "sample_diagonal": Rule(
-                weight_sample_diagonal, ("input",), kernel="weight_sample_diagonal", lead=1, heavy=True
+                weight_sample_diagonal, ("input",), kernel="weight_sample_diagonal", lead=1, writes=True, heavy=True
             ),
             "squared_norm": Rule(weight_squared_norm, ("input",), kernel="weight_squared_norm", heavy=True),
             "sum_of_squares": Rule(
@@ -513,16 +516,18 @@ LAYER = Layer(
             "signed_sum_of_squares": Rule(
                 weight_signed_sum_of_squares, ("input",), kernel="weight_signed_sum_of_squares", lead=0, heavy=True
             ),
-            "diagonal_sum": Rule(weight_diagonal_sum, ("input",), kernel="weight_diagonal_sum", lead=0, heavy=True),
+            "diagonal_sum": Rule(
+                weight_diagonal_sum, ("input",), kernel="weight_diagonal_sum", lead=0, writes=True, heavy=True
+            ),
             "squared_deviations": Rule(weight_squared_deviations, ("input",), lead=0, heavy=True),
             "output_sum": Rule(weight_output_sum, ()),
-            "output_factor_expand": Rule(weight_output_factor_expand, (), heavy=True),
-            "output_factor_reduce": Rule(weight_output_factor_reduce, (), heavy=True),
+            "output_factor_expand": Rule(weight_output_factor_expand, (), writes=True, heavy=True),
+            "output_factor_reduce": Rule(weight_output_factor_reduce, (), writes=True, heavy=True),
             "averaged_factor": Rule(weight_averaged_factor, ()),
             "input_sum": Rule(weight_input_sum, ("input",)),
-            "input_factor_expand": Rule(weight_input_factor_expand, ("input",), heavy=True),
-            "input_factor_reduce": Rule(weight_input_factor_reduce, ("input",), heavy=True),
-            "input_factor_backpack": Rule(weight_input_factor_backpack, ("input",), heavy=True),
+            "input_factor_expand": Rule(weight_input_factor_expand, ("input",), writes=True, heavy=True),
+            "input_factor_reduce": Rule(weight_input_factor_reduce, ("input",), writes=True, heavy=True),
+            "input_factor_backpack": Rule(weight_input_factor_backpack, ("input",), writes=True, heavy=True),
         },
         "bias": {
             "per_sample": Rule(bias_per_sample, (), lead=2),
@@ -535,8 +540,8 @@ LAYER = Layer(
             "diagonal_sum": Rule(bias_diagonal_sum, (), lead=0),
             "squared_deviations": Rule(bias_squared_deviations, (), lead=0),
             "output_sum": Rule(weight_output_sum, ()),
-            "output_factor_expand": Rule(weight_output_factor_expand, (), heavy=True),
-            "output_factor_reduce": Rule(weight_output_factor_reduce, (), heavy=True),
+            "output_factor_expand": Rule(weight_output_factor_expand, (), writes=True, heavy=True),
+            "output_factor_reduce": Rule(weight_output_factor_reduce, (), writes=True, heavy=True),
             "averaged_factor": Rule(weight_averaged_factor, ()),
         },
     },

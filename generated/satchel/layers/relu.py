@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ..runtime.masks import above
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
 from ..runtime.symmetric import gram
 
 
 @widened
-def vjp(factor: Tensor, output: Tensor, out: Tensor | None = None) -> Tensor:
+def vjp(factor: Tensor, output: Tensor, out: Out = None) -> Tensor:
     """vjp[v, n, j] = (1 if output[n, j] > 0, else 0) factor[v, n, j]
 
     factor [V, N, J], output [N, J] → [V, N, J]. Computed in `out` where it can be.

@@ -105,7 +105,7 @@ def in_blocks(
         taken |= {second: registry().reductions[second], SUM: SUMMED}
     found, kept = several(taken, keep=keep, writes=writes)
     for name, second in seconds.items():
-        value = moments.difference(found[second], found[SUM], factor.shape[1])
+        value = moments.difference(found[second], found[SUM], factor.shape[1], spent=second not in reductions)
         found[name] = several({name: reductions[name]})[0][name] if value is None else value
     return {name: found[name] for name in reductions}, kept
 

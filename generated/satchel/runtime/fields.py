@@ -10,6 +10,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from .memory import Room
+
 
 class Owner:
     """Hands out the fields of a pass, each with memory of its own."""
@@ -23,22 +25,27 @@ class Owner:
         A value that lies further into the memory of one of these is smaller than that memory, and copied for that.
         """
         if isinstance(value, list):
-            owned = [self._own(tensor, lent) for tensor in value]
+            owned = [self._own(tensor, parameter, lent) for tensor in value]
             setattr(parameter, field, owned)
             return owned
-        own = self._own(value, lent)
+        own = self._own(value, parameter, lent)
         setattr(parameter, field, own)
         return [own]
 
-    def _own(self, tensor: Tensor, lent: Collection[int]) -> Tensor:
+    def _own(self, tensor: Tensor, parameter: Tensor, lent: Collection[int]) -> Tensor:
         start = memory_of(tensor)
         before = self._fields.get(start)  # of a field that is gone, the memory is free again
         shared = start in lent or (before is not None and before() is not None)
         if shared or tensor.untyped_storage().nbytes() > tensor.nbytes or not tensor.is_contiguous():
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
+            tensor = _copy(tensor, parameter)
             start = memory_of(tensor)
         self._fields[start] = weakref.ref(tensor)
         return tensor
+
+
+def _copy(tensor: Tensor, parameter: Tensor) -> Tensor:
+    place = None if tensor.requires_grad else Room(parameter).tensor(tensor.shape, tensor.dtype)
+    return tensor.clone(memory_format=torch.contiguous_format) if place is None else place.copy_(tensor)
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .memory import Out, placed
 from .torch_private import has_product, product
 
 #: Operations of a product below which a call of oneDNN costs more than it saves, and those that pay for an element that is copied where
@@ -22,23 +23,31 @@ _PER_COPY = 100
 _PAYS_COPIES = 1.4
 
 
-def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+def matmul(left: Tensor, right: Tensor, out: Out = None) -> Tensor:
     """A B [*, L] of A [*, K] and a matrix B [K, L], or matrices [*, K, L]; computed in `out` where torch can do that."""
+    shape = (*left.shape[:-1], right.shape[-1])
     if left.shape[-1] == 1:  # of a column and a row: as a product of matrices that takes several times as long
-        return torch.mul(left, right, out=out)
+        return torch.mul(left, right, out=placed(out, shape, left.dtype))
+    if right.ndim == 2:
+        return _with_matrix(left, right, out)
+    place = placed(out, shape, left.dtype)
     if right.ndim == 3 and left.ndim == 4 and len(left) == 1:  # as it lies: broadcast operands would be copied
-        return torch.bmm(left[0], right, out=None if out is None else out[0])[None]
-    return torch.matmul(left, right, out=out) if right.ndim > 2 else _with_matrix(left, right)
+        return torch.bmm(left[0], right, out=None if place is None else place[0])[None]
+    return torch.matmul(left, right, out=place)
 
 
-def _with_matrix(left: Tensor, right: Tensor) -> Tensor:
+def _with_matrix(left: Tensor, right: Tensor, out: Out) -> Tensor:
     K, L = right.shape
     work = left.numel() * L
     if work < _LARGE or left.is_cuda:
         return left @ right
+    onednn = has_product(left, right)
+    # Fresh pages cost more than oneDNN saves where it is a little faster.
+    if out is not None and left.ndim == 2 and not (onednn and onednn_speed() >= _PAYS_COPIES):
+        return torch.mm(left, right, out=placed(out, (len(left), L), left.dtype))
     # oneDNN reads rows of A and columns of B.
     copied = (0 if left.is_contiguous() else left.numel()) + (0 if right.mT.is_contiguous() else K * L)
-    if work < _PER_COPY * copied or not has_product(left, right):
+    if work < _PER_COPY * copied or not onednn:
         return left @ right
     if onednn_speed() < (_PAYS_COPIES if copied else 1):
         return left @ right

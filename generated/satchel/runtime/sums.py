@@ -58,7 +58,7 @@ def summed_products(equation: str, one: Tensor, other: Tensor) -> Tensor:
         return torch.einsum(equation, one, other)
     operands, _, kept = equation.partition("->")
     axes = max(operands.split(","), key=len)
-    room = scratch(one, other)
+    room = scratch(one if one.ndim > other.ndim else other) if one.dtype == other.dtype else None
     return torch.mul(one, other, out=room).sum([place for place, axis in enumerate(axes) if axis not in kept])
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 from functools import reduce
 from operator import add
 
+import torch
 from torch import Tensor
 
 from .matmul import matmul
+from .memory import Out, placed, scratch
 
 #: Rows of a strip: fewer make narrow products, more compute more of the lower half.
 _STRIP = 128
@@ -17,21 +19,27 @@ _STRIP = 128
 _TOGETHER = 1 << 20
 
 
-def gram(rows: Tensor, over: int = 1) -> Tensor:
-    """AᵀA / over [D, D] of A [K, D]."""
+def gram(rows: Tensor, over: int = 1, out: Out = None) -> Tensor:
+    """AᵀA / over [D, D] of A [K, D]; computed in `out` where that saves memory."""
     size = rows.shape[1]
     if rows.is_cuda or size < 2 * _STRIP:
         return matmul(rows.mT, rows) / over
     if len(rows) < 2 * _STRIP:  # the lower half is computed faster than copied
-        return matmul((rows / over).mT, rows)
+        return matmul(_divided(rows, over).mT, rows, out)
     columns = rows.mT.contiguous()
-    scaled = columns / over
-    result = rows.new_empty(size, size)
+    scaled = _divided(columns, over)
+    place = placed(out, (size, size), rows.dtype)
+    result = rows.new_empty(size, size) if place is None else place
     for first in range(0, size, _STRIP):
         end = min(first + _STRIP, size)
         result[first:end, first:] = matmul(scaled[first:end], columns[first:].mT)
         result[end:, first:end] = result[first:end, end:].mT
     return result
+
+
+def _divided(tensor: Tensor, over: int) -> Tensor:
+    """x / over, for one product: a later call overwrites it."""
+    return tensor if over == 1 else torch.div(tensor, over, out=scratch(tensor))
 
 
 def summed_gram(tensor: Tensor, lead: int) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .memory import Out, placed
 from .symmetric import gram
 from .windows import padded, windows
 
@@ -33,13 +34,15 @@ def window_gram(
     stride: Sequence[int],
     dilation: Sequence[int],
     padding: Sequence[int],
+    over: int = 1,
+    out: Out = None,
 ) -> Tensor:
-    """[N, G, C, *spatial] → [G, C, *taps, C, *taps]."""
+    """[N, G, C, *spatial] → [G, C, *taps, C, *taps], divided; computed in `out` where that saves memory."""
     products = prod(h + d * (a - 1) for h, a, d in zip(places, taps, dilation, strict=True)) * _displacements(taps)
     enough = tensor.shape[2] >= _CHANNELS and 2 * products < prod(places) * prod(taps) ** 2
     if enough and all(s == 1 for s in stride):
-        return by_displacement(tensor, places, taps, dilation, padding)
-    return by_windows(tensor, places, taps, stride, dilation, padding)
+        return by_displacement(tensor, places, taps, dilation, padding, over, out)
+    return by_windows(tensor, places, taps, stride, dilation, padding, over, out)
 
 
 def by_windows(
@@ -49,13 +52,16 @@ def by_windows(
     stride: Sequence[int],
     dilation: Sequence[int],
     padding: Sequence[int],
+    over: int = 1,
+    out: Out = None,
 ) -> Tensor:
     """By one product of all windows: any stride."""
     N, G, C = tensor.shape[:3]
     patches = windows(tensor, places, taps, stride, dilation, padding)
     taps_first = patches.movedim(0, 2).movedim(tuple(range(-len(taps), 0)), tuple(range(2, 2 + len(taps))))
     columns = taps_first.reshape(G, C * prod(taps), N * prod(places))
-    return torch.stack([gram(some.mT) for some in columns]).reshape(G, C, *taps, C, *taps)
+    grams = [gram(some.mT, over, out if G == 1 else None) for some in columns]
+    return (grams[0] if G == 1 else torch.stack(grams)).reshape(G, C, *taps, C, *taps)
 
 
 def _displacements(taps: Sequence[int]) -> int:
@@ -64,7 +70,13 @@ def _displacements(taps: Sequence[int]) -> int:
 
 
 def by_displacement(
-    tensor: Tensor, places: Sequence[int], taps: Sequence[int], dilation: Sequence[int], padding: Sequence[int]
+    tensor: Tensor,
+    places: Sequence[int],
+    taps: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    over: int = 1,
+    out: Out = None,
 ) -> Tensor:
     """By one product per displacement of two taps: stride 1."""
     G, C = tensor.shape[1:3]
@@ -72,7 +84,9 @@ def by_displacement(
     last_first = whole.movedim(
         (0, 2), (-2, -1)
     ).contiguous()  # [G, *spatial, N, C]: any range of the last axis is one matrix
-    result = tensor.new_empty(G, C, *taps, C, *taps)
+    shape = (G, C, *taps, C, *taps)
+    place = placed(out, shape, tensor.dtype)
+    result = tensor.new_empty(shape) if place is None else place
     zero = (0,) * len(taps)
     for displacement in itertools.product(*(range(1 - a, a) for a in taps)):
         if displacement < zero:
@@ -86,7 +100,7 @@ def by_displacement(
                 result[here] = total
                 if displacement != zero:
                     result[mirrored] = total.mT
-    return result
+    return result if over == 1 else result.div_(over)
 
 
 def _boxes(

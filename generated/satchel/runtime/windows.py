@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .matmul import onednn_speed
+from .memory import Out, placed
 from .torch_private import has_product, product
 
 #: Places of a kernel up to which batched products of one column are faster than groups, where MKL is slow and where it is fast; elements
@@ -148,7 +149,7 @@ def kernel_gradients(
     stride: Sequence[int],
     dilation: Sequence[int],
     padding: Sequence[int],
-    out: Tensor | None = None,
+    out: Out = None,
 ) -> Tensor:
     """[N, G, C, *spatial], [V, N, G, O, *places] → Σ_h factor[v, n, g, o, h] x[n, g, c, s·h + d·a − p] [V, N, G, O, C, *taps].
 
@@ -158,7 +159,9 @@ def kernel_gradients(
     if tensor.is_cuda or not factor.numel():
         return _of_windows(tensor, factor, taps, stride, dilation, padding)
     if _batches_pay(len(factor), tensor.shape[2] * prod(taps), prod(factor.shape[4:])):
-        return _of_batches(tensor, factor, taps, stride, dilation, padding, out)
+        V, N, G, O = factor.shape[:4]
+        place = placed(out, (V, N, G, O, tensor.shape[2], *taps), tensor.dtype)
+        return _of_batches(tensor, factor, taps, stride, dilation, padding, place)
     if len(factor) > 1 and has_product(factor, tensor):
         return _of_products(tensor, factor, taps, stride, dilation, padding)
     return _of_groups(tensor, factor, taps, stride, dilation, padding)
