@@ -51,3 +51,19 @@ def test_both_ways_are_the_same(layer: str, feature: Any, monkeypatch: pytest.Mo
     assert seen == [layer != "InstanceNorm1d"]
     monkeypatch.setattr(sweep, "by_node", lambda step: None)
     torch.testing.assert_close(own, found(layer, feature), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", ["GELU", "GroupNorm"])
+def test_not_by_a_node_of_another_precision(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast columns are wider than the node, which would round them."""
+    asked: list[Any] = []
+    monkeypatch.setattr(sweep, "by_node", asked.append)
+    monkeypatch.setattr(sweep, "_LARGE", 1)
+    net = extend(nn.Sequential(nn.Linear(4, 4), LAYERS[layer](), nn.Linear(4, 3)))
+    for autocast in (False, True):
+        asked.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = extend(nn.CrossEntropyLoss())(net(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1]))
+        with backpack(DiagGGNExact()):
+            loss.backward()
+        assert bool(asked) != autocast

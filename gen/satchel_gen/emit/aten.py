@@ -93,8 +93,8 @@ class Body:
                     return f"summed_squares({self(squared)}, {len(dims)})"
                 if squared is not None and len(node.axes) == 1:
                     return f"squared_norms({self(squared)}, {child.axes.index(node.axes[0])})"
-                if isinstance(child, Leaf) and len(over) == 1 and over[0].many:  # often one position
-                    return f"summed({self(child)}, {dims[0]})"
+                if isinstance(child, Leaf) and all(i.many for i in over):  # often one position
+                    return f"summed({self(child)}, {_tuple(dims)})"
                 text = self(child)
                 text = text if is_postfix(text) else f"({text})"
                 return f"{text}.sum({_tuple(dims)})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 from sympy import Expr, Indexed
@@ -268,7 +268,17 @@ def plan(term: Term, axes: Axes, dropped: frozenset[str] = frozenset()) -> Node:
     (node,) = operands
     if node.axes != axes:
         node = Permute(node, axes)
-    return node if coefficient == 1 else Scaled(node, coefficient)
+    return node if coefficient == 1 else _scaled(node, coefficient)
+
+
+def _scaled(node: Node, coefficient: Expr) -> Node:
+    """A coefficient meets an operand of a product that is smaller, or a product of matrices, which may be divided as it is computed."""
+    if not isinstance(node, Map) or node.expr != sympy.Mul(*node.reads):
+        return Scaled(node, coefficient)
+    small = min(node.children, key=lambda child: (len(child.axes), not isinstance(child, Contract)))
+    if len(small.axes) == len(node.axes) and not isinstance(small, Contract):
+        return Scaled(node, coefficient)
+    return replace(node, children=tuple(Scaled(c, coefficient) if c is small else c for c in node.children))
 
 
 def _operands(term: Term, dropped: frozenset[str]) -> tuple[Expr, list[Node]]:

@@ -12,9 +12,10 @@ from .memory import scratch
 _LONG = 1 << 14
 
 
-def summed(tensor: Tensor, axis: int) -> Tensor:
-    """Σ x over an axis; where that has one entry, this entry, which torch would copy."""
-    return tensor.squeeze(axis) if tensor.shape[axis] == 1 else tensor.sum(axis)
+def summed(tensor: Tensor, axes: int | tuple[int, ...]) -> Tensor:
+    """Σ x over an axis, or several; where these have one entry, this entry, which torch would copy."""
+    each = (axes,) if isinstance(axes, int) else axes
+    return tensor.squeeze(axes) if all([tensor.shape[axis] == 1 for axis in each]) else tensor.sum(axes)
 
 
 def summed_squares(tensor: Tensor, axes: int) -> Tensor:

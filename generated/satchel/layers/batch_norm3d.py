@@ -335,7 +335,7 @@ def bias_averaged_factor(averaged: Tensor) -> Tensor:
 
     averaged [C, S, C, S] → [C, C]
     """
-    return averaged.sum((1, 3))
+    return summed(averaged, (1, 3))
 
 
 LAYER = Layer(

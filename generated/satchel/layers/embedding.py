@@ -350,7 +350,7 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
 
     averaged [R, D, R, D] → [D, D]
     """
-    return averaged.sum((0, 2))
+    return summed(averaged, (0, 2))
 
 
 @widened
@@ -381,10 +381,9 @@ def weight_input_factor_expand(input: Tensor, weight: Tensor, padding_idx: float
     values = (input[:, :, None] == classes).to(weight.dtype)
     classes2 = torch.arange(K, device=input.device)
     return (
-        gram(values.flatten(0, 1))
+        gram(values.flatten(0, 1), over=N * R)
         * (1 - (classes2 == padding_idx).to(input.dtype))[:, None]
         * (1 - (classes2 == padding_idx).to(input.dtype))
-        / (N * R)
     )
 
 
@@ -401,10 +400,9 @@ def weight_input_factor_reduce(input: Tensor, weight: Tensor, padding_idx: float
     total = (input[:, :, None] == classes).to(weight.dtype).sum(1)
     classes2 = torch.arange(K, device=input.device)
     return (
-        gram(total)
+        gram(total, over=N * R**2)
         * (1 - (classes2 == padding_idx).to(input.dtype))[:, None]
         * (1 - (classes2 == padding_idx).to(input.dtype))
-        / (N * R**2)
     )
 
 
@@ -421,10 +419,9 @@ def weight_input_factor_backpack(input: Tensor, weight: Tensor, padding_idx: flo
     values = (input[:, :, None] == classes).to(weight.dtype)
     classes2 = torch.arange(K, device=input.device)
     return (
-        gram(values.flatten(0, 1))
+        gram(values.flatten(0, 1), over=N)
         * (1 - (classes2 == padding_idx).to(input.dtype))[:, None]
         * (1 - (classes2 == padding_idx).to(input.dtype))
-        / N
     )
 
 

@@ -32,7 +32,7 @@ def weight_per_sample(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     R = input.shape[1]
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
-    return (input[:, :, None] == classes).to(factor.dtype).sum(1)[:, :, None] * factor[:, :, None, :] / R
+    return ((input[:, :, None] == classes).to(factor.dtype).sum(1) / R)[:, :, None] * factor[:, :, None, :]
 
 
 def weight_sample_squares_separated(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
@@ -40,11 +40,9 @@ def weight_sample_squares_separated(factor: Tensor, input: Tensor, weight: Tenso
     R = input.shape[1]
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
-    return (
-        (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()[:, :, None]
-        * summed_squares(factor, 1)[:, None, :]
-        / (R**2)
-    )
+    return ((input.squeeze(1)[:, None] == classes).to(factor.dtype).square() / (R**2))[:, :, None] * summed_squares(
+        factor, 1
+    )[:, None, :]
 
 
 @cheapest
@@ -81,11 +79,9 @@ def weight_signed_sample_squares_separated(factor: Tensor, sign: Tensor, input: 
     R = input.shape[1]
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
-    return (
-        (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()[:, :, None]
-        * torch.einsum("vnd,vn->nd", factor.square(), sign)[:, None, :]
-        / (R**2)
-    )
+    return (input.squeeze(1)[:, None] == classes).to(factor.dtype).square()[:, :, None] * (
+        torch.einsum("vnd,vn->nd", factor.square(), sign) / (R**2)
+    )[:, None, :]
 
 
 @cheapest
@@ -142,9 +138,8 @@ def weight_squared_norm_gram(factor: Tensor, input: Tensor, weight: Tensor) -> T
     R = input.shape[1]
     K = weight.shape[0]
     classes = torch.arange(K, device=factor.device)
-    return (
-        squared_norms(factor, 1)
-        * (
+    return squared_norms(factor, 1) * (
+        (
             (input[:, :, None] == classes).to(factor.dtype).sum(1)
             * (input[:, :, None] == classes).to(factor.dtype).sum(1)
         ).sum(1)

@@ -62,9 +62,8 @@ def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
             + torch.erf(math.sqrt(2) * input / 2) / 2
             + math.sqrt(2) * input * torch.exp(-input.square() / 2) / (2 * math.sqrt(math.pi))
         ).sum(0)
-        * rows
         / N
-    )
+    ) * rows
 
 
 @widened
@@ -81,7 +80,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
         + torch.erf(math.sqrt(2) * input / 2) / 2
         + math.sqrt(2) * input * torch.exp(-input.square() / 2) / (2 * math.sqrt(math.pi))
     )
-    return averaged * gram(values) / N
+    return averaged * gram(values, over=N)
 
 
 @widened

@@ -347,7 +347,7 @@ def bias_averaged_factor(averaged: Tensor) -> Tensor:
     averaged [G, C, S, G, C, S] → [G C, G C]
     """
     G, C, _, _, _, _ = averaged.shape
-    return averaged.sum((2, 5)).reshape(C * G, C * G)
+    return summed(averaged, (2, 5)).reshape(C * G, C * G)
 
 
 LAYER = Layer(

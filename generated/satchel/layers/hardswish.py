@@ -61,9 +61,8 @@ def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
             1 / 2 + input / 3,
             torch.where(input >= 3, input.new_tensor(1.0), input.new_tensor(0.0)),
         ).sum(0)
-        * rows
         / N
-    )
+    ) * rows
 
 
 @widened
@@ -80,7 +79,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
         1 / 2 + input / 3,
         torch.where(input >= 3, input.new_tensor(1.0), input.new_tensor(0.0)),
     )
-    return averaged * gram(values) / N
+    return averaged * gram(values, over=N)
 
 
 @widened

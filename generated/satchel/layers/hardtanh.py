@@ -41,7 +41,7 @@ def mean_vjp(rows: Tensor, input: Tensor, max_val: float, min_val: float) -> Ten
     rows [E, J], input [N, J] → [E, J]
     """
     N = input.shape[0]
-    return ((max_val > input) & (min_val < input)).to(input.dtype).sum(0) * rows / N
+    return (((max_val > input) & (min_val < input)).to(input.dtype).sum(0) / N) * rows
 
 
 @widened
@@ -53,7 +53,7 @@ def sandwich(averaged: Tensor, input: Tensor, max_val: float, min_val: float) ->
     """
     N = input.shape[0]
     values = ((max_val > input) & (min_val < input)).to(input.dtype)
-    return averaged * gram(values) / N
+    return averaged * gram(values, over=N)
 
 
 LAYER = Layer(

@@ -345,7 +345,7 @@ def bias_averaged_factor(averaged: Tensor) -> Tensor:
 
     averaged [R, J, R, J] → [J, J]
     """
-    return averaged.sum((0, 2))
+    return summed(averaged, (0, 2))
 
 
 LAYER = Layer(

@@ -353,7 +353,7 @@ def weight_averaged_factor(averaged: Tensor) -> Tensor:
 
     averaged [R, O, R, O] → [O, O]
     """
-    return averaged.sum((0, 2))
+    return summed(averaged, (0, 2))
 
 
 @widened

@@ -40,7 +40,7 @@ def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
     rows [E, J], input [N, J] → [E, J]
     """
     N = input.shape[0]
-    return torch.sigmoid(-input).sum(0) * rows / N
+    return (torch.sigmoid(-input).sum(0) / N) * rows
 
 
 @widened
@@ -51,7 +51,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
     """
     N = input.shape[0]
     values = torch.sigmoid(-input)
-    return averaged * gram(values) / N
+    return averaged * gram(values, over=N)
 
 
 @widened

@@ -50,7 +50,7 @@ def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
     N = input.shape[0]
     softplus = F.softplus(input, threshold=40)
     tanh = torch.tanh(softplus)
-    return ((1 - tanh.square()) * input * torch.sigmoid(input) + tanh).sum(0) * rows / N
+    return (((1 - tanh.square()) * input * torch.sigmoid(input) + tanh).sum(0) / N) * rows
 
 
 @widened
@@ -65,7 +65,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
     softplus = F.softplus(input, threshold=40)
     tanh = torch.tanh(softplus)
     values = (1 - tanh.square()) * input * torch.sigmoid(input) + tanh
-    return averaged * gram(values) / N
+    return averaged * gram(values, over=N)
 
 
 @widened

@@ -40,7 +40,7 @@ def mean_vjp(rows: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     rows [E, C, S], input [N, C, S], weight [C] → [E, C, S]
     """
     N = input.shape[0]
-    return torch.where(input > 0, input.new_tensor(1.0), weight[:, None]).sum(0) * rows / N
+    return (torch.where(input > 0, input.new_tensor(1.0), weight[:, None]).sum(0) / N) * rows
 
 
 @widened
@@ -51,9 +51,8 @@ def sandwich(averaged: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     averaged [C, S, C, S], input [N, C, S], weight [C] → [C, S, C, S]
     """
     N = input.shape[0]
-    return (
-        averaged
-        * torch.einsum(
+    return averaged * (
+        torch.einsum(
             "ncs,nCS->csCS",
             torch.where(input > 0, input.new_tensor(1.0), weight[:, None]),
             torch.where(input > 0, input.new_tensor(1.0), weight[:, None]),

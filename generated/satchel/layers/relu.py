@@ -42,7 +42,7 @@ def mean_vjp(rows: Tensor, output: Tensor) -> Tensor:
     rows [E, J], output [N, J] → [E, J]
     """
     N = output.shape[0]
-    return (output > 0).to(output.dtype).sum(0) * rows / N
+    return ((output > 0).to(output.dtype).sum(0) / N) * rows
 
 
 @widened
@@ -53,7 +53,7 @@ def sandwich(averaged: Tensor, output: Tensor) -> Tensor:
     """
     N = output.shape[0]
     values = (output > 0).to(output.dtype)
-    return averaged * gram(values) / N
+    return averaged * gram(values, over=N)
 
 
 LAYER = Layer(

@@ -40,7 +40,7 @@ def mean_vjp(rows: Tensor, input: Tensor, lower: float, upper: float) -> Tensor:
     rows [E, J], input [N, J] → [E, J]
     """
     N = input.shape[0]
-    return torch.where(input > 0, input.new_tensor(1.0), lower / 2 + upper / 2).sum(0) * rows / N
+    return (torch.where(input > 0, input.new_tensor(1.0), lower / 2 + upper / 2).sum(0) / N) * rows
 
 
 @widened
@@ -52,7 +52,7 @@ def sandwich(averaged: Tensor, input: Tensor, lower: float, upper: float) -> Ten
     """
     N = input.shape[0]
     values = torch.where(input > 0, input.new_tensor(1.0), lower / 2 + upper / 2)
-    return averaged * gram(values) / N
+    return averaged * gram(values, over=N)
 
 
 LAYER = Layer(

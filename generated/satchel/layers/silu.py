@@ -46,7 +46,7 @@ def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
     """
     N = input.shape[0]
     sigmoid = torch.sigmoid(input)
-    return ((1 - sigmoid) * input * sigmoid + sigmoid).sum(0) * rows / N
+    return (((1 - sigmoid) * input * sigmoid + sigmoid).sum(0) / N) * rows
 
 
 @widened
@@ -59,7 +59,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
     N = input.shape[0]
     sigmoid = torch.sigmoid(input)
     values = (1 - sigmoid) * input * sigmoid + sigmoid
-    return averaged * gram(values) / N
+    return averaged * gram(values, over=N)
 
 
 @widened

@@ -42,7 +42,7 @@ def mean_vjp(rows: Tensor, input: Tensor, beta: float, threshold: float) -> Tens
     rows [E, J], input [N, J] → [E, J]
     """
     N = input.shape[0]
-    return torch.where(threshold < input * beta, input.new_tensor(1.0), torch.sigmoid(input * beta)).sum(0) * rows / N
+    return (torch.where(threshold < input * beta, input.new_tensor(1.0), torch.sigmoid(input * beta)).sum(0) / N) * rows
 
 
 @widened
@@ -54,7 +54,7 @@ def sandwich(averaged: Tensor, input: Tensor, beta: float, threshold: float) -> 
     """
     N = input.shape[0]
     values = torch.where(threshold < input * beta, input.new_tensor(1.0), torch.sigmoid(input * beta))
-    return averaged * gram(values) / N
+    return averaged * gram(values, over=N)
 
 
 @widened

@@ -40,7 +40,7 @@ def mean_vjp(rows: Tensor, input: Tensor, lambd: float) -> Tensor:
     rows [E, J], input [N, J] → [E, J]
     """
     N = input.shape[0]
-    return ((lambd < input) | (lambd < -input)).to(input.dtype).sum(0) * rows / N
+    return (((lambd < input) | (lambd < -input)).to(input.dtype).sum(0) / N) * rows
 
 
 @widened
@@ -52,7 +52,7 @@ def sandwich(averaged: Tensor, input: Tensor, lambd: float) -> Tensor:
     """
     N = input.shape[0]
     values = ((lambd < input) | (lambd < -input)).to(input.dtype)
-    return averaged * gram(values) / N
+    return averaged * gram(values, over=N)
 
 
 LAYER = Layer(

@@ -40,7 +40,7 @@ def mean_vjp(rows: Tensor, input: Tensor) -> Tensor:
     rows [E, J], input [N, J] → [E, J]
     """
     N = input.shape[0]
-    return torch.pow(1 + torch.abs(input), -2).sum(0) * rows / N
+    return (torch.pow(1 + torch.abs(input), -2).sum(0) / N) * rows
 
 
 @widened
@@ -51,7 +51,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
     """
     N = input.shape[0]
     values = torch.pow(1 + torch.abs(input), -2)
-    return averaged * gram(values) / N
+    return averaged * gram(values, over=N)
 
 
 @widened

@@ -40,7 +40,7 @@ def mean_vjp(rows: Tensor, output: Tensor) -> Tensor:
     rows [E, J], output [N, J] → [E, J]
     """
     N = output.shape[0]
-    return (1 - output.square()).sum(0) * rows / N
+    return ((1 - output.square()).sum(0) / N) * rows
 
 
 @widened
@@ -51,7 +51,7 @@ def sandwich(averaged: Tensor, output: Tensor) -> Tensor:
     """
     N = output.shape[0]
     values = 1 - output.square()
-    return averaged * gram(values) / N
+    return averaged * gram(values, over=N)
 
 
 @widened

@@ -40,7 +40,7 @@ def mean_vjp(rows: Tensor, input: Tensor, threshold: float) -> Tensor:
     rows [E, J], input [N, J] → [E, J]
     """
     N = input.shape[0]
-    return (threshold < input).to(input.dtype).sum(0) * rows / N
+    return ((threshold < input).to(input.dtype).sum(0) / N) * rows
 
 
 @widened
@@ -52,7 +52,7 @@ def sandwich(averaged: Tensor, input: Tensor, threshold: float) -> Tensor:
     """
     N = input.shape[0]
     values = (threshold < input).to(input.dtype)
-    return averaged * gram(values) / N
+    return averaged * gram(values, over=N)
 
 
 LAYER = Layer(
