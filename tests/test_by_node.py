@@ -19,7 +19,7 @@ from satchel.runtime import sweep
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "GroupNorm": lambda: nn.GroupNorm(2, 4),
     "LayerNorm": lambda: nn.LayerNorm((4, 3)),
-    "InstanceNorm1d": lambda: nn.InstanceNorm1d(4, affine=True),  # torch computes it in several nodes
+    "InstanceNorm1d": lambda: nn.InstanceNorm1d(4, affine=True),  # between two reshapes
     "Softmax": lambda: nn.Softmax(1),
     "GLU": lambda: nn.GLU(1),
     "GELU": lambda: nn.GELU(),
@@ -29,10 +29,18 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def found(layer: str, feature: Any) -> list[Tensor]:
+#: What is above the layer, and the shape of a sample there. torch reshapes what a fully connected layer makes of positions.
+ABOVE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "convolution": (lambda: nn.Conv1d(2, 4, 2), (2, 4)),
+    "reshape": (lambda: nn.Linear(2, 3), (4, 2)),
+}
+
+
+def found(above: str, layer: str, feature: Any) -> list[Tensor]:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv1d(2, 4, 2), LAYERS[layer](), nn.Flatten(), nn.LazyLinear(3)).double()
-    x, y = torch.randn(5, 2, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    first, shape = ABOVE[above]
+    net = nn.Sequential(first(), LAYERS[layer](), nn.Flatten(), nn.LazyLinear(3)).double()
+    x, y = torch.randn(5, *shape, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
     net(x)
     net, loss = extend(net), extend(nn.CrossEntropyLoss())
     with backpack(feature(generator=torch.Generator().manual_seed(1)) if feature is DiagGGNMC else feature()):
@@ -42,15 +50,16 @@ def found(layer: str, feature: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("feature", [DiagGGNExact, DiagGGNMC])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_both_ways_are_the_same(layer: str, feature: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("above", ABOVE)
+def test_both_ways_are_the_same(above: str, layer: str, feature: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     by_node = sweep.by_node
     monkeypatch.setattr(sweep, "by_node", lambda step: seen.append(by_node(step) is not None) or by_node(step))
     monkeypatch.setattr(sweep, "_LARGE", 1)
-    own = found(layer, feature)
-    assert seen == [layer != "InstanceNorm1d"]
+    own = found(above, layer, feature)
+    assert seen == [True]
     monkeypatch.setattr(sweep, "by_node", lambda step: None)
-    torch.testing.assert_close(own, found(layer, feature), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(own, found(above, layer, feature), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("layer", ["GELU", "GroupNorm"])

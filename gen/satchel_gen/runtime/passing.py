@@ -12,19 +12,31 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from .errors import NodeFailed
 from .plan import Step
 from .record import Edge
 from .rules import registry
-from .torch_private import COLUMNWISE, is_python_function, node_output_shape, node_outputs
+from .torch_private import COLUMNWISE, RESHAPING, is_python_function, node_output_shape, node_outputs
 
 
 def by_node(step: Step) -> Step | None:
-    """A layer's step without its rules, if one node computes the layer."""
+    """A layer's step without its rules, if one node computes the layer. Its edge is the node's own: that of the record is past reshapes."""
     assert step.record is not None and step.record.edge is not None
-    places = [place for place, edge in enumerate(step.node.next_functions) if edge == step.record.edge]
-    return replace(step, record=None, inputs=((places[0], step.record.edge),)) if len(places) == 1 else None
+    below = step.node.next_functions
+    places = [place for place, edge in enumerate(below) if _past_reshapes(edge) == step.record.edge]
+    if len(places) != 1:
+        return None
+    node, number = below[places[0]]
+    return None if node is None else replace(step, record=None, inputs=((places[0], (node, number)),))
+
+
+def _past_reshapes(edge: tuple[Node | None, int]) -> tuple[Node | None, int]:
+    node, number = edge
+    while node is not None and type(node).__name__ in RESHAPING:
+        ((node, number),) = node.next_functions
+    return node, number
 
 
 def pull(step: Step, columns: Mapping[int, Tensor], columnwise: bool = False) -> dict[Edge, Tensor]:

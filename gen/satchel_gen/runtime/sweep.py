@@ -84,15 +84,22 @@ def pass_step(step: Step, columns: dict[int, Tensor], last: bool = False) -> dic
     # Detached from the tensor that it may be a view of, which would hold its memory.
     own = columns.pop(record.output_nr).detach() if last else columns[record.output_nr]
     if _is_slower(step, own) and (alone := by_node(step)) is not None:
-        if not layer.elementwise or len(own) == 1:
-            return pull(alone, {record.output_nr: own}, columnwise=True)
-        slopes = pull(alone, {record.output_nr: torch.ones_like(own[:1])})
-        return {edge: own.reshape(len(own), *edge_shape(edge)) * slope for edge, slope in slopes.items()}
-    spent = last and layer.vjp.writes and own.dtype in _WRITTEN and not held_elsewhere(own)
-    factor = record.at_output(own, lead=1)
-    passed = evaluate(layer.vjp, layer, record.operand, factor, out=factor if spent else None)
-    passed = record.at_input(passed, lead=1)
+        passed = _pass_node(alone, record.output_nr, own, layer.elementwise)
+    else:
+        spent = last and layer.vjp.writes and own.dtype in _WRITTEN and not held_elsewhere(own)
+        factor = record.at_output(own, lead=1)
+        passed = evaluate(layer.vjp, layer, record.operand, factor, out=factor if spent else None)
+        passed = record.at_input(passed, lead=1)
     return {edge: at_edge(passed, edge, lead=1) for _, edge in step.inputs}
+
+
+def _pass_node(step: Step, output_nr: int, columns: Tensor, elementwise: bool) -> Tensor:
+    """Columns [V, *output] through a layer's node, [V, *input]: one by one, or by the slope that it makes of ones."""
+    if not elementwise or len(columns) == 1:
+        (passed,) = pull(step, {output_nr: columns}, columnwise=True).values()
+        return passed
+    (slope,) = pull(step, {output_nr: torch.ones_like(columns[:1])}).values()
+    return columns.reshape(len(columns), *slope.shape[1:]) * slope
 
 
 def _is_slower(step: Step, columns: Tensor) -> bool:
