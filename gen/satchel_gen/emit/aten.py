@@ -285,14 +285,13 @@ class Body:
             product = f"{self.operand(left)} * {self.operand(right)}"
             return f"({product}).sum({_tuple([a.index(i) for i in over])})"
         if not batch and len(over) == 1 and len(columns) == 1 and out == (*rows, *columns) and a == (*rows, *over):
-            return (
-                f"matmul({self(left)}, {self.operand(right)}{'' if b == (*over, *columns) else '.T'}{self.out(node)})"
-            )
+            first = self(left)
+            second = self.operand(right) + ("" if b == (*over, *columns) else ".T")
+            return f"matmul({first}, {second}{self.out(node)})"
         if _is_grouped(left, right, over, out):
             first, second = (self._flattened(part, len(over)) for part in (left, right))
-            return (
-                f"gram({first}{self.out(node)})" if first == second else f"matmul({first}.T, {second}{self.out(node)})"
-            )
+            call = f"gram({first}" if first == second else f"matmul({first}.T, {second}"
+            return f"{call}{self.out(node)})"
         if len(over) == 1 and len(columns) == 1 and rows and b[:-2] == batch and out[-2:] == (rows[-1], columns[0]):
             lead = a[:-2]
             if lead == out[:-2] and lead[len(lead) - len(batch) :] == batch:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .evaluate import evaluate
 from .joint import Joint, Slot, both_through, elements, rows_through
+from .memory import copied
 from .passing import edge_shape, features
 from .plan import Place, Plan, Step
 from .record import Edge
@@ -168,7 +169,9 @@ def _by_rule(pair: Pair, quantity: str) -> Tensor:
     one, other = pair.one.call, pair.other.call
     shape, further = one.record.canonical_output[1:], other.record.canonical_output[1:]
     averaged = one.widened(pair.averaged.reshape(*shape, *further), len(shape) - 1)
-    return pair.one.use.value(quantity, other.widened(averaged, -1))
+    value = pair.one.use.value(quantity, other.widened(averaged, -1))
+    # Ḡ is that of other parameters, too, where it comes from a sum.
+    return copied(value, pair.one.parameter) if value.data_ptr() == pair.averaged.data_ptr() else value
 
 
 def _block(pair: Pair) -> Tensor:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection
 
-import torch
 from torch import Tensor
 
-from .memory import Room
+from .memory import copied
 
 
 class Owner:
@@ -35,15 +34,10 @@ class Owner:
         before = self._fields.get(start)  # of a field that is gone, the memory is free again
         shared = start in lent or (before is not None and before() is not None)
         if shared or tensor.untyped_storage().nbytes() > tensor.nbytes or not tensor.is_contiguous():
-            tensor = _copy(tensor, parameter)
+            tensor = copied(tensor, parameter)
             start = memory_of(tensor)
         self._fields[start] = weakref.ref(tensor)
         return tensor
-
-
-def _copy(tensor: Tensor, parameter: Tensor) -> Tensor:
-    place = None if tensor.requires_grad else Room(parameter).tensor(tensor.shape, tensor.dtype)
-    return tensor.clone(memory_format=torch.contiguous_format) if place is None else place.copy_(tensor)
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -23,12 +23,12 @@ _PAYS_COPIES = 1.4
 
 def matmul(left: Tensor, right: Tensor, out: Out = None) -> Tensor:
     """A B [*, L] of A [*, K] and a matrix B [K, L], or matrices [*, K, L]; computed in `out` where torch can do that."""
-    shape = (*left.shape[:-1], right.shape[-1])
-    if left.shape[-1] == 1:  # of a column and a row: as a product of matrices that takes several times as long
-        return torch.mul(left, right, out=placed(out, shape, left.dtype))
-    if right.ndim == 2:
+    narrow = left.shape[-1] == 1
+    if right.ndim == 2 and not narrow:
         return _with_matrix(left, right, out)
-    place = placed(out, shape, left.dtype)
+    place = None if out is None else placed(out, (*left.shape[:-1], right.shape[-1]), left.dtype)
+    if narrow:  # a column and a row: as a product of matrices that takes several times as long
+        return torch.mul(left, right, out=place)
     if right.ndim == 3 and left.ndim == 4 and len(left) == 1:  # as it lies: broadcast operands would be copied
         return torch.bmm(left[0], right, out=None if place is None else place[0])[None]
     return torch.matmul(left, right, out=place)

@@ -76,6 +76,12 @@ def placed(out: Out, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
     return out.tensor(shape, dtype) if isinstance(out, Room) else out
 
 
+def copied(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A copy for a field of a parameter, where there is room."""
+    place = None if tensor.requires_grad else Room(parameter).tensor(tensor.shape, tensor.dtype)
+    return tensor.clone(memory_format=torch.contiguous_format) if place is None else place.copy_(tensor)
+
+
 class _Bytes:
     """Memory as tensors that begin with it, one for each shape that has been asked for: to make one takes as long as fresh pages."""
 
