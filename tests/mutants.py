@@ -171,6 +171,8 @@ MUTANTS = [
     Mutant("runtime: norms that are no squares", f"{GEN}/runtime/sums.py", "dim=axes).square()", "dim=axes)"),
     Mutant("runtime: fields on the memory of what others are made of", f"{GEN}/runtime/averaged.py",
            "copied(value, pair.one.parameter) if value.data_ptr() == pair.averaged.data_ptr() else value", "value", "tests/test_api.py"),
+    Mutant("runtime: fields on the memory of another parameter's", f"{GEN}/runtime/quantities.py",
+           "copied(use.memo[rule.aten], use.parameter)", "use.memo[rule.aten]", "tests/test_api.py"),
     Mutant("runtime: columns of a reshaped input by its rule", f"{GEN}/runtime/passing.py",
            "_past_reshapes(edge) == step.record.edge", "edge == step.record.edge", "tests/test_by_node.py"),
     Mutant("runtime: columns by a node of another precision", f"{GEN}/runtime/sweep.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import pytest
@@ -150,32 +151,22 @@ def test_fields_can_be_deleted_and_changed_in_place() -> None:
             assert not hasattr(p, "grad_batch") and p.grad.abs().sum() > 0
 
 
-class Branches(nn.Module):
-    """Whatever is computed from the outputs' curvature alone is the same for both layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.one(x) + self.other(x)
-
-
 @pytest.mark.parametrize("feature", EXACT)
 def test_fields_can_be_changed_in_place_as_soon_as_they_are_set(feature: Any) -> None:
-    """By a hook after one module, before the fields of the next."""
-    model, loss_fn = extend(Branches()), extend(nn.CrossEntropyLoss())
+    """By a hook that autograd calls after one parameter, before the fields of the next: another root makes each wait for its gradient."""
+    model, loss_fn = extend(network()), extend(nn.CrossEntropyLoss())
     seen: dict[str, list[Tensor]] = {}
 
-    def change(module: nn.Module) -> None:
-        for name, parameter in module.named_parameters(recurse=False):
-            fields = as_list(getattr(parameter, feature.field))
-            seen[f"{module is model.one} {name}"] = [tensor.clone() for tensor in fields]
-            for tensor in fields:
-                tensor.fill_(torch.nan)
+    def change(name: str, parameter: Tensor) -> None:
+        fields = as_list(getattr(parameter, feature.field))
+        seen[name] = [tensor.clone() for tensor in fields]
+        for tensor in fields:
+            tensor.fill_(torch.nan)
 
-    with backpack(feature(), extension_hook=change):
-        loss_fn(model(x), y).backward()
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(partial(change, name))
+    with backpack(feature()):
+        torch.autograd.backward([loss_fn(model(x), y), model[0].weight.sum()])
     assert len(seen) == 4 and all(tensor.isfinite().all() for tensors in seen.values() for tensor in tensors)
 
 

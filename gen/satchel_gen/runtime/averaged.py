@@ -170,7 +170,7 @@ def _by_rule(pair: Pair, quantity: str) -> Tensor:
     shape, further = one.record.canonical_output[1:], other.record.canonical_output[1:]
     averaged = one.widened(pair.averaged.reshape(*shape, *further), len(shape) - 1)
     value = pair.one.use.value(quantity, other.widened(averaged, -1))
-    # Ḡ is that of other parameters, too, where it comes from a sum.
+    # Ḡ is that of the layer's other parameters, too, and a hook may change their fields.
     return copied(value, pair.one.parameter) if value.data_ptr() == pair.averaged.data_ptr() else value
 
 

@@ -18,7 +18,7 @@ from .blocks import SUM, SUMMED, Blockwise, in_blocks
 from .cost import Program, cheapest
 from .errors import SharedByKinds
 from .evaluate import evaluate, uses_kernel
-from .memory import FRESH, KEPT, room
+from .memory import FRESH, KEPT, copied, room
 from .rules import Rule, registry
 from .uses import PER_SAMPLE, Use, alike, joinable, joined, shaped
 
@@ -38,8 +38,11 @@ def quantities(
     found = {} if differentiable or use.factor is None else _cheapest(use, rules, extra, SUM in names)
     values: dict[str, Tensor] = {}
     for name, rule in rules.items():
-        value = found[name] if name in found else use.memo.get(rule.aten)
-        if value is None:
+        if name in found:
+            value = found[name]
+        elif rule.aten in use.memo:  # another parameter's field by now, which a hook may change
+            value = copied(use.memo[rule.aten], use.parameter)
+        else:
             given = _given(use, name, extra)
             place = room(use.parameter) if rule.writes else None
             value = evaluate(rule, use.layer, use.operand, *given, differentiable=differentiable, out=place)
