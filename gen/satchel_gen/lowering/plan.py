@@ -275,10 +275,13 @@ def _scaled(node: Node, coefficient: Expr) -> Node:
     """A coefficient meets an operand of a product that is smaller, or a product of matrices, which may be divided as it is computed."""
     if not isinstance(node, Map) or node.expr != sympy.Mul(*node.reads):
         return Scaled(node, coefficient)
-    small = min(node.children, key=lambda child: (len(child.axes), not isinstance(child, Contract)))
+    children = list(node.children)
+    place = min(range(len(children)), key=lambda k: (len(children[k].axes), not isinstance(children[k], Contract)))
+    small = children[place]
     if len(small.axes) == len(node.axes) and not isinstance(small, Contract):
         return Scaled(node, coefficient)
-    return replace(node, children=tuple(Scaled(c, coefficient) if c is small else c for c in node.children))
+    children[place] = Scaled(small, coefficient)
+    return replace(node, children=tuple(children))
 
 
 def _operands(term: Term, dropped: frozenset[str]) -> tuple[Expr, list[Node]]:
