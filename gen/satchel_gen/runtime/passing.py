@@ -18,15 +18,18 @@ from .errors import NodeFailed
 from .plan import Step
 from .record import Edge
 from .rules import registry
-from .torch_private import COLUMNWISE, RESHAPING, is_python_function, node_output_shape, node_outputs
+from .torch_private import COLUMNWISE, RESHAPING, is_accumulator, is_python_function, node_output_shape, node_outputs
 
 
 def by_node(step: Step) -> Step | None:
-    """A layer's step without its rules, if one node computes the layer. Its edge is the node's own: that of the record is past reshapes."""
+    """A layer's step without its rules, if one node computes the layer. Its edge is the node's own: that of the record is past reshapes.
+
+    What else the node reads are leaves: a product of the input with what several nodes have made of it is no such node.
+    """
     assert step.record is not None and step.record.edge is not None
     below = step.node.next_functions
-    places = [place for place, edge in enumerate(below) if _past_reshapes(edge) == step.record.edge]
-    if len(places) != 1:
+    places = [place for place, (node, _) in enumerate(below) if node is not None and not is_accumulator(node)]
+    if len(places) != 1 or _past_reshapes(below[places[0]]) != step.record.edge:
         return None
     node, number = below[places[0]]
     return None if node is None else replace(step, record=None, inputs=((places[0], (node, number)),))
