@@ -25,7 +25,7 @@ from ..lowering.plan import (
     extent_symbol,
 )
 from ..notation import After, Equal, Extent, Index, Option
-from .aten_expr import AtenPrinter, is_postfix, repeated, sequence, threshold
+from .aten_expr import AtenPrinter, is_postfix, postfix, repeated, sequence, threshold
 from .recognised import RECOGNISED, geometry, window_gram
 
 
@@ -95,9 +95,7 @@ class Body:
                     return f"squared_norms({self(squared)}, {child.axes.index(node.axes[0])})"
                 if isinstance(child, Leaf) and all(i.many for i in over):  # often one position
                     return f"summed({self(child)}, {_tuple(dims)})"
-                text = self(child)
-                text = text if is_postfix(text) else f"({text})"
-                return f"{text}.sum({_tuple(dims)})"
+                return f"{postfix(self(child))}.sum({_tuple(dims)})"
             case Permute(child=child, axes=axes):
                 return f"{self.operand(child)}.permute({', '.join(str(child.axes.index(i)) for i in axes)})"
             case Scaled():
@@ -134,13 +132,12 @@ class Body:
             return f"{gram[:-1]}, over={self.scalar(denominator)}{self.out(node)})"
         text = f"({self(child)})" if isinstance(child, Map) and child.expr.is_Add else self(child)
         if numerator == -1:
-            text = f"-{text}" if is_postfix(text) else f"-({text})"
+            text = f"-{postfix(text)}"
         elif numerator != 1:
             text = f"{self.scalar(numerator)} * {text}"
         if denominator == 1:
             return text
-        divisor = self.scalar(denominator)
-        return f"{text} / {divisor if is_postfix(divisor) else f'({divisor})'}"
+        return f"{text} / {postfix(self.scalar(denominator))}"
 
     def stored(self, node: Leaf) -> str:
         """The whole tensor."""
@@ -171,9 +168,7 @@ class Body:
     def operand(self, node: Node) -> str:
         """A node that a method is called on, or that is used more than once: parenthesised or named."""
         text = self(node)
-        if isinstance(node, Leaf) or is_postfix(text):
-            return text
-        return f"({text})"
+        return text if isinstance(node, Leaf) else postfix(text)
 
     def _map(self, node: Map) -> str:
         given, node = node, _with_thresholds(node)

@@ -113,7 +113,7 @@ class AtenPrinter(StrPrinter):
             raise CalculusError(f"the ATen printer knows a maximum with a number only, not {expr}")
         # What is computed for this may be changed.
         text, place = self._print(value), "" if value in self.names else "_"
-        return f"{text if is_postfix(text) else f'({text})'}.clamp{place}(min={self._print(bound)})"
+        return f"{postfix(text)}.clamp{place}(min={self._print(bound)})"
 
     def _print_Piecewise(self, expr: sympy.Piecewise) -> str:
         *cases, (otherwise, always) = expr.args
@@ -182,6 +182,11 @@ def is_postfix(text: str) -> bool:
         elif depth == 0 and not (character.isalnum() or character in "_."):
             return False
     return True
+
+
+def postfix(text: str) -> str:
+    """What a method can be called on, or a sign put before."""
+    return text if is_postfix(text) else f"({text})"
 
 
 def sequence(parts: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from ..lowering.rules import EXPLICIT, LoweredRule, term_reads
 from ..lowering.squares import Variant
 from ..notation import Extent, LogSumExp, Option, index_atoms, reads
 from .aten import Body, unpack_extents
-from .aten_expr import AtenPrinter, is_postfix, sequence
+from .aten_expr import AtenPrinter, postfix, sequence
 from .idioms import Idiom, idioms, logsumexp, softmax, softmax_of
 
 
@@ -104,17 +104,12 @@ def _straight(rule: LoweredRule, formula: str, shapes: str) -> Function:
     _emit_stages(body, rule)
     text = result(body, variant)
     if any(len(group) != 1 for group in groups):
-        text = f"{_postfix(text)}.reshape({', '.join(body.scalar(sympy.Mul(*map(Extent, group))) for group in groups)})"
+        text = f"{postfix(text)}.reshape({', '.join(body.scalar(sympy.Mul(*map(Extent, group))) for group in groups)})"
     if rule.formula.blocks:
-        text = f"{_postfix(text)}.squeeze(0)"
+        text = f"{postfix(text)}.squeeze(0)"
     lines = unpack_extents(body.extents, arguments, rule.shapes) + body.lines
     note = "Computed in `out` where it can be." if body.writes else ""
     return Function(rule.name, formula, shapes, tuple(arguments), tuple(lines), text, note, writes=body.writes)
-
-
-def _postfix(text: str) -> str:
-    """What a method can be called on."""
-    return text if is_postfix(text) else f"({text})"
 
 
 def result(body: Body, variant: Variant) -> str:

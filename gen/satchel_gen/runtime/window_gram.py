@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory import Out, placed
+from .memory import Out, placed_or_new
 from .symmetric import gram
 from .windows import padded, windows
 
@@ -82,9 +82,7 @@ def by_displacement(
     last_first = whole.movedim(
         (0, 2), (-2, -1)
     ).contiguous()  # [G, *spatial, N, C]: any range of the last axis is one matrix
-    shape = (G, C, *taps, C, *taps)
-    place = placed(out, shape, tensor.dtype)
-    result = tensor.new_empty(shape) if place is None else place
+    result = placed_or_new(out, (G, C, *taps, C, *taps), tensor)
     zero = (0,) * len(taps)
     for displacement in itertools.product(*(range(1 - a, a) for a in taps)):
         if displacement < zero:

@@ -40,13 +40,18 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 def empty(shape: Sequence[int], dtype: torch.dtype, parameter: Tensor) -> Tensor:
     """An uninitialised tensor for a field of `parameter`."""
     size = prod(shape) * dtype.itemsize
-    if parameter.device.type != "cpu" or size < KEPT:
+    if not _may_be_kept(parameter, size):
         return parameter.new_empty(shape, dtype=dtype)
     used = kept.take(parameter, shape, dtype) if current().reuse_buffers else None
     if used is not None:
         return used
     tensor = parameter.new_empty(shape, dtype=dtype)
     return tensor if size < FRESH else _on_huge_pages(tensor, size)
+
+
+def _may_be_kept(parameter: Tensor, size: int) -> bool:
+    """Whether a field of so many bytes is worth it."""
+    return parameter.device.type == "cpu" and size >= KEPT
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,8 @@ class Room:
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
         """None where fresh pages cost little."""
-        if self.parameter.device.type != "cpu" or prod(shape) * dtype.itemsize < KEPT:
-            return None
-        return empty(shape, dtype, self.parameter)
+        worth = _may_be_kept(self.parameter, prod(shape) * dtype.itemsize)
+        return empty(shape, dtype, self.parameter) if worth else None
 
 
 def room(parameter: Tensor) -> Room | None:
@@ -74,6 +78,12 @@ Out = Tensor | Room | None
 def placed(out: Out, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
     """The tensor for a result, if one is given or there is room."""
     return out.tensor(shape, dtype) if isinstance(out, Room) else out
+
+
+def placed_or_new(out: Out, shape: Sequence[int], like: Tensor) -> Tensor:
+    """The same, or a new one."""
+    place = placed(out, shape, like.dtype)
+    return like.new_empty(shape) if place is None else place
 
 
 def copied(tensor: Tensor, parameter: Tensor) -> Tensor:

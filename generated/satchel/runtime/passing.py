@@ -29,16 +29,14 @@ def by_node(step: Step) -> Step | None:
     What else the node reads are leaves: a product of the input with what several nodes have made of it is no such node.
     """
     assert step.record is not None and step.record.edge is not None
-    below = step.node.next_functions
-    places = [place for place, (node, _) in enumerate(below) if node is not None and not is_accumulator(node)]
-    if len(places) != 1 or _past_reshapes(below[places[0]]) != step.record.edge:
+    below = enumerate(step.node.next_functions)
+    inputs = [(place, (node, nr)) for place, (node, nr) in below if node is not None and not is_accumulator(node)]
+    if len(inputs) != 1 or _past_reshapes(*inputs[0][1]) != step.record.edge:
         return None
-    node, number = below[places[0]]
-    return None if node is None else replace(step, record=None, inputs=((places[0], (node, number)),))
+    return replace(step, record=None, inputs=tuple(inputs))
 
 
-def _past_reshapes(edge: tuple[Node | None, int]) -> tuple[Node | None, int]:
-    node, number = edge
+def _past_reshapes(node: Node | None, number: int) -> tuple[Node | None, int]:
     while node is not None and type(node).__name__ in RESHAPING:
         ((node, number),) = node.next_functions
     return node, number

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .matmul import matmul
-from .memory import Out, placed, scratch
+from .memory import Out, placed_or_new, scratch
 
 #: Rows of a strip: fewer make narrow products, more compute more of the lower half.
 _STRIP = 128
@@ -28,8 +28,7 @@ def gram(rows: Tensor, over: int = 1, out: Out = None) -> Tensor:
         return matmul(_divided(rows, over).mT, rows, out)
     columns = rows.mT.contiguous()
     scaled = _divided(columns, over)
-    place = placed(out, (size, size), rows.dtype)
-    result = rows.new_empty(size, size) if place is None else place
+    result = placed_or_new(out, (size, size), rows)
     for first in range(0, size, _STRIP):
         end = min(first + _STRIP, size)
         result[first:end, first:] = matmul(scaled[first:end], columns[first:].mT)
