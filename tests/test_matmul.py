@@ -57,12 +57,15 @@ def test_large_products_are_onednns(speed: float, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("K,D", [(5, 3), (40, 300), (300, 300), (300, 257), (0, 300)])
-def test_gram(K: int, D: int, dtype: torch.dtype) -> None:
+def test_gram(K: int, D: int, dtype: torch.dtype, speed: float) -> None:
     """Narrow, at once, and in strips, the last of which may be short."""
     rows = drawn(K, D, dtype=dtype)
     expected = (rows.double().mT @ rows.double() / 7).to(dtype)
     torch.testing.assert_close(gram(rows, 7), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gram(rows, 7), gram(rows, 7).mT, rtol=1e-4, atol=1e-4)
+    place = torch.full((D, D), torch.nan, dtype=dtype)
+    torch.testing.assert_close(gram(rows, 7, place), expected, rtol=1e-4, atol=1e-4)
+    assert D < 2 * symmetric._STRIP or speed == 2.0 or not place.isnan().any(), "what is large is computed there"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

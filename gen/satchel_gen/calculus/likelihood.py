@@ -4,8 +4,8 @@ The exact factor is found by the Hessian's structure at the data. (Enumerating t
 Fisher instead, which is ∇²ℓ only where the Hessian does not depend on the target.) Every factor is checked numerically when
 it is derived; a Hessian of another structure, or a factor that fails the check, is refused.
 
-The Monte-Carlo factor is √weight times the score −∇ log p(ŷ | f) at drawn outcomes: its square estimates the Fisher, weighted
-as the loss weights the data.
+The Monte-Carlo factor is √weight times the score −∇ log p(ŷ | f) at drawn outcomes: the mean of its squares estimates the Fisher,
+weighted as the loss weights the data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sympy import Expr, Indexed, IndexedBase
 
 from ..definitions.distributions import Distribution
 from ..definitions.model import Classes, Loss
-from ..notation import Equal, Extent, Fresh, Index, Option, index_atoms, sigmoid
+from ..notation import Equal, Fresh, Index, IndexSum, Option, index_atoms, sigmoid
 from .derive import Statement, total_derivative, total_jacobian
 from .evaluate import evaluate, evaluate_statements
 from .outcomes import outcomes
@@ -110,7 +110,7 @@ def _of_one_class(term: Term, outcome: Indexed | None) -> Term:
 
 
 def _mc_factor(loss: Loss, draws: Index, fresh: Fresh) -> Expr | None:
-    """√weight · score(ŷ_m) / √M."""
+    """√weight · score(ŷ_m)."""
     if not isinstance(loss.distribution, Distribution):
         return None
     drawn = IndexedBase("sampled")
@@ -118,7 +118,13 @@ def _mc_factor(loss: Loss, draws: Index, fresh: Fresh) -> Expr | None:
     nll = Statement(IndexedBase("nll")[loss.outcomes], loss.distribution.nll(outcome))
     score = sympy.Add(*(part.factor for part in _gradient(loss, (*loss.statements[:-1], nll), fresh, outcome)))
     score = score.xreplace({outcome: drawn[(draws, *loss.outcomes)]})
-    return sympy.sqrt(loss.weight) * score / sympy.sqrt(Extent(draws))
+    return _root(loss.weight, loss) * score
+
+
+def _root(value: Expr, loss: Loss) -> Expr:
+    """√value; Σ_k [k = x] is 0 or 1, its own root."""
+    counts = {s.target for s in loss.statements if isinstance(s.value, IndexSum) and isinstance(s.value.body, Equal)}
+    return value if value in counts else sympy.sqrt(value)
 
 
 def _stable(expr: Expr) -> Expr:
@@ -175,7 +181,7 @@ def _exact_factor(loss: Loss, hessian: tuple[Term, ...], axes: Axes, twins: Axes
         raise _refusal(loss, hessian)
     probability = height / scale
     blocks = sympy.Mul(*(Equal(partner[i], i) for i in axes if i != k))
-    root = sympy.sqrt(scale) * sympy.sqrt(probability.xreplace({k: column}))
+    root = _root(scale, loss) * sympy.sqrt(probability.xreplace({k: column}))
     columns = (column, *(twin for twin in twins if twin != column))
     value = root * (Equal(column, k) - probability) * blocks
     return ExactFactor(columns, value, scale, k, sympy.sqrt(probability))

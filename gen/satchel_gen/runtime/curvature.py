@@ -115,11 +115,11 @@ class Start:
         return self._factor(factor)
 
     def monte_carlo(self, source: Source) -> Tensor:
-        """[M, *edge], the scores at targets drawn from the loss's distribution."""
+        """[M, *edge], √(c g / M) times the scores at targets drawn from the loss's distribution."""
         rule = self.definition.mc_factor
         assert rule is not None, "a loss without one is refused before"
         drawn = self._drawn(source.mc_samples or 1, source.generator)
-        return self._factor(evaluate(rule, self.definition, self.loss.operand, drawn))
+        return self._factor(evaluate(rule, self.definition, self.loss.operand, drawn), len(drawn))
 
     @lazy
     def gradient(self) -> Tensor:
@@ -127,8 +127,9 @@ class Start:
         delta = evaluate(self.definition.gradient, self.definition, self.loss.operand)
         return at_edge(_scaled(delta, self.scale), self.edge, lead=0)
 
-    def _factor(self, factor: Tensor) -> Tensor:
-        root = self.scale.abs().sqrt() if isinstance(self.scale, Tensor) else abs(self.scale) ** 0.5
+    def _factor(self, factor: Tensor, draws: int = 1) -> Tensor:
+        scale = abs(self.scale / draws)
+        root = scale.sqrt() if isinstance(scale, Tensor) else scale**0.5
         return at_edge(_scaled(factor, root), self.edge, lead=1)
 
     def _drawn(self, mc_samples: int, generator: torch.Generator | None) -> Tensor:

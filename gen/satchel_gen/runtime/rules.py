@@ -166,7 +166,7 @@ class Loss:
     exact_factor:  () → S [V, *input] with S Sᵀ = ∂²(Σℓ)/∂f²
     null:          () → u [*input] ≥ 0, a unit vector over the first axis of the columns, that S maps to zero; None: there is none
     sample:        (mc_samples, generator) → ŷ [M, *outcomes]; None, and why, where the loss is no likelihood
-    mc_factor:     (ŷ) → √weight · score(ŷ_m) / √M [M, *input], of the distribution that ŷ is drawn from
+    mc_factor:     (ŷ) → √weight · score(ŷ_m) [M, *input], of the distribution that ŷ is drawn from
     …_undefined:   () → whether what that factor is the square root of is negative; None: it cannot be
     `elements` are the axes of the terms ℓ, `columns` those whose extents multiply to V. `reductions` gives the divisor of each:
     axes whose extents multiply to it, or a rule. `operands` are further tensors with their axes, attributes of the module or

@@ -9,10 +9,22 @@ from torch import Tensor
 def categorical(probabilities: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
     """Class indices [samples, *leading] ~ probabilities[*leading, classes]."""
     rows = probabilities.flatten(0, -2)
-    device = rows.device if generator is None else generator.device
-    # A single draw is the same without replacement, which torch computes in fewer steps.
-    drawn = torch.multinomial(rows.to(device), samples, replacement=samples > 1, generator=generator)
-    return drawn.to(rows.device).T.reshape(samples, *probabilities.shape[:-1])
+    weights = rows if generator is None else rows.to(generator.device)
+    drawn = (
+        _one_of_each(weights, generator)
+        if samples == 1
+        else torch.multinomial(weights, samples, True, generator=generator).T
+    )
+    return drawn.to(rows.device).reshape(samples, *probabilities.shape[:-1])
+
+
+def _one_of_each(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Of each row a place, as likely as its weight: the first to come of exponential times with these rates.
+
+    It is what `torch.multinomial` does for a single draw, with the same random numbers, but for its checks of the weights.
+    """
+    times = torch.empty_like(weights).exponential_(generator=generator)
+    return torch.div(weights, times, out=times).argmax(-1)
 
 
 def normal(mean: Tensor, variance: Tensor | float, samples: int, generator: torch.Generator | None) -> Tensor:

@@ -120,11 +120,10 @@ def mc_factor_kernel(
     out_ptr,
     columns,
     size,
-    M,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """mc_factor[m, n, j] = √((1 + pos_weight[n, j] target[n, j] − target[n, j]) weight[n, j]) ((1 − sampled[m, n, j]) sigmoid(input[n, j]) − sigmoid(−input[n, j]) sampled[m, n, j]) / √(M)"""
+    """mc_factor[m, n, j] = √((1 + pos_weight[n, j] target[n, j] − target[n, j]) weight[n, j]) ((1 − sampled[m, n, j]) sigmoid(input[n, j]) − sigmoid(−input[n, j]) sampled[m, n, j])"""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = lane < size - start
@@ -138,15 +137,11 @@ def mc_factor_kernel(
     for m in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         base = m * size + start
         sampled = tl.load(sampled_ptr + base + lane, mask=inside, other=0).to(COMPUTE)
-        tl.store(
-            out_ptr + base + lane,
-            fixed_3 * (fixed * (1 - sampled) + fixed_2 * sampled) * tl.rsqrt(tl.cast(M, COMPUTE)),
-            mask=inside,
-        )
+        tl.store(out_ptr + base + lane, fixed_3 * (fixed * (1 - sampled) + fixed_2 * sampled), mask=inside)
 
 
 def mc_factor(sampled: Tensor, input: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor) -> Tensor:
-    """mc_factor[m, n, j] = √((1 + pos_weight[n, j] target[n, j] − target[n, j]) weight[n, j]) ((1 − sampled[m, n, j]) sigmoid(input[n, j]) − sigmoid(−input[n, j]) sampled[m, n, j]) / √(M)
+    """mc_factor[m, n, j] = √((1 + pos_weight[n, j] target[n, j] − target[n, j]) weight[n, j]) ((1 − sampled[m, n, j]) sigmoid(input[n, j]) − sigmoid(−input[n, j]) sampled[m, n, j])
 
     sampled [M, N, J], input [N, J], target [N, J], weight [N, J], pos_weight [N, J] -> [M, N, J].
     """
@@ -172,7 +167,6 @@ def mc_factor(sampled: Tensor, input: Tensor, target: Tensor, weight: Tensor, po
         out,
         columns,
         size,
-        M,
         COMPUTE=triton_type(dtype),
         BLOCK=POINTWISE_BLOCK,
     )

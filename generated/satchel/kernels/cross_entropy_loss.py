@@ -119,7 +119,7 @@ def exact_factor_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r] √total[n, r]
+    """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r] total[n, r]
 
     A `WHOLE` row is one tile, read once; a longer one is read again in each loop.
     """
@@ -157,7 +157,7 @@ def exact_factor_kernel(
         k2 = tl.cast(index // R, tl.int64)
         r2 = tl.cast(index % R, tl.int64)
         input_column = tl.load(input_ptr + n * K * R + k2 * R + r, mask=row_inside, other=0).to(COMPUTE)
-        fixed = tl.sqrt(total) * tl.exp(0.5 * input_column - 0.5 * lse_max - 0.5 * lse_tail) * (r2 == r).to(COMPUTE)
+        fixed = total * tl.exp(0.5 * input_column - 0.5 * lse_max - 0.5 * lse_tail) * (r2 == r).to(COMPUTE)
         for start in range(0, K, BLOCK_K):
             k_index = start + lane
             inside = (k_index < K) & row_inside
@@ -171,7 +171,7 @@ def exact_factor_kernel(
 
 
 def exact_factor(input: Tensor, target: Tensor) -> Tensor:
-    """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r] √total[n, r]
+    """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r] total[n, r]
 
     input [N, K, R], target [N, R] -> [K * R, N, K, R].
     """
@@ -213,13 +213,12 @@ def mc_factor_kernel(
     N,
     K,
     R,
-    M,
     COMPUTE: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) √total[n, r] / √(M)
+    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) total[n, r]
 
     A `WHOLE` row is one tile, read once; a longer one is read again in each loop.
     """
@@ -228,7 +227,6 @@ def mc_factor_kernel(
     row_inside = row < rows
     n = tl.cast(row // R, tl.int64)
     r = tl.cast(row % R, tl.int64)
-    fixed = tl.rsqrt(tl.cast(M, COMPUTE))
     target = tl.load(target_ptr + row, mask=row_inside, other=0)
     if WHOLE:
         k_index = lane
@@ -255,7 +253,6 @@ def mc_factor_kernel(
         total = total + tl.sum(tl.where(inside, (k_index == target).to(COMPUTE), 0.0), axis=0, keep_dims=True)
     for m in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         sampled = tl.load(sampled_ptr + m * N * R + n * R + r, mask=row_inside, other=0)
-        fixed_2 = fixed * tl.sqrt(total)
         for start in range(0, K, BLOCK_K):
             k_index = start + lane
             inside = (k_index < K) & row_inside
@@ -263,13 +260,13 @@ def mc_factor_kernel(
                 input = tl.load(input_ptr + n * K * R + k_index * R + r, mask=inside, other=0).to(COMPUTE)
             tl.store(
                 out_ptr + m * N * K * R + n * K * R + k_index * R + r,
-                fixed_2 * (tl.exp(input - lse_max - lse_tail) - (k_index == sampled).to(COMPUTE)),
+                total * (tl.exp(input - lse_max - lse_tail) - (k_index == sampled).to(COMPUTE)),
                 mask=inside,
             )
 
 
 def mc_factor(sampled: Tensor, input: Tensor, target: Tensor) -> Tensor:
-    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) √total[n, r] / √(M)
+    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) total[n, r]
 
     sampled [M, N, R], input [N, K, R], target [N, R] -> [M, N, K, R].
     """
@@ -292,7 +289,6 @@ def mc_factor(sampled: Tensor, input: Tensor, target: Tensor) -> Tensor:
         N,
         K,
         R,
-        M,
         COMPUTE=triton_type(dtype),
         WHOLE=whole,
         BLOCK_K=block,

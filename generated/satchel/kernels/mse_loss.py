@@ -73,8 +73,8 @@ def exact_factor(input: Tensor) -> Tensor:
 
 
 @triton.jit
-def mc_factor_kernel(sampled_ptr, input_ptr, out_ptr, columns, size, M, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
-    """mc_factor[m, n, j] = (2 input[n, j] − 2 sampled[m, n, j]) / √(M)"""
+def mc_factor_kernel(sampled_ptr, input_ptr, out_ptr, columns, size, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+    """mc_factor[m, n, j] = 2 input[n, j] − 2 sampled[m, n, j]"""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = lane < size - start
@@ -82,11 +82,11 @@ def mc_factor_kernel(sampled_ptr, input_ptr, out_ptr, columns, size, M, COMPUTE:
     for m in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         base = m * size + start
         sampled = tl.load(sampled_ptr + base + lane, mask=inside, other=0).to(COMPUTE)
-        tl.store(out_ptr + base + lane, (2 * input - 2 * sampled) * tl.rsqrt(tl.cast(M, COMPUTE)), mask=inside)
+        tl.store(out_ptr + base + lane, 2 * input - 2 * sampled, mask=inside)
 
 
 def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
-    """mc_factor[m, n, j] = (2 input[n, j] − 2 sampled[m, n, j]) / √(M)
+    """mc_factor[m, n, j] = 2 input[n, j] − 2 sampled[m, n, j]
 
     sampled [M, N, J], input [N, J] -> [M, N, J].
     """
@@ -98,6 +98,6 @@ def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
     out = torch.empty((M, N, J), dtype=dtype, device=input.device)
     blocks = cdiv(size, POINTWISE_BLOCK)
     mc_factor_kernel[(blocks, splits(blocks, columns))](
-        sampled, input, out, columns, size, M, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
+        sampled, input, out, columns, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
     return out

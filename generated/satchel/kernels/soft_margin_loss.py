@@ -78,8 +78,8 @@ def exact_factor(input: Tensor, target: Tensor) -> Tensor:
 
 
 @triton.jit
-def mc_factor_kernel(sampled_ptr, input_ptr, out_ptr, columns, size, M, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
-    """mc_factor[m, n, j] = (1/2 (1 − sampled[m, n, j]) sigmoid(input[n, j]) − 1/2 (1 + sampled[m, n, j]) sigmoid(−input[n, j])) / √(M)"""
+def mc_factor_kernel(sampled_ptr, input_ptr, out_ptr, columns, size, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+    """mc_factor[m, n, j] = 1/2 (1 − sampled[m, n, j]) sigmoid(input[n, j]) − 1/2 (1 + sampled[m, n, j]) sigmoid(−input[n, j])"""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = lane < size - start
@@ -89,15 +89,11 @@ def mc_factor_kernel(sampled_ptr, input_ptr, out_ptr, columns, size, M, COMPUTE:
     for m in range(tl.program_id(1).to(tl.int64), columns, tl.num_programs(1)):
         base = m * size + start
         sampled = tl.load(sampled_ptr + base + lane, mask=inside, other=0).to(COMPUTE)
-        tl.store(
-            out_ptr + base + lane,
-            (fixed * (1 - sampled) + fixed_2 * (sampled + 1)) * tl.rsqrt(tl.cast(M, COMPUTE)),
-            mask=inside,
-        )
+        tl.store(out_ptr + base + lane, fixed * (1 - sampled) + fixed_2 * (sampled + 1), mask=inside)
 
 
 def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
-    """mc_factor[m, n, j] = (1/2 (1 − sampled[m, n, j]) sigmoid(input[n, j]) − 1/2 (1 + sampled[m, n, j]) sigmoid(−input[n, j])) / √(M)
+    """mc_factor[m, n, j] = 1/2 (1 − sampled[m, n, j]) sigmoid(input[n, j]) − 1/2 (1 + sampled[m, n, j]) sigmoid(−input[n, j])
 
     sampled [M, N, J], input [N, J] -> [M, N, J].
     """
@@ -109,6 +105,6 @@ def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
     out = torch.empty((M, N, J), dtype=dtype, device=input.device)
     blocks = cdiv(size, POINTWISE_BLOCK)
     mc_factor_kernel[(blocks, splits(blocks, columns))](
-        sampled, input, out, columns, size, M, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
+        sampled, input, out, columns, size, COMPUTE=triton_type(dtype), BLOCK=POINTWISE_BLOCK
     )
     return out

@@ -13,8 +13,6 @@ Monte-Carlo features estimate the Fisher of Bernoulli(input[n, j], 0), weighted 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -73,29 +71,24 @@ def exact_factor(input: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 @widened
 def mc_factor(sampled: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """mc_factor[m, n, j] = ((-1000000000000 if input[n, j] < 1/1000000000000, −1 / input[n, j] if rest[n, j] > 0, else 0) sampled[m, n, j] − (1 − sampled[m, n, j]) (-1000000000000 if rest[n, j] < 1/1000000000000, −1 / rest[n, j] if input[n, j] > 0, else 0)) √weight[n, j] / √(M)
+    """mc_factor[m, n, j] = ((-1000000000000 if input[n, j] < 1/1000000000000, −1 / input[n, j] if rest[n, j] > 0, else 0) sampled[m, n, j] − (1 − sampled[m, n, j]) (-1000000000000 if rest[n, j] < 1/1000000000000, −1 / rest[n, j] if input[n, j] > 0, else 0)) √weight[n, j]
 
     sampled [M, N, J], input [N, J], weight [N, J] → [M, N, J]
     """
-    M = sampled.shape[0]
     rest = 1 - input
-    return (
-        torch.sqrt(weight)
-        * (
-            sampled
-            * torch.where(
-                input < 1 / 1000000000000,
-                input.new_tensor(-1000000000000.0),
-                torch.where(rest > 0, -1 / input, input.new_tensor(0.0)),
-            )
-            - (1 - sampled)
-            * torch.where(
-                rest < 1 / 1000000000000,
-                input.new_tensor(-1000000000000.0),
-                torch.where(input > 0, -1 / rest, input.new_tensor(0.0)),
-            )
+    return torch.sqrt(weight) * (
+        sampled
+        * torch.where(
+            input < 1 / 1000000000000,
+            input.new_tensor(-1000000000000.0),
+            torch.where(rest > 0, -1 / input, input.new_tensor(0.0)),
         )
-        / math.sqrt(M)
+        - (1 - sampled)
+        * torch.where(
+            rest < 1 / 1000000000000,
+            input.new_tensor(-1000000000000.0),
+            torch.where(input > 0, -1 / rest, input.new_tensor(0.0)),
+        )
     )
 
 

@@ -10,8 +10,6 @@ Monte-Carlo features estimate the Fisher of Bernoulli(sigmoid(input[n, j]), 0), 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -45,15 +43,12 @@ def exact_factor(input: Tensor, target: Tensor, weight: Tensor, pos_weight: Tens
 
 @widened
 def mc_factor(sampled: Tensor, input: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor) -> Tensor:
-    """mc_factor[m, n, j] = √((1 + pos_weight[n, j] target[n, j] − target[n, j]) weight[n, j]) ((1 − sampled[m, n, j]) sigmoid(input[n, j]) − sigmoid(−input[n, j]) sampled[m, n, j]) / √(M)
+    """mc_factor[m, n, j] = √((1 + pos_weight[n, j] target[n, j] − target[n, j]) weight[n, j]) ((1 − sampled[m, n, j]) sigmoid(input[n, j]) − sigmoid(−input[n, j]) sampled[m, n, j])
 
     sampled [M, N, J], input [N, J], target [N, J], weight [N, J], pos_weight [N, J] → [M, N, J]
     """
-    M = sampled.shape[0]
-    return (
-        torch.sqrt((1 + pos_weight * target - target) * weight)
-        * ((1 - sampled) * torch.sigmoid(input) - sampled * torch.sigmoid(-input))
-        / math.sqrt(M)
+    return torch.sqrt((1 + pos_weight * target - target) * weight) * (
+        (1 - sampled) * torch.sigmoid(input) - sampled * torch.sigmoid(-input)
     )
 
 

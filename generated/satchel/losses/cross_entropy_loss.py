@@ -12,8 +12,6 @@ Monte-Carlo features estimate the Fisher of Categorical(exp(input[n, k, r] − l
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -37,7 +35,7 @@ def gradient(input: Tensor, target: Tensor) -> Tensor:
 
 @widened
 def exact_factor(input: Tensor, target: Tensor) -> Tensor:
-    """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r] √total[n, r]
+    """exact_factor[k2, r2, n, k, r] = ([k2 = k] − probabilities[n, k, r]) [r2 = r] √probabilities[n, k2, r] total[n, r]
 
     input [N, K, R], target [N, R] → [K, R, N, K, R]
     """
@@ -47,8 +45,8 @@ def exact_factor(input: Tensor, target: Tensor) -> Tensor:
     eye = torch.eye(K, dtype=probabilities.dtype, device=probabilities.device)
     eye2 = torch.eye(R, dtype=probabilities.dtype, device=probabilities.device)
     return (
-        torch.sqrt(total[:, None, :])
-        * eye2[:, None, None, :]
+        eye2[:, None, None, :]
+        * total[:, None, :]
         * torch.sqrt(probabilities.permute(1, 0, 2)[:, None, :, None, :])
         * (eye[:, None, None, :, None] - probabilities)
     ).flatten(0, 1)
@@ -56,20 +54,15 @@ def exact_factor(input: Tensor, target: Tensor) -> Tensor:
 
 @widened
 def mc_factor(sampled: Tensor, input: Tensor, target: Tensor) -> Tensor:
-    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) √total[n, r] / √(M)
+    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) total[n, r]
 
     sampled [M, N, R], input [N, K, R], target [N, R] → [M, N, K, R]
     """
-    M = sampled.shape[0]
     K = input.shape[1]
     total = ((target >= 0) & (target < K)).to(input.dtype)
     probabilities = torch.softmax(input, 1)
     classes = torch.arange(K, device=probabilities.device)
-    return (
-        torch.sqrt(total[:, None, :])
-        * (probabilities - (sampled[:, :, None, :] == classes[:, None]).to(probabilities.dtype))
-        / math.sqrt(M)
-    )
+    return (probabilities - (sampled[:, :, None, :] == classes[:, None]).to(probabilities.dtype)) * total[:, None, :]
 
 
 @widened

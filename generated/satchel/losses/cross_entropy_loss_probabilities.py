@@ -13,8 +13,6 @@ Monte-Carlo features estimate the Fisher of Categorical(exp(input[n, k, r] − l
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -56,19 +54,16 @@ def exact_factor(input: Tensor, target: Tensor, weight: Tensor, label_smoothing:
 
 @widened
 def mc_factor(sampled: Tensor, input: Tensor, target: Tensor, weight: Tensor, label_smoothing: float) -> Tensor:
-    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) √total[n, r] / √(M)
+    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) √total[n, r]
 
     sampled [M, N, R], input [N, K, R], target [N, K, R], weight [K] → [M, N, K, R]
     """
-    M = sampled.shape[0]
     K = input.shape[1]
     total = torch.einsum("nkr,k->nr", label_smoothing / K + (1 - label_smoothing) * target, weight)
     probabilities = torch.softmax(input, 1)
     classes = torch.arange(K, device=probabilities.device)
-    return (
-        torch.sqrt(total[:, None, :])
-        * (probabilities - (sampled[:, :, None, :] == classes[:, None]).to(probabilities.dtype))
-        / math.sqrt(M)
+    return torch.sqrt(total[:, None, :]) * (
+        probabilities - (sampled[:, :, None, :] == classes[:, None]).to(probabilities.dtype)
     )
 
 

@@ -14,8 +14,6 @@ Monte-Carlo features estimate the Fisher of Categorical(exp(input[n, k, r] − l
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -79,11 +77,10 @@ def exact_factor(input: Tensor, target: Tensor, weight: Tensor, ignore_index: in
 def mc_factor(
     sampled: Tensor, input: Tensor, target: Tensor, weight: Tensor, ignore_index: int, label_smoothing: float
 ) -> Tensor:
-    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) √total[n, r] / √(M)
+    """mc_factor[m, n, k, r] = (probabilities[n, k, r] − [k = sampled[m, n, r]]) √total[n, r]
 
     sampled [M, N, R], input [N, K, R], target [N, R], weight [K] → [M, N, K, R]
     """
-    M = sampled.shape[0]
     K = input.shape[1]
     classes = torch.arange(K, device=input.device)
     counted = summed_products(
@@ -96,10 +93,8 @@ def mc_factor(
     )
     probabilities = torch.softmax(input, 1)
     classes2 = torch.arange(K, device=probabilities.device)
-    return (
-        torch.sqrt(total[:, None, :])
-        * (probabilities - (sampled[:, :, None, :] == classes2[:, None]).to(probabilities.dtype))
-        / math.sqrt(M)
+    return torch.sqrt(total[:, None, :]) * (
+        probabilities - (sampled[:, :, None, :] == classes2[:, None]).to(probabilities.dtype)
     )
 
 

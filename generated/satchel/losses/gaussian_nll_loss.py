@@ -10,8 +10,6 @@ Monte-Carlo features estimate the Fisher of N(input[n, j], variance[n, j]), whic
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -44,13 +42,12 @@ def exact_factor(input: Tensor, var: Tensor, eps: float) -> Tensor:
 
 @widened
 def mc_factor(sampled: Tensor, input: Tensor, var: Tensor, eps: float) -> Tensor:
-    """mc_factor[m, n, j] = (input[n, j] − sampled[m, n, j]) / (√(M) variance[n, j])
+    """mc_factor[m, n, j] = (input[n, j] − sampled[m, n, j]) / variance[n, j]
 
     sampled [M, N, J], input [N, J], var [N, J] → [M, N, J]
     """
-    M = sampled.shape[0]
     variance = torch.where(eps > var, eps, var)
-    return (input - sampled) / (math.sqrt(M) * variance)
+    return (input - sampled) / variance
 
 
 @widened

@@ -10,8 +10,6 @@ Monte-Carlo features estimate the Fisher of Laplace(input[n, j]), which is not �
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -40,12 +38,11 @@ def exact_factor(input: Tensor) -> Tensor:
 
 @widened
 def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
-    """mc_factor[m, n, j] = sign(input[n, j] − sampled[m, n, j]) / √(M)
+    """mc_factor[m, n, j] = sign(input[n, j] − sampled[m, n, j])
 
     sampled [M, N, J], input [N, J] → [M, N, J]
     """
-    M = sampled.shape[0]
-    return torch.sign(input - sampled) / math.sqrt(M)
+    return torch.sign(input - sampled)
 
 
 @widened

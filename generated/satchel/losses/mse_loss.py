@@ -41,12 +41,11 @@ def exact_factor(input: Tensor) -> Tensor:
 
 @widened
 def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
-    """mc_factor[m, n, j] = (2 input[n, j] − 2 sampled[m, n, j]) / √(M)
+    """mc_factor[m, n, j] = 2 input[n, j] − 2 sampled[m, n, j]
 
     sampled [M, N, J], input [N, J] → [M, N, J]
     """
-    M = sampled.shape[0]
-    return (2 * input - 2 * sampled) / math.sqrt(M)
+    return 2 * input - 2 * sampled
 
 
 @widened

@@ -11,8 +11,6 @@ Monte-Carlo features estimate the Fisher of Categorical(exp(input[n, k, r])), we
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -48,11 +46,10 @@ def exact_factor(input: Tensor) -> Tensor:
 
 @widened
 def mc_factor(sampled: Tensor, input: Tensor, target: Tensor, weight: Tensor, ignore_index: int) -> Tensor:
-    """mc_factor[m, n, k, r] = −[k = sampled[m, n, r]] √total[n, r] / √(M)
+    """mc_factor[m, n, k, r] = −[k = sampled[m, n, r]] √total[n, r]
 
     sampled [M, N, R], input [N, K, R], target [N, R], weight [K] → [M, N, K, R]
     """
-    M = sampled.shape[0]
     K = input.shape[1]
     classes = torch.arange(K, device=weight.device)
     classes2 = torch.arange(K, device=input.device)
@@ -62,7 +59,7 @@ def mc_factor(sampled: Tensor, input: Tensor, target: Tensor, weight: Tensor, ig
         (target[:, :, None] == classes2).to(input.dtype),
     )
     classes3 = torch.arange(K, device=total.device)
-    return -torch.sqrt(total[:, None, :]) * (sampled[:, :, None, :] == classes3[:, None]).to(total.dtype) / math.sqrt(M)
+    return -torch.sqrt(total[:, None, :]) * (sampled[:, :, None, :] == classes3[:, None]).to(total.dtype)
 
 
 @widened

@@ -9,8 +9,6 @@ Monte-Carlo features estimate the Fisher of Poisson(exp(input[n, j])), which is 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -41,12 +39,11 @@ def exact_factor(input: Tensor) -> Tensor:
 
 @widened
 def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
-    """mc_factor[m, n, j] = (exp(input[n, j]) − sampled[m, n, j]) / √(M)
+    """mc_factor[m, n, j] = exp(input[n, j]) − sampled[m, n, j]
 
     sampled [M, N, J], input [N, J] → [M, N, J]
     """
-    M = sampled.shape[0]
-    return (torch.exp(input) - sampled) / math.sqrt(M)
+    return torch.exp(input) - sampled
 
 
 @widened

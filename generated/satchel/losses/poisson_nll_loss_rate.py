@@ -9,8 +9,6 @@ Monte-Carlo features estimate the Fisher of Poisson(input[n, j]), which is not �
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -41,12 +39,11 @@ def exact_factor(input: Tensor, target: Tensor, eps: float) -> Tensor:
 
 @widened
 def mc_factor(sampled: Tensor, input: Tensor, eps: float) -> Tensor:
-    """mc_factor[m, n, j] = (1 − sampled[m, n, j] / (input[n, j] + eps)) / √(M)
+    """mc_factor[m, n, j] = 1 − sampled[m, n, j] / (input[n, j] + eps)
 
     sampled [M, N, J], input [N, J] → [M, N, J]
     """
-    M = sampled.shape[0]
-    return (1 - sampled / (input + eps)) / math.sqrt(M)
+    return 1 - sampled / (input + eps)
 
 
 @widened

@@ -9,8 +9,6 @@ Monte-Carlo features estimate the Fisher of Bernoulli(sigmoid(input[n, j]), -1),
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -43,12 +41,11 @@ def exact_factor(input: Tensor, target: Tensor) -> Tensor:
 
 @widened
 def mc_factor(sampled: Tensor, input: Tensor) -> Tensor:
-    """mc_factor[m, n, j] = (1/2 (1 − sampled[m, n, j]) sigmoid(input[n, j]) − 1/2 (1 + sampled[m, n, j]) sigmoid(−input[n, j])) / √(M)
+    """mc_factor[m, n, j] = 1/2 (1 − sampled[m, n, j]) sigmoid(input[n, j]) − 1/2 (1 + sampled[m, n, j]) sigmoid(−input[n, j])
 
     sampled [M, N, J], input [N, J] → [M, N, J]
     """
-    M = sampled.shape[0]
-    return ((1 - sampled) * torch.sigmoid(input) / 2 - (1 + sampled) * torch.sigmoid(-input) / 2) / math.sqrt(M)
+    return (1 - sampled) * torch.sigmoid(input) / 2 - (1 + sampled) * torch.sigmoid(-input) / 2
 
 
 @widened

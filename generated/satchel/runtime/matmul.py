@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .memory import Out, placed
+from .memory import Out, placed, placed_or_new, scratch
 from .torch_private import has_product, product
 
 #: Operations of a product below which a call of oneDNN costs more than it saves, and those that pay for an element that is copied where
@@ -41,10 +41,9 @@ def _with_matrix(left: Tensor, right: Tensor, out: Out) -> Tensor:
     work = left.numel() * L
     if work < _LARGE or left.is_cuda:
         return left @ right
-    onednn = has_product(left, right)
-    # Fresh pages cost more than oneDNN saves where it is a little faster.
-    if out is not None and left.ndim == 2 and not (onednn and onednn_speed() >= _PAYS_COPIES):
+    if out is not None and left.ndim == 2 and not _saves_more_than_pages(left, right):
         return torch.mm(left, right, out=placed(out, (len(left), L), left.dtype))
+    onednn = has_product(left, right)
     # oneDNN reads rows of A and columns of B.
     copied = (0 if left.is_contiguous() else left.numel()) + (0 if right.mT.is_contiguous() else K * L)
     if work < _PER_COPY * copied or not onednn:
@@ -52,6 +51,21 @@ def _with_matrix(left: Tensor, right: Tensor, out: Out) -> Tensor:
     if onednn_speed() < (_PAYS_COPIES if copied else 1):
         return left @ right
     return product(left.reshape(-1, K), right.mT).reshape(*left.shape[:-1], L)
+
+
+def quotient(left: Tensor, right: Tensor, over: int, out: Out = None) -> Tensor:
+    """A B / over of two matrices: by the product itself, or of A, if that is not computed in `out`."""
+    if over == 1:
+        return matmul(left, right, out)
+    if out is None or left.is_cuda or _saves_more_than_pages(left, right):
+        return matmul(torch.div(left, over, out=scratch(left)), right, out)
+    place = placed_or_new(out, (len(left), right.shape[1]), left)
+    return torch.addmm(place, left, right, beta=0, alpha=1 / over, out=place)
+
+
+def _saves_more_than_pages(left: Tensor, right: Tensor) -> bool:
+    """Whether oneDNN is so much faster that it pays for fresh pages."""
+    return has_product(left, right) and onednn_speed() >= _PAYS_COPIES
 
 
 @cache

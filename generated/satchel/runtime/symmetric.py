@@ -7,11 +7,10 @@ from __future__ import annotations
 from functools import reduce
 from operator import add
 
-import torch
 from torch import Tensor
 
-from .matmul import matmul
-from .memory import Out, placed_or_new, scratch
+from .matmul import matmul, quotient
+from .memory import Out, placed_or_new
 
 #: Rows of a strip: fewer make narrow products, more compute more of the lower half.
 _STRIP = 128
@@ -25,20 +24,15 @@ def gram(rows: Tensor, over: int = 1, out: Out = None) -> Tensor:
     if rows.is_cuda or size < 2 * _STRIP:
         return matmul(rows.mT, rows) / over
     if len(rows) < 2 * _STRIP:  # the lower half is computed faster than copied
-        return matmul(_divided(rows, over).mT, rows, out)
+        return quotient(rows.mT, rows, over, out)
     columns = rows.mT.contiguous()
-    scaled = _divided(columns, over)
     result = placed_or_new(out, (size, size), rows)
     for first in range(0, size, _STRIP):
         end = min(first + _STRIP, size)
-        result[first:end, first:] = matmul(scaled[first:end], columns[first:].mT)
+        strip = matmul(columns[first:end], columns[first:].mT)
+        result[first:end, first:] = strip if over == 1 else strip.div_(over)
         result[end:, first:end] = result[first:end, end:].mT
     return result
-
-
-def _divided(tensor: Tensor, over: int) -> Tensor:
-    """x / over, for one product: a later call overwrites it."""
-    return tensor if over == 1 else torch.div(tensor, over, out=scratch(tensor))
 
 
 def summed_gram(tensor: Tensor, lead: int) -> Tensor:
