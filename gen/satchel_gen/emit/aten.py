@@ -171,6 +171,8 @@ class Body:
         return text if isinstance(node, Leaf) else postfix(text)
 
     def _map(self, node: Map) -> str:
+        if (text := self._into_gram(node)) is not None:
+            return text
         given, node = node, _with_thresholds(node)
         names: dict[Expr, str] = {}
         like = self._like(node)
@@ -196,6 +198,18 @@ class Body:
         text = AtenPrinter(names, like).doprint(node.expr)
         whole = text.startswith("above(") and is_postfix(text)
         return f"{text[:-1]}{self.out(given)})" if whole else text
+
+    def _into_gram(self, node: Map) -> str | None:
+        """A tensor times a Gram matrix, in the memory of that."""
+        if node.expr != sympy.Mul(*node.reads) or len(node.children) != 2:
+            return None
+        for child, other in (node.children, node.children[::-1]):
+            product = child.child if isinstance(child, Scaled) else child
+            if isinstance(product, Contract) and isinstance(other, Leaf) and self._gram(product) is not None:
+                text = self(child)
+                if child.axes == other.axes == node.axes and is_postfix(text):
+                    return f"{text}.mul_({self(other)})"
+        return None
 
     def _like(self, node: Map) -> str:
         """A tensor whose dtype a mask takes: not one of the integers that it compares."""

@@ -128,8 +128,8 @@ class Start:
         return at_edge(_scaled(delta, self.scale), self.edge, lead=0)
 
     def _factor(self, factor: Tensor, draws: int = 1) -> Tensor:
-        scale = abs(self.scale / draws)
-        root = scale.sqrt() if isinstance(scale, Tensor) else scale**0.5
+        scale = self.scale / draws
+        root = scale.abs().sqrt() if isinstance(scale, Tensor) else abs(scale) ** 0.5
         return at_edge(_scaled(factor, root), self.edge, lead=1)
 
     def _drawn(self, mc_samples: int, generator: torch.Generator | None) -> Tensor:

@@ -52,7 +52,7 @@ def sandwich(averaged: Tensor, input: Tensor, alpha: float) -> Tensor:
     """
     N = input.shape[0]
     values = torch.where(input > 0, input.new_tensor(1.0), alpha * torch.exp(input))
-    return averaged * gram(values, over=N)
+    return gram(values, over=N).mul_(averaged)
 
 
 @widened

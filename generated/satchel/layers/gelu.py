@@ -80,7 +80,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
         + torch.erf(math.sqrt(2) * input / 2) / 2
         + math.sqrt(2) * input * torch.exp(-input.square() / 2) / (2 * math.sqrt(math.pi))
     )
-    return averaged * gram(values, over=N)
+    return gram(values, over=N).mul_(averaged)
 
 
 @widened

@@ -52,7 +52,7 @@ def sandwich(averaged: Tensor, input: Tensor, lambd: float) -> Tensor:
     """
     N = input.shape[0]
     values = ((lambd < input) | (lambd < -input)).to(input.dtype)
-    return averaged * gram(values, over=N)
+    return gram(values, over=N).mul_(averaged)
 
 
 LAYER = Layer(

@@ -79,7 +79,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
         1 / 2 + input / 3,
         torch.where(input >= 3, input.new_tensor(1.0), input.new_tensor(0.0)),
     )
-    return averaged * gram(values, over=N)
+    return gram(values, over=N).mul_(averaged)
 
 
 @widened

@@ -53,7 +53,7 @@ def sandwich(averaged: Tensor, input: Tensor, max_val: float, min_val: float) ->
     """
     N = input.shape[0]
     values = ((max_val > input) & (min_val < input)).to(input.dtype)
-    return averaged * gram(values, over=N)
+    return gram(values, over=N).mul_(averaged)
 
 
 LAYER = Layer(

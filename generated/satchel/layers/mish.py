@@ -65,7 +65,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
     softplus = F.softplus(input, threshold=40)
     tanh = torch.tanh(softplus)
     values = (1 - tanh.square()) * input * torch.sigmoid(input) + tanh
-    return averaged * gram(values, over=N)
+    return gram(values, over=N).mul_(averaged)
 
 
 @widened

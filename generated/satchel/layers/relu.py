@@ -53,7 +53,7 @@ def sandwich(averaged: Tensor, output: Tensor) -> Tensor:
     """
     N = output.shape[0]
     values = (output > 0).to(output.dtype)
-    return averaged * gram(values, over=N)
+    return gram(values, over=N).mul_(averaged)
 
 
 LAYER = Layer(

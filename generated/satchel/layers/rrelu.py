@@ -52,7 +52,7 @@ def sandwich(averaged: Tensor, input: Tensor, lower: float, upper: float) -> Ten
     """
     N = input.shape[0]
     values = torch.where(input > 0, input.new_tensor(1.0), lower / 2 + upper / 2)
-    return averaged * gram(values, over=N)
+    return gram(values, over=N).mul_(averaged)
 
 
 LAYER = Layer(

@@ -59,7 +59,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
     N = input.shape[0]
     sigmoid = torch.sigmoid(input)
     values = (1 - sigmoid) * input * sigmoid + sigmoid
-    return averaged * gram(values, over=N)
+    return gram(values, over=N).mul_(averaged)
 
 
 @widened

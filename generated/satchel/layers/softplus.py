@@ -54,7 +54,7 @@ def sandwich(averaged: Tensor, input: Tensor, beta: float, threshold: float) -> 
     """
     N = input.shape[0]
     values = torch.where(threshold < input * beta, input.new_tensor(1.0), torch.sigmoid(input * beta))
-    return averaged * gram(values, over=N)
+    return gram(values, over=N).mul_(averaged)
 
 
 @widened

@@ -51,7 +51,7 @@ def sandwich(averaged: Tensor, output: Tensor) -> Tensor:
     """
     N = output.shape[0]
     values = 1 - output.square()
-    return averaged * gram(values, over=N)
+    return gram(values, over=N).mul_(averaged)
 
 
 @widened

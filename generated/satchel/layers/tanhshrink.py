@@ -51,7 +51,7 @@ def sandwich(averaged: Tensor, input: Tensor) -> Tensor:
     """
     N = input.shape[0]
     values = torch.tanh(input).square()
-    return averaged * gram(values, over=N)
+    return gram(values, over=N).mul_(averaged)
 
 
 @widened

@@ -52,7 +52,7 @@ def sandwich(averaged: Tensor, input: Tensor, threshold: float) -> Tensor:
     """
     N = input.shape[0]
     values = (threshold < input).to(input.dtype)
-    return averaged * gram(values, over=N)
+    return gram(values, over=N).mul_(averaged)
 
 
 LAYER = Layer(
