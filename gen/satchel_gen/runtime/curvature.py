@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from math import inf, nan, prod
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from .averaged import Pair, averaged_quantities, needed_bytes, start_of, sweep_a
 from .axes import Layout, extents
 from .calls import Call
 from .demand import AVERAGED, CURVATURE, DIAGONAL, EXACT, RESIDUAL, SECOND_ORDER, Demand, Source
+from .diagonals import Accumulate, Diagonals
 from .errors import (
     BatchAxisLost,
     MemoryLimit,
@@ -38,16 +39,13 @@ from .mixed import parameter_terms
 from .plan import Place, Plan, Step
 from .quantities import summed
 from .record import Edge, LossRecord
-from .rules import Layer, Need, registry
+from .rules import Layer, registry
 from .second import is_twice_differentiable
 from .settings import current
 from .subsampling import quantities_of
 from .sweep import AT_ONCE, at_edge, chunks, sweep
 from .torch_private import current_node, weight_of_targets
 from .uses import PER_SAMPLE, Use
-
-#: Takes a quantity of a parameter, and the source that it comes from, and adds it to what is there.
-Accumulate: TypeAlias = Callable[[Tensor, Source, dict[Need, Tensor]], None]
 
 #: Kinds whose columns can be swept in ranges.
 STREAMED = ("exact", "mc", "residual")
@@ -238,13 +236,16 @@ def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> Non
     sources = demand.sources(plan.definitions)
     averaged = AVERAGED in sources
     exact = start.exact(_every(plan, demand)) if averaged or EXACT in sources else None
+    diagonals = Diagonals(demand, plan.tied)
     for source in sources:
         if source == EXACT and exact is not None:
-            _columns(start.edge, exact, plan, source, demand, accumulate)
+            _columns(start.edge, exact, plan, _Gathered(source, demand, plan.tied, accumulate, diagonals))
         elif source.kind == "mc":
-            _columns(start.edge, start.monte_carlo(source), plan, source, demand, accumulate)
+            factor = start.monte_carlo(source)
+            _columns(start.edge, factor, plan, _Gathered(source, demand, plan.tied, accumulate))
     if RESIDUAL in sources or DIAGONAL in sources:
-        _residual(start, plan, demand, accumulate)
+        _residual(start, plan, demand, accumulate, diagonals)
+    diagonals.finish(accumulate)
     if averaged and exact is not None:
 
         def visit(parameter: Tensor, pairs: Sequence[Pair]) -> None:
@@ -260,21 +261,22 @@ def _every(plan: Plan, demand: Demand) -> bool:
     return shown or not any(step.inputs for step in plan.steps)
 
 
-def _columns(edge: Edge, factor: Tensor, plan: Plan, source: Source, demand: Demand, accumulate: Accumulate) -> None:
+def _columns(edge: Edge, factor: Tensor, plan: Plan, gathered: _Gathered) -> None:
     """Sweep a factor, in ranges of its columns that stay below the memory limit."""
     most = current().matrix_bytes // max(plan.column_bytes(factor.element_size()), 1) if len(factor) > 1 else 1
     for columns in chunks(factor, most):
-        gathered = _Gathered(source, demand, plan.tied, accumulate)
         sweep(plan, {edge: columns}, gathered.visit, None if plan.tied else AT_ONCE)
         gathered.finish()
 
 
-def _residual(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> None:
+def _residual(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate, diagonals: Diagonals) -> None:
     """Sweep what the steps themselves add to the curvature."""
     if not any(may_add(plan, step) for step in plan.steps):  # as in a network of linear layers and rectifiers
         return
 
     def visit_diagonal(call: Call, diagonal: Tensor) -> None:
+        if diagonals.take(call, diagonal):
+            return
         for name, parameter in call.parameters.items():
             use = Use(call.record, name, diagonal)
             needs = [need for need in demand.needs([use.layer], DIAGONAL) if use.offers(need.quantity)]
@@ -282,7 +284,7 @@ def _residual(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) 
 
     delta = start.gradient
     residuals, at_uses = residuals_of(plan, {start.edge: delta}, start.samples)
-    gather = partial(_Gathered, RESIDUAL, demand, plan.tied, accumulate)
+    gather = partial(_Gathered, RESIDUAL, demand, plan.tied, accumulate, diagonals)
     limit, itemsize = current().matrix_bytes, delta.element_size()
     HessianSweep(plan, residuals, start.samples, gather, visit_diagonal, limit, itemsize).run()
     reductions = registry().reductions
@@ -298,11 +300,21 @@ def _residual(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) 
 class _Gathered:
     """Turns columns of one space into quantities of parameters; those of a shared parameter once all its uses are in."""
 
-    def __init__(self, source: Source, demand: Demand, shared: Collection[int], accumulate: Accumulate) -> None:
+    def __init__(
+        self,
+        source: Source,
+        demand: Demand,
+        shared: Collection[int],
+        accumulate: Accumulate,
+        diagonals: Diagonals | None = None,
+    ) -> None:
         self.source, self.demand, self.shared, self.accumulate = source, demand, shared, accumulate
+        self.diagonals = diagonals
         self.waiting: dict[int, tuple[Tensor, list[Use], tuple[Tensor, ...]]] = {}
 
     def visit(self, call: Call, factor: Tensor, *signs: Tensor) -> None:
+        if self.diagonals is not None and self.diagonals.take_columns(call, factor, *signs):
+            return
         memo: dict[Callable[..., Tensor], Tensor] = {}
         for name, parameter in call.parameters.items():
             use = Use(call.record, name, factor, memo)
@@ -314,6 +326,7 @@ class _Gathered:
     def finish(self) -> None:
         for parameter, uses, signs in self.waiting.values():
             self._add(parameter, uses, signs)
+        self.waiting.clear()
 
     def _add(self, parameter: Tensor, uses: list[Use], signs: tuple[Tensor, ...]) -> None:
         needs = self.demand.needs([use.layer for use in uses], self.source)

@@ -26,6 +26,7 @@ class BatchDiagHessian(Extension):
 
     field = "diag_h_batch"
     differentiable = False
+    additive = True
 
     def __init__(self, scaling: str = "backpack") -> None:
         super().__init__(scaling=scaling)

@@ -26,6 +26,7 @@ class DiagHessian(Extension):
 
     field = "diag_h"
     differentiable = False
+    additive = True
 
     def __init__(self, scaling: str = "backpack") -> None:
         super().__init__(scaling=scaling)

@@ -56,6 +56,7 @@ class _Known:
     sources: dict[tuple[Layer, ...], tuple[Source, ...]] = field(default_factory=dict)
     features: dict[tuple[tuple[Layer, ...], tuple[str, ...]], list[str]] = field(default_factory=dict)
     deviations: dict[Layer, tuple[str, ...]] = field(default_factory=dict)
+    of_diagonals: dict[Layer, Mapping[Need, Need]] = field(default_factory=dict)
     surveyed: dict[Hashable, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -109,6 +110,21 @@ class Demand:
         if layer not in known:
             needs = self.of(layer).get(GRADIENT, ())
             known[layer] = tuple(need.quantity for need in needs if registry().second_moment(need.quantity))
+        return known[layer]
+
+    def of_diagonals(self, layer: Layer) -> Mapping[Need, Need]:
+        """What is asked of a diagonal, with what is asked of exact columns, where all features that ask for these add both."""
+        known = self._known.of_diagonals
+        if layer not in known:
+            found: dict[Need, Need] = {}
+            for extension in self.extensions:
+                asked = self.asked(extension, layer)
+                exact, diagonal = ([need for key, need in asked if key == kind] for kind in (EXACT, DIAGONAL))
+                if exact and not (extension.additive and len(exact) == len(diagonal)):
+                    found.clear()
+                    break
+                found |= zip(diagonal, exact, strict=False)
+            known[layer] = found
         return known[layer]
 
     def serving(self, layer: Layer, parameter: str) -> tuple[Extension, ...]:

@@ -29,6 +29,8 @@ class Extension:
     field: ClassVar[str]
     #: Whether the value stays differentiable under `create_graph=True`; other fields are computed without a graph.
     differentiable: ClassVar[bool] = False
+    #: Whether the value is a sum of quantities, each of exact columns with the same of residual ones and of a diagonal.
+    additive: ClassVar[bool] = False
 
     def __init__(
         self,
