@@ -16,6 +16,7 @@ from networks import NETWORKS
 from satchel import backpack, extend
 from satchel.extensions import KFAC, DiagGGNExact, DiagGGNMC
 from satchel.registry import REGISTRY
+from satchel.runtime.sampling import categorical
 
 SAMPLED = [feature for feature in FEATURES if is_sampled(feature)]
 BY_NAME = {network.name: network for network in NETWORKS}
@@ -70,6 +71,17 @@ def test_mean_is_the_fisher(name: str, loss: Any, reduction: str) -> None:
         error = (value.flatten() - mean).abs()
         assert (error <= 5 * (variance / M).sqrt() + 1e-12 * mean.max()).all(), p
         assert variance.max() == 0 or error.max() > 0, "a sampled field that is exact was not sampled"
+
+
+@pytest.mark.parametrize("M", [1, 2])
+def test_classes_are_drawn_as_often_as_their_probability(M: int) -> None:
+    """Within 5 standard errors over 20,000 rows; what has none never is."""
+    p, rows = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05]), 20_000
+    generator, state = torch.Generator().manual_seed(0), torch.get_rng_state()
+    drawn = categorical(p.expand(2, rows // 2, -1), M, generator)
+    assert drawn.shape == (M, 2, rows // 2) and torch.equal(torch.get_rng_state(), state)
+    counted = torch.bincount(drawn.flatten(), minlength=len(p)) / drawn.numel()
+    assert ((counted - p).abs() <= 5 * (p * (1 - p) / drawn.numel()).sqrt()).all()
 
 
 @pytest.mark.parametrize("M", [1, 2, 50])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from conftest import EXACT
 from satchel import backpack, extend, extensions
 from satchel.runtime import sweep
-from satchel.runtime.masks import above
+from satchel.runtime.slopes import above, scaled
 
 N = 3
 
@@ -30,6 +30,9 @@ class Twice(nn.Module):
 
 NETWORKS = {
     "chain": lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.ReLU(), nn.Linear(5, 3)),
+    "curves": lambda: nn.Sequential(
+        nn.Linear(4, 5), nn.Tanh(), nn.BatchNorm1d(5).eval(), nn.Sigmoid(), nn.Linear(5, 3)
+    ),
     "pooled": lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(3, 3)),
     "twice": Twice,
 }
@@ -70,4 +73,13 @@ def test_above(dtype: torch.dtype) -> None:
     want = values * (tensor > 0)
     torch.testing.assert_close(above(values, tensor, 0), want)
     assert above(values, tensor, 0, out=values) is values
+    torch.testing.assert_close(values, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scaled(dtype: torch.dtype) -> None:
+    values, slope = torch.randn(2, 3, 4, dtype=dtype), torch.randn(3, 1, dtype=dtype)
+    want = values * slope
+    torch.testing.assert_close(scaled(values, slope), want)
+    assert scaled(values, slope, out=values) is values
     torch.testing.assert_close(values, want)

@@ -11,6 +11,7 @@ import sympy
 from sympy import Expr
 
 from ..calculus.terms import CalculusError
+from ..definitions.quantities import S
 from ..lowering.plan import (
     Add,
     Axes,
@@ -39,6 +40,14 @@ def _with_thresholds(node: Map) -> Map:
             reads, children = zip(*others, *zip(child.reads, child.children, strict=True), strict=True)
             return Map(node.expr.xreplace({read: child.expr}), reads, children, node.axes)
     return node
+
+
+def _scaled_columns(node: Map) -> Expr | None:
+    """The columns that a result is a multiple of, element by element."""
+    for read, child in zip(node.reads, node.children, strict=True):
+        if isinstance(child, Leaf) and child.name == S.name and child.axes == node.axes:
+            return read if node.expr.is_Mul and read in node.expr.args else None
+    return None
 
 
 def _squared(node: Node) -> Node | None:
@@ -195,9 +204,14 @@ class Body:
         for call in repeated(node.expr):
             if call not in names:
                 names[call] = self.local(call.func.__name__, AtenPrinter(names, like).doprint(call))
-        text = AtenPrinter(names, like).doprint(node.expr)
-        whole = text.startswith("above(") and is_postfix(text)
-        return f"{text[:-1]}{self.out(given)})" if whole else text
+        printer = AtenPrinter(names, like)
+        text = printer.doprint(node.expr)
+        if text.startswith("above(") and is_postfix(text):
+            return f"{text[:-1]}{self.out(given)})"
+        if given is self.result and (columns := _scaled_columns(node)) is not None:
+            slope = self.local("slope", printer.doprint(node.expr / columns))
+            return f"scaled({names[columns]}, {slope}{self.out(given)})"
+        return text
 
     def _into_gram(self, node: Map) -> str | None:
         """A tensor times a Gram matrix, in the memory of that."""

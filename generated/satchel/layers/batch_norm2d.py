@@ -13,17 +13,19 @@ from torch import Tensor
 from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.slopes import scaled
 from ..runtime.sums import squared_norms, summed, summed_squares
 from ..runtime.symmetric import gram, summed_gram
 
 
 @widened
-def vjp(factor: Tensor, running_var: Tensor, weight: Tensor, eps: float) -> Tensor:
+def vjp(factor: Tensor, running_var: Tensor, weight: Tensor, eps: float, out: Out = None) -> Tensor:
     """vjp[v, n, c, s] = factor[v, n, c, s] weight[c] / √(running_var[c] + eps)
 
-    factor [V, N, C, S], running_var [C], weight [C] → [V, N, C, S]
+    factor [V, N, C, S], running_var [C], weight [C] → [V, N, C, S]. Computed in `out` where it can be.
     """
-    return (weight / torch.sqrt(running_var + eps))[:, None] * factor
+    slope = (weight / torch.sqrt(running_var + eps))[:, None]
+    return scaled(factor, slope, out=out)
 
 
 @widened
@@ -346,7 +348,7 @@ LAYER = Layer(
     input_axes=("n", "c", "s*"),
     output_axes=("n", "c", "s*"),
     parameter_axes={"weight": ("c",), "bias": ("c",)},
-    vjp=Rule(vjp, ("running_var", "weight", "eps"), kernel="vjp"),
+    vjp=Rule(vjp, ("running_var", "weight", "eps"), kernel="vjp", writes=True),
     diagonal=Rule(diagonal, ("running_var", "weight", "eps"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("running_var", "weight", "eps"), kernel="mean_vjp"),
     sandwich=Rule(sandwich, ("running_var", "weight", "eps")),

@@ -10,18 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.slopes import scaled
 from ..runtime.symmetric import gram
 
 
 @widened
-def vjp(factor: Tensor, input: Tensor, alpha: float) -> Tensor:
+def vjp(factor: Tensor, input: Tensor, alpha: float, out: Out = None) -> Tensor:
     """vjp[v, n, j] = (1 if input[n, j] > 0, else exp(input[n, j] / alpha)) factor[v, n, j]
 
-    factor [V, N, J], input [N, J] → [V, N, J]
+    factor [V, N, J], input [N, J] → [V, N, J]. Computed in `out` where it can be.
     """
-    return torch.where(input > 0, input.new_tensor(1.0), torch.exp(input / alpha)) * factor
+    slope = torch.where(input > 0, input.new_tensor(1.0), torch.exp(input / alpha))
+    return scaled(factor, slope, out=out)
 
 
 @widened
@@ -71,7 +74,7 @@ LAYER = Layer(
     kernels="celu",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input", "alpha"), kernel="vjp"),
+    vjp=Rule(vjp, ("input", "alpha"), kernel="vjp", writes=True),
     diagonal=Rule(diagonal, ("input", "alpha"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "alpha")),
     sandwich=Rule(sandwich, ("input", "alpha"), heavy=True),

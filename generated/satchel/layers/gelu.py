@@ -12,23 +12,26 @@ import math
 import torch
 from torch import Tensor
 
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.slopes import scaled
 from ..runtime.symmetric import gram
 
 
 @widened
-def vjp(factor: Tensor, input: Tensor) -> Tensor:
+def vjp(factor: Tensor, input: Tensor, out: Out = None) -> Tensor:
     """vjp[v, n, j] = (1/2 + 1/2 erf(1/2 √2 input[n, j]) + 1/2 √2 input[n, j] / (√(pi) exp(1/2 input[n, j]²)))
         factor[v, n, j]
 
-    factor [V, N, J], input [N, J] → [V, N, J]
+    factor [V, N, J], input [N, J] → [V, N, J]. Computed in `out` where it can be.
     """
-    return (
+    slope = (
         1 / 2
         + torch.erf(math.sqrt(2) * input / 2) / 2
         + math.sqrt(2) * input * torch.exp(-input.square() / 2) / (2 * math.sqrt(math.pi))
-    ) * factor
+    )
+    return scaled(factor, slope, out=out)
 
 
 @widened
@@ -99,7 +102,7 @@ LAYER = Layer(
     kernels="gelu",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input",), kernel="vjp", composed=True),
+    vjp=Rule(vjp, ("input",), kernel="vjp", writes=True, composed=True),
     diagonal=Rule(diagonal, ("input",), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input",)),
     sandwich=Rule(sandwich, ("input",), heavy=True),

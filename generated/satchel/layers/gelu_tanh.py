@@ -12,25 +12,28 @@ import math
 import torch
 from torch import Tensor
 
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.slopes import scaled
 from ..runtime.symmetric import gram
 
 
 @widened
-def vjp(factor: Tensor, input: Tensor) -> Tensor:
+def vjp(factor: Tensor, input: Tensor, out: Out = None) -> Tensor:
     """vjp[v, n, j] = (1/2 + 1/2 tanh(√2 (8943/200000 input[n, j]³ + input[n, j]) / √(pi)) + 1/2 √2 (1 − (tanh(√2
         (8943/200000 input[n, j]³ + input[n, j]) / √(pi)))²) (1 + 26829/200000 input[n, j]²) input[n, j] / √(pi))
         factor[v, n, j]
 
-    factor [V, N, J], input [N, J] → [V, N, J]
+    factor [V, N, J], input [N, J] → [V, N, J]. Computed in `out` where it can be.
     """
     tanh = torch.tanh(math.sqrt(2) * (8943 * input**3 / 200000 + input) / math.sqrt(math.pi))
-    return (
+    slope = (
         1 / 2
         + tanh / 2
         + math.sqrt(2) * (1 - tanh.square()) * (1 + 26829 * input.square() / 200000) * input / (2 * math.sqrt(math.pi))
-    ) * factor
+    )
+    return scaled(factor, slope, out=out)
 
 
 @widened
@@ -125,7 +128,7 @@ LAYER = Layer(
     kernels="gelu_tanh",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input",), kernel="vjp", composed=True),
+    vjp=Rule(vjp, ("input",), kernel="vjp", writes=True, composed=True),
     diagonal=Rule(diagonal, ("input",), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input",)),
     sandwich=Rule(sandwich, ("input",), heavy=True),

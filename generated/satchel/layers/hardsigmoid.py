@@ -10,20 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.slopes import scaled
 from ..runtime.symmetric import gram
 
 
 @widened
-def vjp(factor: Tensor, input: Tensor) -> Tensor:
+def vjp(factor: Tensor, input: Tensor, out: Out = None) -> Tensor:
     """vjp[v, n, j] = (1/6 if (input[n, j] > -3) & (input[n, j] < 3), else 0) factor[v, n, j]
 
-    factor [V, N, J], input [N, J] → [V, N, J]
+    factor [V, N, J], input [N, J] → [V, N, J]. Computed in `out` where it can be.
     """
-    return (
-        torch.where((input > -3) & (input < 3), input.new_tensor(0.16666666666666666), input.new_tensor(0.0)) * factor
-    )
+    slope = torch.where((input > -3) & (input < 3), input.new_tensor(0.16666666666666666), input.new_tensor(0.0))
+    return scaled(factor, slope, out=out)
 
 
 @widened
@@ -70,7 +71,7 @@ LAYER = Layer(
     kernels="hardsigmoid",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input",), kernel="vjp"),
+    vjp=Rule(vjp, ("input",), kernel="vjp", writes=True),
     diagonal=Rule(diagonal, ("input",), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input",)),
     sandwich=Rule(sandwich, ("input",), heavy=True),

@@ -11,18 +11,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.slopes import scaled
 from ..runtime.symmetric import gram
 
 
 @widened
-def vjp(factor: Tensor, input: Tensor, max_val: float, min_val: float) -> Tensor:
+def vjp(factor: Tensor, input: Tensor, max_val: float, min_val: float, out: Out = None) -> Tensor:
     """vjp[v, n, j] = (1 if (max_val > input[n, j]) & (min_val < input[n, j]), else 0) factor[v, n, j]
 
-    factor [V, N, J], input [N, J] → [V, N, J]
+    factor [V, N, J], input [N, J] → [V, N, J]. Computed in `out` where it can be.
     """
-    return ((max_val > input) & (min_val < input)).to(input.dtype) * factor
+    slope = ((max_val > input) & (min_val < input)).to(input.dtype)
+    return scaled(factor, slope, out=out)
 
 
 @widened
@@ -65,7 +68,7 @@ LAYER = Layer(
     kernels="hardtanh",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input", "max_val", "min_val"), kernel="vjp"),
+    vjp=Rule(vjp, ("input", "max_val", "min_val"), kernel="vjp", writes=True),
     diagonal=Rule(diagonal, ("input", "max_val", "min_val"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "max_val", "min_val")),
     sandwich=Rule(sandwich, ("input", "max_val", "min_val"), heavy=True),

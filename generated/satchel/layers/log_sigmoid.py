@@ -10,18 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.slopes import scaled
 from ..runtime.symmetric import gram
 
 
 @widened
-def vjp(factor: Tensor, input: Tensor) -> Tensor:
+def vjp(factor: Tensor, input: Tensor, out: Out = None) -> Tensor:
     """vjp[v, n, j] = sigmoid(−input[n, j]) factor[v, n, j]
 
-    factor [V, N, J], input [N, J] → [V, N, J]
+    factor [V, N, J], input [N, J] → [V, N, J]. Computed in `out` where it can be.
     """
-    return torch.sigmoid(-input) * factor
+    slope = torch.sigmoid(-input)
+    return scaled(factor, slope, out=out)
 
 
 @widened
@@ -71,7 +74,7 @@ LAYER = Layer(
     kernels="log_sigmoid",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input",), kernel="vjp"),
+    vjp=Rule(vjp, ("input",), kernel="vjp", writes=True),
     diagonal=Rule(diagonal, ("input",), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input",)),
     sandwich=Rule(sandwich, ("input",), heavy=True),

@@ -11,21 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.slopes import scaled
 from ..runtime.symmetric import gram
 
 
 @widened
-def vjp(factor: Tensor, input: Tensor) -> Tensor:
+def vjp(factor: Tensor, input: Tensor, out: Out = None) -> Tensor:
     """vjp[v, n, j] = ((1 − (tanh(softplus(input[n, j])))²) sigmoid(input[n, j]) input[n, j] + tanh(softplus(input[n,
         j]))) factor[v, n, j]
 
-    factor [V, N, J], input [N, J] → [V, N, J]
+    factor [V, N, J], input [N, J] → [V, N, J]. Computed in `out` where it can be.
     """
     softplus = F.softplus(input, threshold=40)
     tanh = torch.tanh(softplus)
-    return ((1 - tanh.square()) * input * torch.sigmoid(input) + tanh) * factor
+    slope = (1 - tanh.square()) * input * torch.sigmoid(input) + tanh
+    return scaled(factor, slope, out=out)
 
 
 @widened
@@ -89,7 +92,7 @@ LAYER = Layer(
     kernels="mish",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input",), kernel="vjp", composed=True),
+    vjp=Rule(vjp, ("input",), kernel="vjp", writes=True, composed=True),
     diagonal=Rule(diagonal, ("input",), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input",)),
     sandwich=Rule(sandwich, ("input",), heavy=True),

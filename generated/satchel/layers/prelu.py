@@ -10,18 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.slopes import scaled
 from ..runtime.sums import squared_norms, summed_products, summed_squares
 
 
 @widened
-def vjp(factor: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+def vjp(factor: Tensor, input: Tensor, weight: Tensor, out: Out = None) -> Tensor:
     """vjp[v, n, c, s] = (1 if input[n, c, s] > 0, else weight[c]) factor[v, n, c, s]
 
-    factor [V, N, C, S], input [N, C, S], weight [C] → [V, N, C, S]
+    factor [V, N, C, S], input [N, C, S], weight [C] → [V, N, C, S]. Computed in `out` where it can be.
     """
-    return torch.where(input > 0, input.new_tensor(1.0), weight[:, None]) * factor
+    slope = torch.where(input > 0, input.new_tensor(1.0), weight[:, None])
+    return scaled(factor, slope, out=out)
 
 
 @widened
@@ -184,7 +187,7 @@ LAYER = Layer(
     input_axes=("n", "c", "s*"),
     output_axes=("n", "c", "s*"),
     parameter_axes={"weight": ("c",)},
-    vjp=Rule(vjp, ("input", "weight"), kernel="vjp"),
+    vjp=Rule(vjp, ("input", "weight"), kernel="vjp", writes=True),
     diagonal=Rule(diagonal, ("input", "weight"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "weight")),
     sandwich=Rule(sandwich, ("input", "weight"), heavy=True),

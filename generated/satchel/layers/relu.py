@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..runtime.masks import above
 from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.slopes import above
 from ..runtime.symmetric import gram
 
 

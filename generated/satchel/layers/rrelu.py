@@ -10,18 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.slopes import scaled
 from ..runtime.symmetric import gram
 
 
 @widened
-def vjp(factor: Tensor, input: Tensor, lower: float, upper: float) -> Tensor:
+def vjp(factor: Tensor, input: Tensor, lower: float, upper: float, out: Out = None) -> Tensor:
     """vjp[v, n, j] = (1 if input[n, j] > 0, else 1/2 lower + 1/2 upper) factor[v, n, j]
 
-    factor [V, N, J], input [N, J] → [V, N, J]
+    factor [V, N, J], input [N, J] → [V, N, J]. Computed in `out` where it can be.
     """
-    return torch.where(input > 0, input.new_tensor(1.0), lower / 2 + upper / 2) * factor
+    slope = torch.where(input > 0, input.new_tensor(1.0), lower / 2 + upper / 2)
+    return scaled(factor, slope, out=out)
 
 
 @widened
@@ -62,7 +65,7 @@ LAYER = Layer(
     kernels="rrelu",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input", "lower", "upper"), kernel="vjp"),
+    vjp=Rule(vjp, ("input", "lower", "upper"), kernel="vjp", writes=True),
     diagonal=Rule(diagonal, ("input", "lower", "upper"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "lower", "upper")),
     sandwich=Rule(sandwich, ("input", "lower", "upper"), heavy=True),

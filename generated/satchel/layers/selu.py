@@ -11,19 +11,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.slopes import scaled
 from ..runtime.symmetric import gram
 
 
 @widened
-def vjp(factor: Tensor, input: Tensor) -> Tensor:
+def vjp(factor: Tensor, input: Tensor, out: Out = None) -> Tensor:
     """vjp[v, n, j] = (1.0507009873554804934193349852946 if input[n, j] > 0, else 1.7580993408473768599402175208123
         exp(input[n, j])) factor[v, n, j]
 
-    factor [V, N, J], input [N, J] → [V, N, J]
+    factor [V, N, J], input [N, J] → [V, N, J]. Computed in `out` where it can be.
     """
-    return torch.where(input > 0, input.new_tensor(1.0507009873554805), 1.7580993408473768 * torch.exp(input)) * factor
+    slope = torch.where(input > 0, input.new_tensor(1.0507009873554805), 1.7580993408473768 * torch.exp(input))
+    return scaled(factor, slope, out=out)
 
 
 @widened
@@ -82,7 +85,7 @@ LAYER = Layer(
     kernels="selu",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input",), kernel="vjp"),
+    vjp=Rule(vjp, ("input",), kernel="vjp", writes=True),
     diagonal=Rule(diagonal, ("input",), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input",)),
     sandwich=Rule(sandwich, ("input",), heavy=True),

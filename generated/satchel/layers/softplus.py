@@ -10,18 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.slopes import scaled
 from ..runtime.symmetric import gram
 
 
 @widened
-def vjp(factor: Tensor, input: Tensor, beta: float, threshold: float) -> Tensor:
+def vjp(factor: Tensor, input: Tensor, beta: float, threshold: float, out: Out = None) -> Tensor:
     """vjp[v, n, j] = (1 if threshold < beta input[n, j], else sigmoid(beta input[n, j])) factor[v, n, j]
 
-    factor [V, N, J], input [N, J] → [V, N, J]
+    factor [V, N, J], input [N, J] → [V, N, J]. Computed in `out` where it can be.
     """
-    return torch.where(threshold < input * beta, input.new_tensor(1.0), torch.sigmoid(input * beta)) * factor
+    slope = torch.where(threshold < input * beta, input.new_tensor(1.0), torch.sigmoid(input * beta))
+    return scaled(factor, slope, out=out)
 
 
 @widened
@@ -75,7 +78,7 @@ LAYER = Layer(
     kernels="softplus",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input", "beta", "threshold"), kernel="vjp"),
+    vjp=Rule(vjp, ("input", "beta", "threshold"), kernel="vjp", writes=True),
     diagonal=Rule(diagonal, ("input", "beta", "threshold"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "beta", "threshold")),
     sandwich=Rule(sandwich, ("input", "beta", "threshold"), heavy=True),

@@ -10,18 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.slopes import scaled
 from ..runtime.symmetric import gram
 
 
 @widened
-def vjp(factor: Tensor, output: Tensor) -> Tensor:
+def vjp(factor: Tensor, output: Tensor, out: Out = None) -> Tensor:
     """vjp[v, n, j] = (1 − output[n, j]²) factor[v, n, j]
 
-    factor [V, N, J], output [N, J] → [V, N, J]
+    factor [V, N, J], output [N, J] → [V, N, J]. Computed in `out` where it can be.
     """
-    return (1 - output.square()) * factor
+    slope = 1 - output.square()
+    return scaled(factor, slope, out=out)
 
 
 @widened
@@ -70,7 +73,7 @@ LAYER = Layer(
     kernels="tanh",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("output",), kernel="vjp"),
+    vjp=Rule(vjp, ("output",), kernel="vjp", writes=True),
     diagonal=Rule(diagonal, ("output",), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("output",)),
     sandwich=Rule(sandwich, ("output",), heavy=True),

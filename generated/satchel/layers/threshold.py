@@ -10,18 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.memory import Out
 from ..runtime.precision import widened
 from ..runtime.rules import Layer, Rule
+from ..runtime.slopes import scaled
 from ..runtime.symmetric import gram
 
 
 @widened
-def vjp(factor: Tensor, input: Tensor, threshold: float) -> Tensor:
+def vjp(factor: Tensor, input: Tensor, threshold: float, out: Out = None) -> Tensor:
     """vjp[v, n, j] = (1 if threshold < input[n, j], else 0) factor[v, n, j]
 
-    factor [V, N, J], input [N, J] → [V, N, J]
+    factor [V, N, J], input [N, J] → [V, N, J]. Computed in `out` where it can be.
     """
-    return (threshold < input).to(input.dtype) * factor
+    slope = (threshold < input).to(input.dtype)
+    return scaled(factor, slope, out=out)
 
 
 @widened
@@ -62,7 +65,7 @@ LAYER = Layer(
     kernels="threshold",
     input_axes=("n", "j*"),
     output_axes=("n", "j*"),
-    vjp=Rule(vjp, ("input", "threshold"), kernel="vjp"),
+    vjp=Rule(vjp, ("input", "threshold"), kernel="vjp", writes=True),
     diagonal=Rule(diagonal, ("input", "threshold"), kernel="diagonal"),
     mean_vjp=Rule(mean_vjp, ("input", "threshold")),
     sandwich=Rule(sandwich, ("input", "threshold"), heavy=True),
