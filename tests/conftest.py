@@ -81,7 +81,8 @@ def as_if_large(monkeypatch: pytest.MonkeyPatch, cache_elements: int) -> None:
     for module in (memory, quantities):
         monkeypatch.setattr(module, "KEPT", 0)
     monkeypatch.setattr(quantities, "FRESH", 0)
-    monkeypatch.setattr(matmul, "_LARGE", 0)
+    for limit in ("_LARGE", "_APART"):
+        monkeypatch.setattr(matmul, limit, 0)
     monkeypatch.setattr(symmetric, "_STRIP", 1)
 
 

@@ -95,8 +95,8 @@ def test_products_of_columns_and_rows() -> None:
     assert not out[:, 0].any()
 
 
-def test_products_by_sample_of_one_column() -> None:
-    """[1, N, R, O]ᵀ [N, R, I], also written to where it is told; two columns are broadcast."""
+def test_products_by_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """[1, N, R, O]ᵀ [N, R, I], also written to where it is told, as those of two columns are, together or one by one."""
     factor, images = drawn(2, 3, 4, 5, dtype=torch.float64), drawn(3, 4, 6, dtype=torch.float64)
     want = torch.einsum("vnro,nri->vnoi", factor, images)
     torch.testing.assert_close(matmul(factor.mT, images), want)
@@ -104,6 +104,11 @@ def test_products_by_sample_of_one_column() -> None:
     out = torch.empty_like(want[:1])
     assert matmul(factor[:1].mT, images, out=out).data_ptr() == out.data_ptr()
     torch.testing.assert_close(out, want[:1])
+    for apart in (1, 1 << 16):
+        monkeypatch.setattr("satchel.runtime.matmul._APART", apart)
+        wide = torch.full((3, *want.shape[1:]), torch.nan, dtype=torch.float64)
+        assert matmul(factor.mT, images, out=wide[1:]).data_ptr() == wide[1:].data_ptr()
+        torch.testing.assert_close(wide[1:], want)
 
 
 @contextmanager

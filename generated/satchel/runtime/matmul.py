@@ -20,6 +20,8 @@ from .torch_private import has_product, product
 #: it is so many times as fast.
 _LARGE = 1 << 20
 _PER_COPY = 100
+#: Multiplications from which on the products of a column are worth a call.
+_APART = 1 << 16
 _PAYS_COPIES = 1.4
 
 
@@ -31,9 +33,18 @@ def matmul(left: Tensor, right: Tensor, out: Out = None) -> Tensor:
     place = None if out is None else placed(out, (*left.shape[:-1], right.shape[-1]), left.dtype)
     if narrow:  # a column and a row: as a product of matrices that takes several times as long
         return torch.mul(left, right, out=place)
-    if right.ndim == 3 and left.ndim == 4 and len(left) == 1:  # as it lies: broadcast operands would be copied
-        return torch.bmm(left[0], right, out=None if place is None else place[0])[None]
+    if right.ndim == 3 and left.ndim == 4 and _alone(left, right, place):
+        if place is None:
+            return torch.bmm(left[0], right)[None]
+        for each, result in zip(left, place, strict=True):
+            torch.bmm(each, right, out=result)
+        return place
     return torch.matmul(left, right, out=place)
+
+
+def _alone(left: Tensor, right: Tensor, place: Tensor | None) -> bool:
+    """Whether the products of each column are computed by a call of their own, from operands as they lie: a common one copies them."""
+    return len(left) == 1 or (place is not None and left[0].numel() * right.shape[-1] >= _APART)
 
 
 def _with_matrix(left: Tensor, right: Tensor, out: Out) -> Tensor:
