@@ -123,8 +123,9 @@ def _mc_factor(loss: Loss, draws: Index, fresh: Fresh) -> Expr | None:
 
 def _root(value: Expr, loss: Loss) -> Expr:
     """√value; Σ_k [k = x] is 0 or 1, its own root."""
-    counts = {s.target for s in loss.statements if isinstance(s.value, IndexSum) and isinstance(s.value.body, Equal)}
-    return value if value in counts else sympy.sqrt(value)
+    sums = [s for s in loss.statements if isinstance(s.value, IndexSum) and isinstance(s.value.body, Equal)]
+    masks = {s.target for s in sums if s.value.over == s.value.body.args[:1]}
+    return value if value in masks else sympy.sqrt(value)
 
 
 def _stable(expr: Expr) -> Expr:

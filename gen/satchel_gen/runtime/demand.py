@@ -118,7 +118,8 @@ class Demand:
             for extension in self.extensions:
                 asked = self.asked(extension, layer)
                 exact, diagonal = ([need for key, need in asked if key == kind] for kind in (EXACT, DIAGONAL))
-                if exact and not (extension.additive and len(exact) == len(diagonal)):
+                every = all(need.samples is None for need in exact)
+                if exact and not (extension.additive and every and len(exact) == len(diagonal)):
                     found.clear()
                     break
                 found |= zip(diagonal, exact, strict=False)

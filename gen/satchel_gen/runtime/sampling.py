@@ -10,11 +10,10 @@ def categorical(probabilities: Tensor, samples: int, generator: torch.Generator 
     """Class indices [samples, *leading] ~ probabilities[*leading, classes]."""
     rows = probabilities.flatten(0, -2)
     weights = rows if generator is None else rows.to(generator.device)
-    drawn = (
-        _one_of_each(weights, generator)
-        if samples == 1
-        else torch.multinomial(weights, samples, True, generator=generator).T
-    )
+    if samples == 1:
+        drawn = _one_of_each(weights, generator)
+    else:
+        drawn = torch.multinomial(weights, samples, replacement=True, generator=generator).T
     return drawn.to(rows.device).reshape(samples, *probabilities.shape[:-1])
 
 
