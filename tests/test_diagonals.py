@@ -31,6 +31,18 @@ class Parts(Extension):
         return [q["sum_of_squares"], *[value for name, value in q.items() if name != "sum_of_squares"]]
 
 
+class Residual(Extension):
+    """What DiagHessian adds to DiagGGNExact."""
+
+    field = "residual"
+
+    def needs(self, layer: Layer) -> tuple[Need, ...]:
+        return tuple(need for need in DiagHessian().needs(layer) if need.source != "exact")
+
+    def value(self, q: Mapping[str, Tensor], sizes: Sizes) -> list[Tensor]:
+        return list(q.values())
+
+
 @pytest.fixture(params=["sigmoid", "three", "around"])
 def model(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
     """Residual curvature as a diagonal, also as signed columns, and in a layer with other positions."""
@@ -74,8 +86,11 @@ def test_alone_and_beside_others(model: nn.Module) -> None:
 
 
 def test_features_that_do_not_add(model: nn.Module) -> None:
-    """They get the parts, also beside one that adds."""
+    """They get the parts, also beside one that adds, and also if they ask for no exact columns."""
     (ggn,), (whole,) = found(model, DiagGGNExact()), found(model, DiagHessian())
+    for features in ([Residual()], [DiagHessian(), Residual()]):
+        added = [sum(parts, first) for parts, first in zip(found(model, *features)[-1], ggn, strict=True)]
+        torch.testing.assert_close(added, whole)
     for features in ([Parts()], [DiagHessian(), Parts()]):
         parts = found(model, *features)[-1]
         torch.testing.assert_close([first for first, *_ in parts], ggn)

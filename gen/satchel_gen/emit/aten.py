@@ -219,10 +219,10 @@ class Body:
             return None
         for child, other in (node.children, node.children[::-1]):
             product = child.child if isinstance(child, Scaled) else child
-            if isinstance(product, Contract) and isinstance(other, Leaf) and self._gram(product) is not None:
+            whole = isinstance(other, Leaf) and child.axes == other.axes == node.axes
+            if whole and isinstance(product, Contract) and self._gram(product) is not None:
                 text = self(child)
-                if child.axes == other.axes == node.axes and is_postfix(text):
-                    return f"{text}.mul_({self(other)})"
+                return f"{text}.mul_({self(other)})" if is_postfix(text) else None
         return None
 
     def _like(self, node: Map) -> str:
@@ -311,8 +311,8 @@ class Body:
             first = self(left)
             second = self.operand(right) + ("" if b == (*over, *columns) else ".T")
             return f"matmul({first}, {second}{self.out(node)})"
-        if _is_grouped(left, right, over, out):
-            first, second = (self._flattened(part, len(over)) for part in (left, right))
+        if (grouped := self._grouped(left, right, node)) is not None:
+            first, second = grouped
             call = f"gram({first}" if first == second else f"matmul({first}.T, {second}"
             return f"{call}{self.out(node)})"
         if len(over) == 1 and len(columns) == 1 and rows and b[:-2] == batch and out[-2:] == (rows[-1], columns[0]):
@@ -327,10 +327,16 @@ class Body:
         """A symmetric product that can be divided as it is computed."""
         if (windows := window_gram(self, node)) is not None:
             return windows
-        if not _is_grouped(node.left, node.right, node.over, node.axes):
-            return None
-        first, second = (self._flattened(part, len(node.over)) for part in (node.left, node.right))
+        first, second = self._grouped(node.left, node.right, node) or ("", None)
         return f"gram({first})" if first == second else None
+
+    def _grouped(self, left: Node, right: Node, node: Contract) -> tuple[str, str] | None:
+        """The operands of a product of two matrices over all axes but the last of both, as matrices."""
+        rows, columns, over = left.axes[len(node.over) :], right.axes[len(node.over) :], node.over
+        leading = left.axes[: len(over)] == right.axes[: len(over)] == over
+        if not (leading and len(rows) == len(columns) == 1 and node.axes == (*rows, *columns)):
+            return None
+        return self._flattened(left, len(over)), self._flattened(right, len(over))
 
     def _flattened(self, node: Node, leading: int) -> str:
         """Leading axes as one; an operation (not an argument) is computed once and named."""
@@ -345,13 +351,6 @@ def _by_column(node: Contract) -> bool:
     small, large = sorted((node.left.axes, node.right.axes), key=len)
     lead = len(large) - len(small)
     return lead > 0 and large[lead:] == small and node.axes == tuple(i for i in large if i not in node.over)
-
-
-def _is_grouped(left: Node, right: Node, over: Axes, out: Axes) -> bool:
-    """Whether a product of two matrices is over all axes but the last of both."""
-    rows, columns = left.axes[len(over) :], right.axes[len(over) :]
-    leading = left.axes[: len(over)] == right.axes[: len(over)] == over
-    return leading and len(rows) == len(columns) == 1 and out == (*rows, *columns)
 
 
 def _tuple(dims: Sequence[int]) -> str:

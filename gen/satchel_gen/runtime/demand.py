@@ -111,18 +111,18 @@ class Demand:
         return known[layer]
 
     def of_diagonals(self, layer: Layer) -> Mapping[Need, Need]:
-        """What is asked of a diagonal, with what is asked of exact columns, where all features that ask for these add both."""
+        """What is asked of a diagonal, with what is asked of exact columns; nothing where a feature does not add these."""
         known = self._known.of_diagonals
         if layer not in known:
             found: dict[Need, Need] = {}
             for extension in self.extensions:
                 asked = self.asked(extension, layer)
-                exact, diagonal = ([need for key, need in asked if key == kind] for kind in (EXACT, DIAGONAL))
-                every = all(need.samples is None for need in exact)
-                if exact and not (extension.additive and every and len(exact) == len(diagonal)):
+                parts = [[need for key, need in asked if key == kind] for kind in (EXACT, RESIDUAL, DIAGONAL)]
+                alike = len(set(map(len, parts))) == 1 and all(need.samples is None for need in parts[0])
+                if any(parts) and not (extension.additive and alike):
                     found.clear()
                     break
-                found |= zip(diagonal, exact, strict=False)
+                found |= zip(parts[2], parts[0], strict=True)
             known[layer] = found
         return known[layer]
 

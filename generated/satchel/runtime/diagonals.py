@@ -55,9 +55,13 @@ class Diagonals:
         if call not in self._served:
             layer, names = call.record.definition, call.parameters
             needs = self.demand.of_diagonals(layer)
-            alone = call.reads_diagonal and not any(id(parameter) in self.shared for parameter in names.values())
-            offered = all(need.quantity in layer.parameters[name] for name in names for need in needs)
-            self._served[call] = needs if alone and offered else {}
+            serves = (
+                bool(needs)
+                and call.reads_diagonal
+                and not any(id(parameter) in self.shared for parameter in names.values())
+                and all(need.quantity in layer.parameters[name] for name in names for need in needs)
+            )
+            self._served[call] = needs if serves else {}
         return self._served[call]
 
 
