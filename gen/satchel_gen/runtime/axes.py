@@ -71,9 +71,11 @@ def canonical(tensor: Tensor, axes: Axes, lead: int = 0) -> Tensor:
     return tensor.reshape(*tensor.shape[:lead], *shape)
 
 
-def extents(axes: Axes, shape: Sequence[int]) -> Mapping[str, int]:
+@lru_cache(maxsize=1 << 12)
+def extents(axes: Axes, shape: tuple[int, ...]) -> Mapping[str, int]:
     """Extent by axis name, without the star, of a canonical shape."""
-    return {axis.rstrip("*"): extent for axis, extent in zip(names(axes), shape, strict=True)}
+    found = {axis.rstrip("*"): extent for axis, extent in zip(names(axes), shape, strict=True)}
+    return MappingProxyType(found)
 
 
 @dataclass(frozen=True, eq=False)

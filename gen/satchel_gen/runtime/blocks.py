@@ -147,8 +147,9 @@ def _in_blocks(
         elif room is not None:
             place = room if whole else room[: len(block), : block.shape[1]]
         pullbacks = pull(block, *own, **({"out": place} if writes and place is not None else {}))
+        own_signs = tuple([some[columns, samples] for some in signs])
         for total in totals.values():
-            total.add(pullbacks, tuple(some[columns, samples] for some in signs), samples.start)
+            total.add(pullbacks, own_signs, samples.start)
         if keep is not None and whole:
             kept = pullbacks
         elif kept is not None and place is not None and pullbacks.data_ptr() != place.data_ptr():

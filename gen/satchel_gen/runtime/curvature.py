@@ -6,7 +6,7 @@ Nothing has been freed yet below the loss, and no parameter has got a field: wha
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from math import inf, nan, prod
 from typing import Any
 
@@ -38,7 +38,7 @@ from .lazy import lazy
 from .mixed import parameter_terms
 from .plan import Place, Plan, Step
 from .quantities import summed
-from .record import Edge, LossRecord
+from .record import Edge, LossRecord, Record
 from .rules import Layer, registry
 from .second import is_twice_differentiable
 from .settings import current
@@ -86,12 +86,12 @@ class Start:
 
     def flags(self, demand: Demand, layers: Sequence[Layer]) -> list[Flag]:
         """What can only be known from values: read once, when the pass ends."""
-        definition, where = self.definition, self.loss.where
+        definition, loss = self.definition, self.loss
         found: list[Flag] = []
         if isinstance(self.arriving, Tensor) or not 0 <= self.arriving < inf:
             arriving = torch.as_tensor(self.arriving)
             valid = ((arriving >= 0) & (arriving < inf)).all()
-            found.append((~valid, NegativeScale(where, demand.features(layers, *CURVATURE))))
+            found.append((~valid, NegativeScale(loss.where, demand.features(layers, *CURVATURE))))
         factors = (
             (definition.exact_factor_undefined, ("exact", "averaged")),
             (definition.mc_factor_undefined, ("mc",)),
@@ -99,8 +99,8 @@ class Start:
         for undefined, kinds in factors:
             features = demand.features(layers, *kinds)
             if features and undefined is not None:
-                error = NegativeCurvature(where, features)
-                found.append((evaluate(undefined, definition, self.loss.operand), error))
+                error = NegativeCurvature(loss.where, features)
+                found.append((evaluate(undefined, definition, loss.operand), error))
         return found
 
     def exact(self, every: bool) -> Tensor:
@@ -117,7 +117,7 @@ class Start:
         rule = self.definition.mc_factor
         assert rule is not None, "a loss without one is refused before"
         drawn = self._drawn(source.mc_samples or 1, source.generator)
-        return self._factor(evaluate(rule, self.definition, self.loss.operand, drawn), len(drawn))
+        return self._factor(evaluate(rule, self.definition, self.loss.operand, drawn), drawn.shape[0])
 
     @lazy
     def gradient(self) -> Tensor:
@@ -153,34 +153,41 @@ def check_loss(loss: LossRecord, demand: Demand, layers: Sequence[Layer]) -> Non
     """Refuse options and targets that the definition does not cover, and features that it does not define."""
     features, sampled = demand.features(layers, *CURVATURE), demand.features(layers, "mc")
     for option, supported in {"reduction": (*loss.definition.reductions, "none"), **loss.definition.options}.items():
-        refuse_option(loss.where, option, loss.options[option], supported, features)
+        refuse_option(loss, option, loss.options[option], supported, features)
     if sampled and loss.definition.mc_factor is None:
         raise NoLikelihood(loss.where, sampled, loss.definition.no_likelihood)
     if loss.differentiated:
         raise OperandDifferentiated(loss.where, loss.differentiated, features)
     definition, target = loss.definition, loss.tensor("target")
-    shape, other = (
-        Layout.of(axes).canonical_shape(shape)
-        for axes, shape in ((definition.input_axes, loss.input_shape), (definition.target_axes, tuple(target.shape)))
-    )
+    shape = Layout.of(definition.input_axes).canonical_shape(loss.input_shape)
     if shape is None:
         raise BatchAxisLost(loss.where, loss.input_shape, None)
+    other = Layout.of(definition.target_axes).canonical_shape(target.shape)
     if other is None or not _agree(definition.input_axes, shape, definition.target_axes, other):
         reason = f"a target of shape {tuple(target.shape)} does not fit an input of shape {loss.input_shape} with axes"
         raise TargetRefused(loss.where, f"{reason} {definition.input_axes} and {definition.target_axes}")
 
 
+@lru_cache(maxsize=1 << 10)
 def _agree(axes: tuple[str, ...], shape: tuple[int, ...], others: tuple[str, ...], other: tuple[int, ...]) -> bool:
     sizes, more = extents(axes, shape), extents(others, other)
     return all(sizes.get(axis, extent) == extent for axis, extent in more.items())
 
 
 def refuse_option(
-    where: str, option: str, value: object, supported: tuple[object, ...], features: list[str], reason: str = ""
+    record: Record | LossRecord,
+    option: str,
+    value: object,
+    supported: tuple[object, ...],
+    features: list[str],
+    reason: str = "",
 ) -> None:
-    covered = (value is one or (not isinstance(value, Tensor) and value == one) for one in supported)
-    if supported and not any(covered):
-        raise UnsupportedOption(where, option, value, supported, features, reason)
+    if not supported:
+        return
+    for one in supported:
+        if value is one or (not isinstance(value, Tensor) and value == one):
+            return
+    raise UnsupportedOption(record.where, option, value, supported, features, reason)
 
 
 def check_plan(plan: Plan, demand: Demand, samples: int, flags: Sequence[Flag]) -> None:
@@ -263,7 +270,7 @@ def _every(plan: Plan, demand: Demand) -> bool:
 
 def _columns(edge: Edge, factor: Tensor, plan: Plan, gathered: _Gathered) -> None:
     """Sweep a factor, in ranges of its columns that stay below the memory limit."""
-    most = current().matrix_bytes // max(plan.column_bytes(factor.element_size()), 1) if len(factor) > 1 else 1
+    most = current().matrix_bytes // max(plan.column_bytes(factor.element_size()), 1) if factor.shape[0] > 1 else 1
     for columns in chunks(factor, most):
         sweep(plan, {edge: columns}, gathered.visit, None if plan.tied else AT_ONCE)
         gathered.finish()

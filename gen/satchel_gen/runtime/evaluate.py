@@ -47,9 +47,13 @@ def computed(
 
 def _seconds(values: Sequence[Any], factor: bool) -> float:
     """What a rule takes one thread that reads each element a few times; or, of a loss, writes a column for each element of a sample."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    columns = max([tensor.shape[1:].numel() for tensor in tensors], default=1) if factor else 1
-    return _EACH * columns * sum([tensor.numel() for tensor in tensors])
+    columns, elements = 1, 0
+    for value in values:
+        if isinstance(value, Tensor):
+            elements += value.numel()
+            if factor:
+                columns = max(columns, value.shape[1:].numel())
+    return _EACH * columns * elements
 
 
 def uses_kernel(rule: Rule, values: list[Any]) -> bool:
@@ -59,6 +63,9 @@ def uses_kernel(rule: Rule, values: list[Any]) -> bool:
 
 def _fused(values: list[Any]) -> bool:
     backend = current().backend
-    if backend == "auto":
-        return any([isinstance(value, Tensor) and value.is_cuda for value in values])
-    return backend == "triton"
+    if backend != "auto":
+        return backend == "triton"
+    for value in values:
+        if isinstance(value, Tensor):  # all are on one device
+            return value.is_cuda
+    return False

@@ -24,7 +24,7 @@ class Kept:
         #: By the parameter's id. A dictionary of weak references takes ten times as long.
         self._tensors: dict[int, tuple[weakref.ref[Tensor], list[Tensor]]] = {}
         #: What has been asked for. Fields of other sizes are made by operations that allocate for themselves.
-        self._sizes: set[int] = set()
+        self.sizes: set[int] = set()
         self._lock = Lock()
 
     def take(self, parameter: Tensor, shape: Iterable[int], dtype: torch.dtype) -> Tensor | None:
@@ -32,7 +32,7 @@ class Kept:
         shape = tuple(shape)
         size = prod(shape) * dtype.itemsize
         with self._lock:
-            self._sizes.add(size)
+            self.sizes.add(size)
             tensors = self._of(parameter) or []
             for place, tensor in enumerate(tensors):
                 fits = tensor.dtype == dtype and tensor.untyped_storage().nbytes() == size
@@ -42,9 +42,9 @@ class Kept:
 
     def keep(self, parameter: Tensor, fields: Iterable[Tensor]) -> None:
         """Keep the memory of these instead of what the pass before has left. Only the CPU's: others have an allocator that keeps it."""
-        if not self._sizes:
+        tensors = [field.data for field in fields if field.nbytes in self.sizes and field.is_cpu]
+        if not tensors and id(parameter) not in self._tensors:
             return
-        tensors = [field.data for field in fields if field.nbytes in self._sizes and field.is_cpu]
         with self._lock:
             before = self._of(parameter)
             if before is not None:

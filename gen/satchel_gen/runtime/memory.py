@@ -10,7 +10,6 @@ import ctypes
 import sys
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -49,24 +48,20 @@ def empty(shape: Sequence[int], dtype: torch.dtype, parameter: Tensor) -> Tensor
 
 def _may_be_kept(parameter: Tensor, size: int) -> bool:
     """Whether a field of so many bytes is worth it."""
-    return parameter.device.type == "cpu" and size >= KEPT
+    return size >= KEPT and parameter.is_cpu
 
 
-@dataclass(frozen=True)
 class Room:
     """Memory for a field of a parameter, for whoever knows its shape."""
 
-    parameter: Tensor
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-        """None where fresh pages cost little."""
-        worth = _may_be_kept(self.parameter, prod(shape) * dtype.itemsize)
-        return empty(shape, dtype, self.parameter) if worth else None
-
-
-def room(parameter: Tensor) -> Room | None:
-    """Where a field of a parameter may be computed; None if it belongs to a graph or a transform."""
-    return None if torch.is_grad_enabled() or inside_functorch() else Room(parameter)
+        """None where fresh pages cost little, or where the field belongs to a graph or a transform."""
+        if not _may_be_kept(self.parameter, prod(shape) * dtype.itemsize):
+            return None
+        return None if torch.is_grad_enabled() or inside_functorch() else empty(shape, dtype, self.parameter)
 
 
 #: Where an operation computes its result, if it can: in a tensor of the result's shape, or where there is room.
@@ -135,7 +130,7 @@ def scratch(like: Tensor) -> Tensor | None:
 
 def keep(parameter: Tensor, fields: Iterable[Tensor]) -> None:
     """Let `empty` give out the memory of a parameter's fields in later passes."""
-    if current().reuse_buffers:
+    if kept.sizes and current().reuse_buffers:
         kept.keep(parameter, fields)
 
 

@@ -38,7 +38,7 @@ class Step:
 
     @lazy
     def outputs(self) -> tuple[Edge, ...]:
-        return tuple((self.node, number) for number in range(node_output_count(self.node)))
+        return tuple([(self.node, number) for number in range(node_output_count(self.node))])
 
     @property
     def linear(self) -> bool:

@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from .curvature import Start
-from .errors import SatchelError
+from .errors import LossIncomplete
 from .flags import Flag
 from .record import Edge, LossRecord
 from .spared import plain
@@ -22,8 +22,8 @@ from .torch_private import version
 class Promise:
     """The gradient that losses send to one edge. It is computed only if what arrives there is not the very tensor that was sent."""
 
-    def __init__(self, start: Start, error: SatchelError) -> None:
-        self.starts, self.error = [start], error
+    def __init__(self, start: Start, features: Sequence[str]) -> None:
+        self.starts, self.features = [start], features
         self.sent: tuple[Tensor, int] | None = None  # with its version
 
     @property
@@ -55,7 +55,7 @@ class Promise:
         promised = reduce(add, (start.gradient for start in self.starts))
         precision = max(torch.finfo(tensor.dtype).eps for tensor in (delta, promised)) ** 0.5
         off, size = torch.dist(delta, promised), delta.norm() + promised.norm()
-        return [(off > 4 * precision * size, self.error)]
+        return [(off > 4 * precision * size, LossIncomplete(self.starts[0].loss.where, self.features))]
 
 
 def _only_sender(root: Node, edge: Edge) -> Node | None:

@@ -18,7 +18,7 @@ from .blocks import SUM, SUMMED, Blockwise, in_blocks
 from .cost import Program, cheapest
 from .errors import SharedByKinds
 from .evaluate import evaluate, uses_kernel
-from .memory import FRESH, KEPT, copied, room
+from .memory import FRESH, Room, copied
 from .rules import Rule, registry
 from .uses import PER_SAMPLE, Use, alike, joinable, joined, shaped
 
@@ -33,9 +33,16 @@ def quantities(
     if len(uses) > 1 and not joinable(uses):
         return _totalled(uses, [name for name in names if all(use.offers(name) for use in uses)], extra, differentiable)
     use = uses[0] if len(uses) == 1 else joined(uses)
-    offered = use.rules
-    rules = {name: offered[name] for name in names if name in offered}
-    found = {} if differentiable or use.factor is None else _cheapest(use, rules, extra, SUM in names)
+    rules: dict[str, Rule] = {}
+    several = False
+    for name in names:
+        rule = use.rules.get(name)
+        if rule is not None:
+            rules[name] = rule
+            several = several or isinstance(rule.aten, cheapest)
+    found: dict[str, Tensor] = {}
+    if not differentiable and use.factor is not None and (several or _by_blocks(use, rules, SUM in names)):
+        found = _cheapest(use, rules, extra, SUM in names)
     values: dict[str, Tensor] = {}
     for name, rule in rules.items():
         if name in found:
@@ -43,12 +50,12 @@ def quantities(
         elif rule.aten in use.memo:  # another parameter's field by now, which a hook may change
             value = copied(use.memo[rule.aten], use.parameter)
         else:
+            place = Room(use.parameter) if rule.writes else None
             given = _given(use, name, extra)
-            place = room(use.parameter) if rule.writes else None
             value = evaluate(rule, use.layer, use.operand, *given, differentiable=differentiable, out=place)
             if not rule.operands:
                 use.memo[rule.aten] = value
-        values[name] = shaped(rule, use, value)
+        values[name] = value if rule.lead is None else shaped(rule, use, value)
     if SUM in found:
         values[SUM] = found[SUM].reshape(use.parameter.shape)
     return values
@@ -92,9 +99,6 @@ def _cheapest(use: Use, rules: Mapping[str, Rule], extra: Sequence[Tensor], summ
 
     Squared deviations by the second moment and autograd's sum, where that is known.
     """
-    several = any([isinstance(rule.aten, cheapest) for rule in rules.values()])
-    if not several and not (PER_SAMPLE in rules and (summed or _exceeds(use, KEPT))):
-        return {}
     seconds = {} if use.total is None else _seconds(use, rules)
     if not seconds:
         return _ranked(use, rules, extra, summed)
@@ -132,7 +136,7 @@ def _ranked(use: Use, rules: Mapping[str, Rule], extra: Sequence[Tensor], summed
     found = _in_blocks(use, rules, extra, choices, summed)
     for name, (best, *_) in choices.items():
         if name not in found:
-            found[name] = best.run(*values[name], out=room(use.parameter) if best.writes else None)
+            found[name] = best.run(*values[name], out=Room(use.parameter) if best.writes else None)
     return found
 
 
@@ -154,7 +158,7 @@ def _in_blocks(
         return {}
     rule = use.rules[PER_SAMPLE]
     together = [name for name, ranked in choices.items() if _is_blockwise(ranked)]
-    if len(together) + keep + summed < 2 and not (keep and _exceeds(use, KEPT if rule.writes else FRESH)):
+    if len(together) + keep + summed < 2 and not (keep and _outgrows(use, rule)):
         return {}
     reductions = {name: registry().reductions[name] for name in together}
     if summed:
@@ -183,8 +187,14 @@ def _is_blockwise(ranked: Sequence[Program]) -> bool:
     )
 
 
-def _exceeds(use: Use, size: int) -> bool:
-    """Whether individual pullbacks take so many bytes."""
+def _by_blocks(use: Use, rules: Mapping[str, Rule], summed: bool) -> bool:
+    """Whether individual pullbacks are computed in blocks even where nothing else is."""
+    rule = rules.get(PER_SAMPLE)
+    return rule is not None and (summed or _outgrows(use, rule))
+
+
+def _outgrows(use: Use, rule: Rule) -> bool:
+    """Whether individual pullbacks are too large for a rule that cannot write them to memory that is there."""
     assert use.factor is not None
     V, N = use.factor.shape[:2]
-    return V * N * use.parameter.numel() * use.factor.element_size() >= size
+    return not rule.writes and V * N * use.parameter.numel() * use.factor.element_size() >= FRESH

@@ -14,8 +14,11 @@ _LONG = 1 << 14
 
 def summed(tensor: Tensor, axes: int | tuple[int, ...]) -> Tensor:
     """Σ x over an axis, or several; where these have one entry, this entry, which torch would copy."""
-    each = (axes,) if isinstance(axes, int) else axes
-    return tensor.squeeze(axes) if all([tensor.shape[axis] == 1 for axis in each]) else tensor.sum(axes)
+    shape = tensor.shape
+    for axis in (axes,) if isinstance(axes, int) else axes:
+        if shape[axis] != 1:
+            return tensor.sum(axes)
+    return tensor.squeeze(axes)
 
 
 def summed_squares(tensor: Tensor, axes: int) -> Tensor:

@@ -62,7 +62,7 @@ def _survey(
         layer = record.definition
         for option, supported in layer.options.items():
             reason = layer.reasons.get(option, "")
-            curvature.refuse_option(record.where, option, record.options[option], supported, features, reason)
+            curvature.refuse_option(record, option, record.options[option], supported, features, reason)
         if record.checkpointed and plan.unknown:
             raise CheckpointedRegion(record.where, features)
     owned = _owned(plan, (*plan.marks, *marks, *plan.records))

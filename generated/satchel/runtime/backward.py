@@ -20,7 +20,7 @@ from torch.autograd.graph import Node
 from . import curvature, spared, survey
 from .context import active, backpack
 from .demand import CURVATURE, GRADIENT
-from .errors import BatchAxisLost, FieldMissing, LossIncomplete, LossNotExtended, UnitUnknown
+from .errors import BatchAxisLost, FieldMissing, LossNotExtended, UnitUnknown
 from .flags import Flag, first_raised
 from .harvest import Gathered, Harvest
 from .modes import in_grad_mode, without_autocast
@@ -100,8 +100,9 @@ class Pass:
                 self._below_no_loss(node, entries)
             if self.calls:
                 self._calls(node, gradients)
-        for edge in [edge for edge in self.promised if edge[0] is current_node()]:
-            self._kept(edge, gradients)  # now: fields may be set next
+        if self.promised:
+            for edge in [edge for edge in self.promised if edge[0] is current_node()]:
+                self._kept(edge, gradients)  # now: fields may be set next
         taken: tuple[Tensor, ...] | None = None
         for entry in reversed(entries):
             if isinstance(entry, Record) and (wanted := self.wanted.of(entry)):
@@ -226,7 +227,8 @@ class Pass:
         if delta is None:
             any_parameter = next(iter(wanted.values()))
             delta = any_parameter.new_zeros(record.output_shape)
-        reached = self._use(record, wanted, record.at_output(delta[None], lead=1))
+        asked = self.demand.needs([record.definition], GRADIENT) or self.shared  # another use's may be asked for
+        reached = self._use(record, wanted, record.at_output(delta[None], lead=1) if asked else None)
         for gathered in reached if self.demand.deviations(record.definition) else ():
             use = self.harvest.takes_total(gathered)
             node = None if use is None else transposition(current_node(), self.wanted.accumulator(gathered.parameter))
@@ -272,7 +274,7 @@ class Pass:
         if edge in self.promised:
             self.promised[edge].starts.append(start)
         elif not is_accumulator(edge[0]):
-            self.promised[edge] = promise = Promise(start, LossIncomplete(start.loss.where, features))
+            self.promised[edge] = promise = Promise(start, features)
             self.handles += promise.watch(current_node())
             self.handles.append(edge[0].register_prehook(partial(self._kept, edge)))
 
@@ -322,31 +324,29 @@ class Pass:
 
     # ------------------------------------------------------------------------------------------------- parameters
 
-    def _complete(self, reached: Sequence[Gathered], gradients: tuple[Tensor | None, ...] = ()) -> None:
+    def _complete(self, reached: Iterable[Gathered], gradients: tuple[Tensor | None, ...] = ()) -> None:
         """All uses of some parameters have been reached: set their fields, then run the hooks of modules complete with them."""
         reached = [gathered for gathered in reached if gathered.uses]
-        if not reached:
-            return
-        self._refuse_flagged()
-        parameters = [gathered.parameter for gathered in reached]
-        records = without_autocast(parameters, self._reap, reached)
-        self.finished.update(map(id, parameters))
+        if reached:
+            self._refuse_flagged()
+            without_autocast([gathered.parameter for gathered in reached], self._reap, reached)
+
+    def _reap(self, reached: Iterable[Gathered]) -> None:
+        """The same, where nothing is refused any more."""
+        assert self.samples is not None, "a walk has met all that is reached"
+        sizes = Sizes(self.samples, self._unit())
+        records: dict[Record, None] = {}
+        for gathered in reached:
+            for use in self.harvest.reap(gathered, sizes):
+                records[use.record] = None
+            self.finished.add(id(gathered.parameter))
+            if self.context.debug:
+                self.context.log(partial(_fields_set, use))
         for record in records:
             if self.finished.issuperset(map(id, self.wanted.of(record).values())):
                 self._hook(record)
                 if not self.keep:
                     record.release()
-
-    def _reap(self, reached: Iterable[Gathered]) -> Iterable[Record]:
-        """Set the fields of some parameters; the calls that use them."""
-        assert self.samples is not None, "a walk has met all that is reached"
-        sizes = Sizes(self.samples, self._unit())
-        records: dict[Record, None] = {}
-        for gathered in reached:
-            uses = self.harvest.reap(gathered, sizes)
-            self.context.log(partial(_fields_set, uses[0]))
-            records.update(dict.fromkeys([use.record for use in uses]))
-        return records
 
     def _hook(self, entry: Mark) -> None:
         """Call the user's hook, once for each leaf module."""

@@ -23,23 +23,18 @@ class Owner:
 
         A value that lies further into the memory of one of these is smaller than that memory, and copied for that.
         """
-        if isinstance(value, list):
-            owned = [self._own(tensor, parameter, lent) for tensor in value]
-            setattr(parameter, field, owned)
-            return owned
-        own = self._own(value, parameter, lent)
-        setattr(parameter, field, own)
-        return [own]
-
-    def _own(self, tensor: Tensor, parameter: Tensor, lent: Collection[int]) -> Tensor:
-        start = memory_of(tensor)
-        before = self._fields.get(start)  # of a field that is gone, the memory is free again
-        shared = start in lent or (before is not None and before() is not None)
-        if shared or tensor.untyped_storage().nbytes() > tensor.nbytes or not tensor.is_contiguous():
-            tensor = copied(tensor, parameter)
+        owned: list[Tensor] = []
+        for tensor in value if isinstance(value, list) else (value,):
             start = memory_of(tensor)
-        self._fields[start] = weakref.ref(tensor)
-        return tensor
+            before = self._fields.get(start)  # of a field that is gone, the memory is free again
+            shared = start in lent or (before is not None and before() is not None)
+            if shared or tensor.untyped_storage().nbytes() > tensor.nbytes or not tensor.is_contiguous():
+                tensor = copied(tensor, parameter)
+                start = memory_of(tensor)
+            self._fields[start] = weakref.ref(tensor)
+            owned.append(tensor)
+        setattr(parameter, field, owned if isinstance(value, list) else owned[0])
+        return owned
 
 
 def memory_of(tensor: Tensor) -> int:

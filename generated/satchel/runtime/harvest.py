@@ -77,11 +77,12 @@ class Harvest:
     def takes_total(self, gathered: Gathered) -> Use | None:
         """The parameter's only use, if autograd's sum over samples serves what is asked of its δ."""
         parameter, (use, *others) = gathered.parameter, gathered.uses
-        if others or not any(use.offers(quantity) for quantity in self.demand.deviations(use.layer)):
+        factor = use.factor
+        if others or factor is None or factor.dtype != parameter.dtype or parameter.dtype not in _EXACT:
             return None
-        if use.factor is None or use.factor.dtype != parameter.dtype or parameter.dtype not in _EXACT:
+        if not moments.serve(factor) or not any(use.offers(each) for each in self.demand.deviations(use.layer)):
             return None
-        return use if moments.serve(use.factor) and has_exact_products() else None
+        return use if has_exact_products() else None
 
     def accumulate(self, parameter: Tensor, source: Source, found: dict[Need, Tensor]) -> None:
         """Note what a sweep found. Quantities add over columns, spaces and losses; individual columns stand side by side."""
@@ -109,22 +110,29 @@ class Harvest:
     def reap(self, gathered: Gathered, sizes: Sizes) -> list[Use]:
         """Set the fields of a parameter; its uses."""
         parameter, uses, ahead = gathered.parameter, gathered.uses, gathered.ahead
-        results = {key: parts[0] if len(parts) == 1 else torch.cat(parts) for key, parts in gathered.swept.items()}
+        results: dict[tuple[Source, Need], Tensor] = {}
+        for key, parts in gathered.swept.items():
+            results[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
         del self._gathered[id(parameter)]
         gathered.release()
         duty = self._duty(uses)
         self._free(parameter, duty)
         graph = torch.is_grad_enabled()  # create_graph=True
+        found: dict[Need, Tensor] = {}
         if ahead is not None and len(uses) == 1:
-            results.update({(GRADIENT, need): tensor for need, tensor in ahead.items()})
+            found = ahead
         elif duty.gradient:
             differentiable = graph and self.demand.differentiable
             found = in_grad_mode(differentiable, quantities_of, uses, duty.gradient, differentiable=differentiable)
-            results.update({(GRADIENT, need): tensor for need, tensor in found.items()})
+        for need, tensor in found.items():
+            results[GRADIENT, need] = tensor
         if duty.input:
             found = in_grad_mode(False, quantities_of, [Use(use.record, use.name) for use in uses], duty.input)
-            results.update({(INPUT, need): tensor for need, tensor in found.items()})
-        lent = {parameter.data_ptr(), *[tensor.data_ptr() for use in uses for tensor in use.tensors]}
+            for need, tensor in found.items():
+                results[INPUT, need] = tensor
+        lent = {parameter.data_ptr()}
+        for use in uses:
+            lent.update([tensor.data_ptr() for tensor in use.tensors])
         fields: list[Tensor] = []
         for place, asked in zip(duty.features, duty.asked, strict=True):
             extension = self.demand.extensions[place]
@@ -161,10 +169,13 @@ def _value(
     q: dict[str, Tensor] = {}
     for key in asked:
         _, need = key
-        if key in results:
-            q[need.quantity] = results[key]
-        elif need.source not in RESIDUALS and all(use.offers(need.quantity) for use in uses):
+        tensor = results.get(key)
+        if tensor is not None:
+            q[need.quantity] = tensor.detach() if tensor.requires_grad and not torch.is_grad_enabled() else tensor
+        elif (
+            need.source not in RESIDUALS
+            and need.quantity in uses[0].rules
+            and all(use.offers(need.quantity) for use in uses)
+        ):
             raise FieldMissing(uses[0].record.where, uses[0].name, [extension.name])  # no sweep has come by
-    if not torch.is_grad_enabled() and any([tensor.requires_grad for tensor in q.values()]):
-        q = {name: tensor.detach() for name, tensor in q.items()}
     return extension.value(q, sizes)

@@ -66,11 +66,12 @@ def _descend(
 def _fewer(step: Step, columns: Mapping[int, Tensor], at_once: int | None) -> int | None:
     """How many columns are to pass a step at a time, if these are too many."""
     some = next(iter(columns.values()))
-    edges = [*((step.node, number) for number in columns), *(edge for _, edge in step.inputs)]
-    each = sum(prod(edge_shape(edge)) for edge in edges) * some.element_size()
-    if at_once is None or len(some) < 2 or len(some) * each <= at_once:
+    count = some.shape[0]
+    if at_once is None or count < 2:
         return None
-    return max(1, at_once // each)
+    edges = [*[(step.node, number) for number in columns], *[edge for _, edge in step.inputs]]
+    each = sum([prod(edge_shape(edge)) for edge in edges]) * some.element_size()
+    return None if count * each <= at_once else max(1, at_once // each)
 
 
 def pass_step(step: Step, columns: dict[int, Tensor], last: bool = False) -> dict[Edge, Tensor]:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import reduce
 from math import prod
 from typing import Any, NamedTuple
@@ -35,7 +34,6 @@ class Arrived(NamedTuple):
         return version(self.gradient) == self.version
 
 
-@dataclass(eq=False)
 class Use:
     """A parameter of a layer's call, and the canonical tensor at its output: columns [V, *output], or one [*output], or none.
 
@@ -43,21 +41,27 @@ class Use:
     total: Σ_n of its pullbacks of the one column, where autograd has computed them.
     """
 
-    record: Record
-    name: str
-    factor: Tensor | None = None
-    memo: dict[Callable[..., Tensor], Tensor] = field(default_factory=dict)
-    total: Arrived | None = None
-
-    @property
-    def layer(self) -> Layer:
-        return self.record.definition
-
-    @property
-    def rules(self) -> Mapping[str, Rule]:
-        return self.layer.parameters[self.name]
+    def __init__(
+        self,
+        record: Record,
+        name: str,
+        factor: Tensor | None = None,
+        memo: dict[Callable[..., Tensor], Tensor] | None = None,
+    ) -> None:
+        self.record, self.name, self.factor = record, name, factor
+        self.layer: Layer = record.definition
+        self.rules: Mapping[str, Rule] = self.layer.parameters[name]
+        self.memo: dict[Callable[..., Tensor], Tensor] = {} if memo is None else memo
+        self.total: Arrived | None = None
+        self._operands: dict[str, Any] = {}
 
     def operand(self, name: str) -> Any:
+        """An operand of the rules, canonical; asked for once."""
+        if name not in self._operands:
+            self._operands[name] = self._operand(name)
+        return self._operands[name]
+
+    def _operand(self, name: str) -> Any:
         return self.record.operand(name)
 
     def receive(self, gradients: tuple[Tensor | None, ...]) -> None:
@@ -67,7 +71,7 @@ class Use:
 
     def release(self) -> None:
         """Drop all tensors: a hook on a node above the parameter's holds this until the pass ends."""
-        self.factor, self.total, self.memo = None, None, {}
+        self.factor, self.total, self.memo, self._operands = None, None, {}, {}
 
     def offers(self, quantity: str) -> bool:
         return quantity in self.rules
@@ -121,21 +125,17 @@ def joined(uses: Sequence[Use]) -> Use:
     """Uses that are `joinable`, as one with the positions of all."""
     first, factors = uses[0], [use.factor for use in uses if use.factor is not None]
     factor = _cat(factors, first.layer.output_axes, 1) if factors else None
-    return _Joined(first.record, first.name, factor, uses=uses)
+    return _Joined(uses, factor)
 
 
-@dataclass(eq=False, kw_only=True)
 class _Joined(Use):
-    uses: Sequence[Use]
-    _operands: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, uses: Sequence[Use], factor: Tensor | None) -> None:
+        super().__init__(uses[0].record, uses[0].name, factor)
+        self.uses = uses
 
-    def operand(self, name: str) -> Any:
+    def _operand(self, name: str) -> Any:
         axes = {"input": self.layer.input_axes, "output": self.layer.output_axes}.get(name)
-        if axes is None:
-            return super().operand(name)
-        if name not in self._operands:
-            self._operands[name] = _cat([use.operand(name) for use in self.uses], axes, 0)
-        return self._operands[name]
+        return super()._operand(name) if axes is None else _cat([use.operand(name) for use in self.uses], axes, 0)
 
 
 def _cat(tensors: Sequence[Tensor], axes: Axes, lead: int) -> Tensor:
