@@ -78,8 +78,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def as_if_large(monkeypatch: pytest.MonkeyPatch, cache_elements: int) -> None:
     """Fields and products of any size are written into the memory of the pass before, and by blocks that fit into so small a cache."""
     monkeypatch.setattr(cost, "machine", replace(cost.machine, cache_elements=cache_elements))
-    for module in (memory, quantities):
-        monkeypatch.setattr(module, "KEPT", 0)
+    monkeypatch.setattr(memory, "KEPT", 0)
     monkeypatch.setattr(quantities, "FRESH", 0)
     for limit in ("_LARGE", "_APART"):
         monkeypatch.setattr(matmul, limit, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from .subsampling import quantities_of
 from .torch_private import has_exact_products
 from .uses import PER_SAMPLE, Use
 
+_key = attrgetter("key")
 _SUM = Need("gradient", SUM)
 #: Of these, autograd's sums over samples are as exact as ours.
 _EXACT = (torch.float32, torch.float64)
@@ -130,7 +132,7 @@ class Harvest:
                 results[INPUT, need] = tensor
         lent = {parameter.data_ptr()}
         for use in uses:
-            lent.update([tensor.data_ptr() for tensor in use.tensors])
+            lent.update(map(Tensor.data_ptr, use.tensors))
         fields: list[Tensor] = []
         for place, asked in zip(duty.features, duty.asked, strict=True):
             extension = self.demand.extensions[place]
@@ -143,7 +145,7 @@ class Harvest:
         return uses
 
     def _duty(self, uses: Sequence[Use]) -> Duty:
-        return self.demand.duty(tuple([(use.layer, use.name) for use in uses]))
+        return self.demand.duty(tuple(map(_key, uses)))
 
     def _free(self, parameter: Tensor, duty: Duty) -> None:
         """Nothing can be refused any more: the memory of the fields of the pass before may serve again."""

@@ -135,6 +135,12 @@ class Record(_Kept):
             return tensor if own[lead:] == canonical else tensor.reshape(*own[:lead], *canonical)
         return self.batch.to_front(tensor.reshape(*own[:lead], *self.output_shape), self.geometry.output_layout, lead)
 
+    def column(self, delta: Tensor) -> Tensor:
+        """δ [*output] as one column of the canonical output."""
+        if self.geometry.is_first:
+            return delta.reshape(1, *self.canonical_output)
+        return self.at_output(delta[None], lead=1)
+
     def at_input(self, tensor: Tensor, lead: int) -> Tensor:
         """The layer's canonical input [*lead, *canonical] as it is [*lead, *input]."""
         return self.batch.to_place(tensor, self.input_shape, lead)
@@ -150,7 +156,11 @@ class Record(_Kept):
     def operand(self, name: str) -> Any:
         """An operand of a rule, canonical."""
         if name == "input":
-            return self.batch.to_front(self.tensor("input"), self.geometry.input_layout)
+            tensor, geometry = self.tensor("input"), self.geometry
+            if geometry.is_first_of_input:
+                shape = self.canonical_input
+                return tensor if tensor.shape == shape else tensor.reshape(shape)
+            return geometry.batch.to_front(tensor, geometry.input_layout)
         if name == "output":
             return self.batch.to_front(self.tensor("output"), self.geometry.output_layout)
         if name.endswith("_shape"):

@@ -75,6 +75,7 @@ class Pass:
         self.keep = keeps_graph()
         self.samples: int | None = None
         self.reductions: set[str] = set()
+        self.sizes: Sizes | None = None
         self.surveyed: set[Node] = set()
         self.flags: list[Flag] = []
         self.promised: dict[Edge, Promise] = {}
@@ -107,7 +108,8 @@ class Pass:
         for entry in reversed(entries):
             if isinstance(entry, Record) and (wanted := self.wanted.of(entry)):
                 reached = self._layer(entry, wanted, gradients[entry.output_nr])
-                taken = self._spared(entry, wanted, gradients)
+                if entry.definition.operation == spared.NODE:
+                    taken = self._spared(wanted, gradients)
                 self._finish(reached)
                 continue
             self._hook(entry)
@@ -120,6 +122,7 @@ class Pass:
         if loss.edge is None or gradient is None:
             return
         self.reductions.add(loss.options["reduction"])
+        self.sizes = None
         if len(self.reductions) > 1 or "none" in self.reductions:
             self._refuse_table5("of any layer")
         in_grad_mode(False, self._below_loss, loss, loss.edge, gradient)
@@ -193,6 +196,7 @@ class Pass:
             self.flags += flags
         for extension in self.demand.extensions:
             extension.check(self.samples)
+        self.sizes = None
         self.shared |= plan.tied.keys()
         self.expected |= plan.parameters
         for step in plan.called:
@@ -209,10 +213,13 @@ class Pass:
         return 1.0 if "sum" in self.reductions else float(self.samples or 0)
 
     def _calls(self, node: Node, gradients: tuple[Tensor | None, ...]) -> None:
-        """Keep what δ means for the parameters that a node without record uses, before autograd frees the node."""
+        """A node without record that uses parameters is about to run, which frees it."""
         step = self.calls.pop(node, None)
-        if step is None:
-            return
+        if step is not None:
+            without_autocast(gradients, self._call, step, gradients)
+
+    def _call(self, step: Step, gradients: tuple[Tensor | None, ...]) -> None:
+        """Keep what δ means for the parameters."""
         columns = {number: delta[None] for number, delta in enumerate(gradients) if delta is not None}
         if not columns:
             return
@@ -228,7 +235,7 @@ class Pass:
             any_parameter = next(iter(wanted.values()))
             delta = any_parameter.new_zeros(record.output_shape)
         asked = self.demand.needs([record.definition], GRADIENT) or self.shared  # another use's may be asked for
-        reached = self._use(record, wanted, record.at_output(delta[None], lead=1) if asked else None)
+        reached = self._use(record, wanted, record.column(delta) if asked else None)
         for gathered in reached if self.demand.deviations(record.definition) else ():
             use = self.harvest.takes_total(gathered)
             node = None if use is None else transposition(current_node(), self.wanted.accumulator(gathered.parameter))
@@ -237,14 +244,12 @@ class Pass:
                 gathered.waits = True
         return reached
 
-    def _spared(
-        self, record: Record, wanted: Mapping[str, Tensor], gradients: tuple[Tensor | None, ...]
-    ) -> tuple[Tensor, ...] | None:
-        """δ with the gradient of the layer's kernel, where a feature computes the individual ones."""
+    def _spared(self, wanted: Mapping[str, Tensor], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
+        """δ of a convolution with the gradient of its kernel, where a feature computes the individual ones."""
         kernel, (delta, *others) = wanted.get(spared.KERNEL), gradients
         if kernel is None or delta is None or others or id(kernel) in self.shared:
             return None
-        if not spared.may_be_given(record, kernel, delta):
+        if not spared.may_be_given(kernel, delta):
             return None
         self._refuse_flagged()
         gradient = self.harvest.gradient(kernel)
@@ -252,7 +257,7 @@ class Pass:
 
     def _use(self, record: Record, parameters: Mapping[str, Tensor], factor: Tensor | None) -> list[Gathered]:
         """Note a call's use of its parameters; what has reached each."""
-        return [self.harvest.use(parameter, Use(record, name, factor)) for name, parameter in parameters.items()]
+        return [self.harvest.use(p, Use(record, name, factor, parameter=p)) for name, p in parameters.items()]
 
     def _finish(self, reached: Sequence[Gathered]) -> None:
         """Set the fields of parameters that a call has reached: now, if by their only use, or when autograd accumulates their gradients."""
@@ -265,7 +270,8 @@ class Pass:
                 assert node is not None, "only wanted parameters are used"
                 self.handles.append(node.register_prehook(partial(self._complete, [gathered])))
         if now:
-            self._complete(now)
+            self._refuse_flagged()
+            self._reap(now)
 
     def _promise(self, start: curvature.Start, plan: Plan, features: list[str]) -> None:
         """Note what an extended loss sends to its input: more than that would have curvature, too."""
@@ -333,11 +339,12 @@ class Pass:
 
     def _reap(self, reached: Iterable[Gathered]) -> None:
         """The same, where nothing is refused any more."""
-        assert self.samples is not None, "a walk has met all that is reached"
-        sizes = Sizes(self.samples, self._unit())
+        if self.sizes is None:
+            assert self.samples is not None, "a walk has met all that is reached"
+            self.sizes = Sizes(self.samples, self._unit())
         records: dict[Record, None] = {}
         for gathered in reached:
-            for use in self.harvest.reap(gathered, sizes):
+            for use in self.harvest.reap(gathered, self.sizes):
                 records[use.record] = None
             self.finished.add(id(gathered.parameter))
             if self.context.debug:

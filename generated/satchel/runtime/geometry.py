@@ -58,6 +58,11 @@ class Geometry:
         return self.batch.is_first(self.output_shape)
 
     @lazy
+    def is_first_of_input(self) -> bool:
+        """Whether it is that of the input."""
+        return self.batch.is_first(self.input_shape)
+
+    @lazy
     def misplaced(self) -> tuple[int, ...] | None:
         """Shape of the input, or else of the output, if it cannot have the batch there."""
         sides = ((self.input_layout, self.input_shape), (self.output_layout, self.output_shape))

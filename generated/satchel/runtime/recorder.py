@@ -94,7 +94,7 @@ class Recorder:
             # A part, or a permutation, of another tensor changes: the base's node passes that by its own backward.
             _attach(_node(base), Mark(self.name, reference))
             return
-        own = _ends_in(output, layer.operation)
+        own = not layer.operation or _node(output).name() == layer.operation
         fits = own or len(layer.output_axes) == output.dim()
         if (inplace and "input" in layer.reads(())) or (fits and not own):
             # What the rules read is gone, or unknown: the module's own nodes pass a factor.
@@ -198,10 +198,6 @@ def _numbers(module: nn.Module, layer: Layer, node: Node, output: Tensor) -> dic
         if found[name] is None:
             found[name] = torch.finfo(output.dtype).eps if value == "precision" else value
     return found
-
-
-def _ends_in(output: Tensor, operation: str) -> bool:
-    return not operation or _node(output).name() == operation
 
 
 def _between(output: Tensor, x: Tensor) -> Iterator[Node]:

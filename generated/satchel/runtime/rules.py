@@ -296,7 +296,7 @@ class Registry:
         if "forward" in vars(module):  # patched on the instance: it may compute anything
             return None
         for each in self._by_forward.get(type(module).forward, ()):
-            if _covers(each, module):
+            if not each.when or _covers(each, module):
                 return each
         return None
 
@@ -323,7 +323,7 @@ class Registry:
 
 def _covers(definition: Layer | Loss, module: nn.Module) -> bool:
     """Whether the module has the attributes that the definition asks for."""
-    return not definition.when or all(getattr(module, name) == value for name, value in definition.when.items())
+    return all(getattr(module, name) == value for name, value in definition.when.items())
 
 
 def _asks(definition: Layer | Loss) -> int:

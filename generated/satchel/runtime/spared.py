@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .record import Record
 from .torch_private import accumulator, current_node
 
 #: The operation of torch.
 _BACKWARD = torch.ops.aten.convolution_backward.default
 #: What the operation's node is called, its parameter with individual gradients, and the place of that among the node's inputs.
-_NODE, KERNEL, _PLACE = "ConvolutionBackward0", "weight", 1
+NODE, KERNEL, _PLACE = "ConvolutionBackward0", "weight", 1
 
 
 class _Delta(Tensor):
@@ -60,12 +59,12 @@ def plain(value: Any) -> Any:
     return value.delta if type(value) is _Delta else value
 
 
-def may_be_given(record: Record, kernel: Tensor, delta: Tensor) -> bool:
-    """Whether the node that is about to run is a convolution that adds to the gradient of `kernel`, nothing else, and is not
-    differentiated. On a CPU: elsewhere blocks that fit into its caches are small, and autograd's own product costs little."""
-    if record.definition.operation != _NODE or torch.is_grad_enabled():
-        return False
-    if type(delta) is not Tensor or delta.device.type != "cpu":
+def may_be_given(kernel: Tensor, delta: Tensor) -> bool:
+    """Whether the convolution that is about to run adds to the gradient of `kernel`, nothing else, and is not differentiated.
+
+    On a CPU: elsewhere blocks that fit into its caches are small, and autograd's own product costs little.
+    """
+    if torch.is_grad_enabled() or type(delta) is not Tensor or not delta.is_cpu:
         return False
     return delta.dtype == kernel.dtype and current_node().next_functions[_PLACE][0] is accumulator(kernel)
 

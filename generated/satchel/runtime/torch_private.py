@@ -57,20 +57,18 @@ AXISWISE = _BY_SAMPLE | _ELEMENTWISE | _ARRANGING
 
 #: A dictionary that lives as long as the node.
 metadata: Callable[[Node], dict[str, Any]] = attrgetter("metadata")
+#: Whether operations are cast on some device. These are no functions of ours: such a call takes a microsecond where caches are cold.
+is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+#: Number of the backward that runs in this thread, -1 outside.
+graph_task: Callable[[], int] = torch._C._current_graph_task_id
+#: Whether the running backward retains the graph.
+keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+#: The tensor that a tensor is a differentiable view of, or None.
+view_base: Callable[[Tensor], Tensor | None] = attrgetter("_base")
 #: The type of the nodes that add to the gradients of leaves.
 ACCUMULATOR: type[Node] = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 #: What `nn.Linear` puts between its product and its weight.
 _TRANSPOSE = "TBackward0"
-
-
-def is_any_autocast_enabled() -> bool:
-    """Whether operations are cast on some device."""
-    return torch._C._is_any_autocast_enabled()
-
-
-def graph_task() -> int:
-    """Number of the backward that runs in this thread, -1 outside."""
-    return torch._C._current_graph_task_id()
 
 
 def current_node() -> Node:
@@ -91,11 +89,6 @@ def is_only_root() -> bool:
         return False
     finally:
         torch._C._set_multithreading_enabled(threads)
-
-
-def keeps_graph() -> bool:
-    """Whether the running backward retains the graph."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
@@ -151,11 +144,6 @@ def version(tensor: Tensor) -> int:
         return tensor._version
     except RuntimeError:  # inference tensors have none
         return 0
-
-
-def view_base(tensor: Tensor) -> Tensor | None:
-    """The tensor that `tensor` is a differentiable view of."""
-    return tensor._base if tensor._is_view() else None
 
 
 def held_elsewhere(tensor: Tensor) -> bool:

@@ -47,13 +47,17 @@ class Use:
         name: str,
         factor: Tensor | None = None,
         memo: dict[Callable[..., Tensor], Tensor] | None = None,
+        parameter: Tensor | None = None,
     ) -> None:
         self.record, self.name, self.factor = record, name, factor
         self.layer: Layer = record.definition
+        self.key = self.layer, name
         self.rules: Mapping[str, Rule] = self.layer.parameters[name]
         self.memo: dict[Callable[..., Tensor], Tensor] = {} if memo is None else memo
         self.total: Arrived | None = None
         self._operands: dict[str, Any] = {}
+        if parameter is not None:
+            self.parameter = parameter
 
     def operand(self, name: str) -> Any:
         """An operand of the rules, canonical; asked for once."""
