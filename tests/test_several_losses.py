@@ -20,6 +20,8 @@ from satchel.extensions import (
     DiagGGNExact,
     DiagGGNMC,
 )
+from satchel.runtime.extension import Extension
+from satchel.runtime.rules import Need
 
 
 def deep_supervision() -> nn.Module:
@@ -155,3 +157,31 @@ def test_regularisation_of_parameters_is_no_sample(agree: Agree) -> None:
         fields = {name: comparable(feature, getattr(p, feature.field)) for name, p in model.named_parameters()}
         agree(fields, {name: reference.field(feature.__name__, name) for name in fields})
     torch.testing.assert_close(model.weight.grad, reference.gradients["weight"].sum(0) + 2 * model.weight.detach())
+
+
+class OfOneKind(Extension):
+    """Individual gradients, asked for where one kind of layer uses a parameter."""
+
+    field = "of_one_kind"
+
+    def needs(self, layer: Any) -> tuple[Need, ...]:
+        return (Need("gradient", "per_sample"),) if layer.module is nn.RMSNorm else ()
+
+    def value(self, q: Any, sizes: Any) -> torch.Tensor:
+        return q["per_sample"][0] if q else torch.zeros(1)
+
+
+def test_a_parameter_of_two_kinds_of_layers_that_no_walk_sees_together():
+    """What is asked of δ at one use is asked of the others, too: those reached first say what, so that one order has the gradients."""
+    found = []
+    for kinds in ([nn.LayerNorm, nn.RMSNorm], [nn.RMSNorm, nn.LayerNorm]):
+        first, second = (extend(kind(4)) for kind in kinds)
+        second.weight = first.weight
+        x = torch.randn(5, 4)
+        with backpack(OfOneKind()):
+            (first(x).square().sum() + second(x).pow(3).sum()).backward()
+        value = first.weight.of_one_kind
+        if value.shape == (5, 4):
+            found.append(value)
+            assert torch.allclose(value.sum(0), first.weight.grad, rtol=1e-4, atol=1e-5)
+    assert found

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import FEATURES
 from satchel import backpack, extend, extensions
+from satchel.runtime.errors import Overwritten
 
 N = 3
 CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
@@ -168,3 +169,14 @@ def test_half_precision_is_autograds_own() -> None:
     with backpack(extensions.BatchGrad()):
         loss.backward()
     torch.testing.assert_close([p.grad for p in model.parameters()], list(want), rtol=0, atol=0)
+
+
+def test_an_input_that_is_overwritten_once_its_gradients_are_known():
+    """No walk knows of the second call, so that its gradients are computed again together with the first's."""
+    layer = extend(nn.Conv2d(2, 3, 3))
+    x, y = torch.randn(4, 2, 6, 6), torch.randn(4, 2, 6, 6)
+    above = layer(x)
+    loss = above.square().sum() + layer(y).exp().sum()
+    above.register_hook(lambda _: (y.add_(1), None)[1])  # when the second call's node has run
+    with pytest.raises(Overwritten, match="input"), backpack(extensions.BatchGrad()):
+        loss.backward()

@@ -324,7 +324,7 @@ class _Gathered:
             return
         memo: dict[Callable[..., Tensor], Tensor] = {}
         for name, parameter in call.parameters.items():
-            use = Use(call.record, name, factor, memo, parameter)
+            use = Use(call.record, name, factor, memo)
             if id(parameter) in self.shared:
                 self.waiting.setdefault(id(parameter), (parameter, [], signs))[1].append(use)
             else:

@@ -234,7 +234,8 @@ class Pass:
         if delta is None:
             any_parameter = next(iter(wanted.values()))
             delta = any_parameter.new_zeros(record.output_shape)
-        asked = self.demand.needs([record.definition], GRADIENT) or self.shared  # another use's may be asked for
+        # Of a parameter that another layer uses, too, δ may be asked for there.
+        asked = self.demand.needs([record.definition], GRADIENT) or self.shared or not self.surveyed_all
         reached = self._use(record, wanted, record.column(delta) if asked else None)
         for gathered in reached if self.demand.deviations(record.definition) else ():
             use = self.harvest.takes_total(gathered)
@@ -257,7 +258,7 @@ class Pass:
 
     def _use(self, record: Record, parameters: Mapping[str, Tensor], factor: Tensor | None) -> list[Gathered]:
         """Note a call's use of its parameters; what has reached each."""
-        return [self.harvest.use(p, Use(record, name, factor, parameter=p)) for name, p in parameters.items()]
+        return [self.harvest.use(p, Use(record, name, factor)) for name, p in parameters.items()]
 
     def _finish(self, reached: Sequence[Gathered]) -> None:
         """Set the fields of parameters that a call has reached: now, if by their only use, or when autograd accumulates their gradients."""
@@ -338,17 +339,17 @@ class Pass:
             without_autocast([gathered.parameter for gathered in reached], self._reap, reached)
 
     def _reap(self, reached: Iterable[Gathered]) -> None:
-        """The same, where nothing is refused any more."""
+        """The same, once no flag is up."""
         if self.sizes is None:
             assert self.samples is not None, "a walk has met all that is reached"
             self.sizes = Sizes(self.samples, self._unit())
         records: dict[Record, None] = {}
         for gathered in reached:
-            for use in self.harvest.reap(gathered, self.sizes):
+            uses = self.harvest.reap(gathered, self.sizes)
+            for use in uses:
                 records[use.record] = None
             self.finished.add(id(gathered.parameter))
-            if self.context.debug:
-                self.context.log(partial(_fields_set, use))
+            self.context.log(partial(_fields_set, uses[0]))
         for record in records:
             if self.finished.issuperset(map(id, self.wanted.of(record).values())):
                 self._hook(record)

@@ -105,6 +105,7 @@ class Harvest:
             return None
         self._free(parameter, duty)
         found = quantities_of([use], (*duty.gradient, _SUM))
+        use.forget()  # a hook may change an operand before another use is reached
         total = found.pop(_SUM, None)
         gathered.ahead = found
         return total

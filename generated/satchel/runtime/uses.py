@@ -47,7 +47,6 @@ class Use:
         name: str,
         factor: Tensor | None = None,
         memo: dict[Callable[..., Tensor], Tensor] | None = None,
-        parameter: Tensor | None = None,
     ) -> None:
         self.record, self.name, self.factor = record, name, factor
         self.layer: Layer = record.definition
@@ -56,8 +55,6 @@ class Use:
         self.memo: dict[Callable[..., Tensor], Tensor] = {} if memo is None else memo
         self.total: Arrived | None = None
         self._operands: dict[str, Any] = {}
-        if parameter is not None:
-            self.parameter = parameter
 
     def operand(self, name: str) -> Any:
         """An operand of the rules, canonical; asked for once."""
@@ -67,6 +64,10 @@ class Use:
 
     def _operand(self, name: str) -> Any:
         return self.record.operand(name)
+
+    def forget(self) -> None:
+        """Ask for operands again, which refuses those that have been overwritten since."""
+        self._operands = {}
 
     def receive(self, gradients: tuple[Tensor | None, ...]) -> None:
         """Note the transpose of `total`, which autograd is about to take back."""
