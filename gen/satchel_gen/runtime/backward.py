@@ -120,7 +120,6 @@ class Pass:
         if loss.edge is None or gradient is None:
             return
         self.reductions.add(loss.options["reduction"])
-        self.sizes = None
         if len(self.reductions) > 1 or "none" in self.reductions:
             self._refuse_table5("of any layer")
         in_grad_mode(False, self._below_loss, loss, loss.edge, gradient)
@@ -194,7 +193,7 @@ class Pass:
             self.flags += flags
         for extension in self.demand.extensions:
             extension.check(self.samples)
-        self.sizes = None
+        self.sizes = Sizes(self.samples, self._unit(self.samples))
         self.shared |= plan.tied.keys()
         self.expected |= plan.parameters
         for step in plan.called:
@@ -204,11 +203,11 @@ class Pass:
                     self.handles.append(step.node.register_prehook(partial(self._calls, step.node)))
         return plan
 
-    def _unit(self) -> float | None:
+    def _unit(self, samples: int) -> float | None:
         """The unit u of ∇ℓ_n = u g_n, where the extended losses agree on one."""
         if len(self.reductions) != 1 or "none" in self.reductions:
             return None
-        return 1.0 if "sum" in self.reductions else float(self.samples or 0)
+        return 1.0 if "sum" in self.reductions else float(samples)
 
     def _calls(self, node: Node, gradients: tuple[Tensor | None, ...]) -> None:
         """A node without record that uses parameters is about to run, which frees it."""
@@ -269,7 +268,6 @@ class Pass:
                 assert node is not None, "only wanted parameters are used"
                 self.handles.append(node.register_prehook(partial(self._complete, [gathered])))
         if now:
-            self._refuse_flagged()
             self._reap(now)
 
     def _promise(self, start: curvature.Start, plan: Plan, features: list[str]) -> None:
@@ -330,17 +328,15 @@ class Pass:
     # ------------------------------------------------------------------------------------------------- parameters
 
     def _complete(self, reached: Iterable[Gathered], gradients: tuple[Tensor | None, ...] = ()) -> None:
-        """All uses of some parameters have been reached: set their fields, then run the hooks of modules complete with them."""
+        """Autograd is about to accumulate gradients: all uses of these parameters have been reached."""
         reached = [gathered for gathered in reached if gathered.uses]
         if reached:
-            self._refuse_flagged()
             without_autocast([gathered.parameter for gathered in reached], self._reap, reached)
 
     def _reap(self, reached: Iterable[Gathered]) -> None:
-        """The same, once no flag is up."""
-        if self.sizes is None:
-            assert self.samples is not None, "a walk has met all that is reached"
-            self.sizes = Sizes(self.samples, self._unit())
+        """Set the fields of some parameters, then run the hooks of modules complete with them."""
+        assert self.sizes is not None, "a walk has met all that is reached"
+        self._refuse_flagged()
         records: dict[Record, None] = {}
         for gathered in reached:
             uses = self.harvest.reap(gathered, self.sizes)

@@ -129,8 +129,7 @@ def _in_blocks(
     if deviations is not None and SUM in totals:
         del totals[SUM]
     writes = writes and not torch.is_grad_enabled()  # what is differentiated cannot be written to a place
-    # Nothing reads what is only written to its place.
-    ranges = list(blocks(V, N, prod(shape), keep is not None)) if totals or not writes else [(slice(V), slice(N))]
+    ranges = list(blocks(V, N, prod(shape), keep is not None))
     (columns, samples), whole = ranges[0], len(ranges) == 1  # the first is the largest
     kept = room = None
     dtype = widened_dtype((factor, *operands))

@@ -175,10 +175,6 @@ def _value(
         tensor = results.get(key)
         if tensor is not None:
             q[need.quantity] = tensor.detach() if tensor.requires_grad and not torch.is_grad_enabled() else tensor
-        elif (
-            need.source not in RESIDUALS
-            and need.quantity in uses[0].rules
-            and all(use.offers(need.quantity) for use in uses)
-        ):
+        elif need.source not in RESIDUALS and all(use.offers(need.quantity) for use in uses):
             raise FieldMissing(uses[0].record.where, uses[0].name, [extension.name])  # no sweep has come by
     return extension.value(q, sizes)

@@ -60,10 +60,14 @@ class Room:
         self.parameter = parameter
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-        """None where fresh pages cost little, or where the field belongs to a graph or a transform."""
-        if not _may_be_kept(self.parameter, prod(shape) * dtype.itemsize):
-            return None
-        return None if torch.is_grad_enabled() or inside_functorch() else empty(shape, dtype, self.parameter)
+        """None where fresh pages cost little."""
+        worth = _may_be_kept(self.parameter, prod(shape) * dtype.itemsize)
+        return empty(shape, dtype, self.parameter) if worth else None
+
+
+def room(parameter: Tensor) -> Room | None:
+    """Where a field of a parameter may be computed; None if it belongs to a graph or a transform."""
+    return None if torch.is_grad_enabled() or inside_functorch() else Room(parameter)
 
 
 #: Where an operation computes its result, if it can: in a tensor of the result's shape, or where there is room.

@@ -20,7 +20,7 @@ from .blocks import SUM, SUMMED, Blockwise, in_blocks
 from .cost import Program, cheapest
 from .errors import SharedByKinds
 from .evaluate import evaluate, uses_kernel
-from .memory import FRESH, Room, copied
+from .memory import FRESH, copied, room
 from .rules import Rule, registry
 from .uses import PER_SAMPLE, Use, alike, joinable, joined, shaped
 
@@ -52,7 +52,7 @@ def quantities(
         elif rule.aten in use.memo:  # another parameter's field by now, which a hook may change
             value = copied(use.memo[rule.aten], use.parameter)
         else:
-            place = Room(use.parameter) if rule.writes else None
+            place = room(use.parameter) if rule.writes else None
             given = _given(use, name, extra)
             value = evaluate(rule, use.layer, use.operand, *given, differentiable=differentiable, out=place)
             if not rule.operands:
@@ -138,7 +138,7 @@ def _ranked(use: Use, rules: Mapping[str, Rule], extra: Sequence[Tensor], summed
     found = _in_blocks(use, rules, extra, choices, summed)
     for name, (best, *_) in choices.items():
         if name not in found:
-            found[name] = best.run(*values[name], out=Room(use.parameter) if best.writes else None)
+            found[name] = best.run(*values[name], out=room(use.parameter) if best.writes else None)
     return found
 
 
