@@ -84,6 +84,15 @@ def split(m: Any, x: Tensor) -> Tensor:
     return m.head(halves[0] - 2 * halves[1])
 
 
+def rows(m: Any, x: Tensor) -> Tensor:
+    """Positions and samples as rows of one matrix."""
+    return m.head(m.act(m.a(x.flatten(0, 1)))).unflatten(0, x.shape[:2])
+
+
+def positions_first(m: Any, x: Tensor) -> Tensor:
+    return m.head(m.act(m.a(x.transpose(0, 1)))).transpose(0, 1)
+
+
 def mean_pool(m: Any, x: Tensor) -> Tensor:
     return m.head(m.act(m.a(x)).mean(1))
 
@@ -244,4 +253,11 @@ NETWORKS = (
         (5, 2, 4),
     ),
     Network("normalised", lambda: Wired(normalised, a=Linear(4, 6), head=Linear(6, 3))),
+)
+#: Layers whose batch is not their first axis: what needs second derivatives of the layers refuses these.
+MOVED = (
+    Network("rows", lambda: Wired(rows, a=Linear(4, 6), act=Tanh(), head=Linear(6, 3)), (5, 2, 4)),
+    Network(
+        "positions_first", lambda: Wired(positions_first, a=Linear(4, 6), act=Tanh(), head=Linear(6, 3)), (5, 2, 4)
+    ),
 )

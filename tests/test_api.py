@@ -34,8 +34,8 @@ FIELDS = {
 x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
 
 
-def network() -> Any:
-    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+def network(width: int = 6) -> Any:
+    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -151,10 +151,14 @@ def test_fields_can_be_deleted_and_changed_in_place() -> None:
             assert not hasattr(p, "grad_batch") and p.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("width", [6, 1])
 @pytest.mark.parametrize("feature", EXACT)
-def test_fields_can_be_changed_in_place_as_soon_as_they_are_set(feature: Any) -> None:
-    """By a hook that autograd calls after one parameter, before the fields of the next: another root makes each wait for its gradient."""
-    model, loss_fn = extend(network()), extend(nn.CrossEntropyLoss())
+def test_fields_can_be_changed_in_place_as_soon_as_they_are_set(feature: Any, width: int) -> None:
+    """By a hook that autograd calls after one parameter, before the fields of the next: another root makes each wait for its gradient.
+
+    A matrix of one unit is contiguous whatever was done to it, and so needs no copy to become a field.
+    """
+    model, loss_fn = extend(network(width)), extend(nn.CrossEntropyLoss())
     seen: dict[str, list[Tensor]] = {}
 
     def change(name: str, parameter: Tensor) -> None:

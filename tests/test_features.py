@@ -26,7 +26,7 @@ from conftest import (
     comparable,
     is_sampled,
 )
-from networks import NETWORKS
+from networks import MOVED, NETWORKS
 from satchel import backpack, extend, extensions
 from satchel.layers import linear
 from satchel.registry import REGISTRY
@@ -42,7 +42,7 @@ def expected(case: Case, feature: type, **options: Any) -> dict[str, Any]:
 
 
 def by_name(*names: str) -> Any:
-    return pytest.mark.parametrize("network", [n for n in NETWORKS if n.name in names], ids=lambda n: n.name)
+    return pytest.mark.parametrize("network", [n for n in (*NETWORKS, *MOVED) if n.name in names], ids=lambda n: n.name)
 
 
 # --- agreement ---------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ SUBSAMPLED = [feature for feature in FEATURES if "subsampling" in inspect.signat
 WHOLE = [extensions.SumGradSquared(), extensions.BatchDiagGGNExact(), extensions.DiagGGNMC()]
 
 
-@by_name("relu", "sequence", "siamese", "tied_sequential")
+@by_name("relu", "sequence", "siamese", "tied_sequential", "rows", "positions_first")
 @pytest.mark.parametrize("subsampling", [[0], [3, -4], [2, 2], [], [4, 3, 2, 1, 0]])
 def test_subsampling(network: Network, subsampling: list[int], dtype: torch.dtype, backend: str, agree: Agree) -> None:
     """Only the listed samples, in that order, still scaled by the whole batch; features of all samples are not affected."""

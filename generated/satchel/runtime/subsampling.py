@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 from torch import Tensor
 
@@ -34,11 +34,8 @@ def _of_samples(
     uses: Sequence[Use], samples: list[int], names: Iterable[str], signs: Sequence[Tensor], differentiable: bool
 ) -> dict[str, Tensor]:
     """The quantities `names` of the listed samples."""
-    if all(use.record.batch.outer == 1 for use in uses):
-        chosen = [restricted(use, samples) for use in uses]
-        return quantities(chosen, names, *(sign[:, samples] for sign in signs), differentiable=differentiable)
-    found = quantities(uses, names, *signs, differentiable=differentiable)
-    return {name: value[:, samples] for name, value in found.items()}  # only individual columns are asked for of some
+    chosen = [_Restricted(use, samples) for use in uses]
+    return quantities(chosen, names, *(sign[:, samples] for sign in signs), differentiable=differentiable)
 
 
 @lru_cache
@@ -50,18 +47,15 @@ def _by_samples(needs: tuple[Need, ...]) -> list[tuple[tuple[int, ...] | None, d
     return list(found.items())
 
 
-def restricted(use: Use, index: list[int]) -> Use:
+class _Restricted(Use):
     """The same use on a batch of the listed samples."""
-    record = use.record
-    part = replace(
-        record,
-        tensors={},
-        versions=dict(record.versions),
-        input_shape=(len(index), *record.input_shape[1:]),
-        output_shape=(len(index), *record.output_shape[1:]),
-    )
-    chosen = ("input", "output")
-    part.keep(
-        **{name: record.tensor(name)[index] if name in chosen else record.tensor(name) for name in record.tensors}
-    )
-    return Use(part, use.name, None if use.factor is None else use.factor[:, index])
+
+    def __init__(self, use: Use, samples: list[int]) -> None:
+        super().__init__(use.record, use.name, None if use.factor is None else use.factor[:, samples])
+        self.samples = samples
+
+    def _operand(self, name: str) -> Any:
+        found = super()._operand(name)
+        if name in ("input", "output"):
+            return found[self.samples]
+        return (len(self.samples), *found[1:]) if name in ("input_shape", "output_shape") else found
