@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from math import prod
 from operator import add
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import moments
-from .cost import blocks
+from .cost import block_shape, blocks
 from .memory import empty, shared
 from .precision import widened_dtype
 from .rules import Reduction, registry
@@ -120,7 +120,17 @@ def _in_blocks(
     writes: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The same, squared deviations by their running mean."""
-    V, N = factor.shape[:2]
+    V, N, *_ = factor.shape
+    writes = writes and not torch.is_grad_enabled()  # what is differentiated cannot be written to a place
+    dtype = widened_dtype((factor, *operands))
+    wide, long = block_shape(V, N, prod(shape), keep is not None)
+    if wide >= V and long >= N:
+        place = None
+        if writes:
+            block = V, N, *shape
+            place = shared(block, dtype, factor.device) if keep is None else empty(block, dtype, keep)
+        pullbacks = _pulled(pull, factor, operands, place)
+        return _reduced(reductions, pullbacks, signs), None if keep is None else pullbacks
     totals: dict[str, _Total | _Deviations] = {
         name: _Deviations() if reduction.over == "deviations" else _Total(reduction)
         for name, reduction in reductions.items()
@@ -128,30 +138,21 @@ def _in_blocks(
     deviations = next((total for total in totals.values() if isinstance(total, _Deviations)), None)
     if deviations is not None and SUM in totals:
         del totals[SUM]
-    writes = writes and not torch.is_grad_enabled()  # what is differentiated cannot be written to a place
-    ranges = list(blocks(V, N, prod(shape), keep is not None))
-    (columns, samples), whole = ranges[0], len(ranges) == 1  # the first is the largest
-    kept = room = None
-    dtype = widened_dtype((factor, *operands))
-    if keep is not None and (writes or not whole):
-        kept = empty((V, N, *shape), dtype, keep)
-    elif writes:
-        room = shared((min(columns.stop, V), min(samples.stop, N), *shape), dtype, factor.device)
-    for columns, samples in ranges:
-        own = operands if whole else [*(some[samples] for some in operands[:by_sample]), *operands[by_sample:]]
-        block = factor if whole else factor[columns, samples]
+    kept = None if keep is None else empty((V, N, *shape), dtype, keep)
+    room = shared((wide, long, *shape), dtype, factor.device) if kept is None and writes else None
+    for columns, samples in blocks(V, N, prod(shape), keep is not None):
+        own = [*(some[samples] for some in operands[:by_sample]), *operands[by_sample:]]
+        block = factor[columns, samples]
         place = None
         if kept is not None:
-            place = kept if whole else kept[columns, samples]
+            place = kept[columns, samples]
         elif room is not None:
-            place = room if whole else room[: len(block), : block.shape[1]]
-        pullbacks = pull(block, *own, **({"out": place} if writes and place is not None else {}))
+            place = room[: len(block), : block.shape[1]]
+        pullbacks = _pulled(pull, block, own, place if writes else None)
         own_signs = tuple([some[columns, samples] for some in signs])
         for total in totals.values():
             total.add(pullbacks, own_signs, samples.start)
-        if keep is not None and whole:
-            kept = pullbacks
-        elif kept is not None and place is not None and pullbacks.data_ptr() != place.data_ptr():
+        if kept is not None and place is not None and pullbacks.data_ptr() != place.data_ptr():
             place.copy_(pullbacks)
     found = {name: total.value for name, total in totals.items()}
     if deviations is not None and SUM in reductions:  # they have it
@@ -159,10 +160,28 @@ def _in_blocks(
     return found, kept
 
 
+def _pulled(pull: Callable[..., Tensor], factor: Tensor, operands: Sequence[Any], place: Tensor | None) -> Tensor:
+    return pull(factor, *operands) if place is None else pull(factor, *operands, out=place)
+
+
+def _reduced(reductions: Mapping[str, Reduction], pullbacks: Tensor, signs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Several quantities of pullbacks that are there at once."""
+    found: dict[str, Tensor] = {}
+    for name, reduction in reductions.items():
+        if reduction.over == "deviations":
+            deviations = _Deviations()
+            deviations.add(pullbacks, (), 0)
+            found[name] = deviations.value
+        else:
+            found[name] = reduction.function(pullbacks, *signs) if reduction.signed else reduction.function(pullbacks)
+    return found
+
+
 @dataclass(frozen=True)
 class Blockwise:
     """The program of one quantity by blocks of individual pullbacks. writes: whether `pull` takes `out`."""
 
+    overhead: ClassVar[int] = 4
     pull: Callable[..., Tensor]
     reduction: Reduction
     shape: tuple[int, ...]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
+_SINGLE = {torch.float32}
 
 
 def widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -37,12 +38,11 @@ def widened_dtype(operands: Iterable[Any]) -> torch.dtype:
 
 
 def _floating(operands: Iterable[Any]) -> set[torch.dtype]:
-    dtypes = {operand.dtype for operand in operands if isinstance(operand, Tensor)}
-    return {dtype for dtype in dtypes if dtype.is_floating_point}
+    return {operand.dtype for operand in operands if isinstance(operand, Tensor) and operand.is_floating_point()}
 
 
 def _common(floating: Iterable[torch.dtype]) -> torch.dtype:
-    return reduce(torch.promote_types, floating, torch.float32)
+    return torch.float32 if floating == _SINGLE else reduce(torch.promote_types, floating, torch.float32)
 
 
 def _to(dtype: torch.dtype, operand: Any) -> Any:

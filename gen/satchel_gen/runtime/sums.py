@@ -23,11 +23,10 @@ def summed(tensor: Tensor, axes: int | tuple[int, ...]) -> Tensor:
 
 def summed_squares(tensor: Tensor, axes: int) -> Tensor:
     """Σ x² over the first axes, so many: as far as these are few, each is added at once."""
-    for count in range(axes, 0, -1):
-        lead = tensor.shape[:count]
-        if not tensor.is_cuda and lead.numel() and tensor.numel() >= _LONG * lead.numel():
-            break
-    else:
+    count = 0 if tensor.is_cuda or tensor.numel() < _LONG else axes
+    while count and not 0 < _LONG * tensor.shape[:count].numel() <= tensor.numel():
+        count -= 1
+    if not count:
         return _squares(tensor).sum(tuple(range(axes)))
     rows = [tensor]
     for _ in range(count):
@@ -45,7 +44,7 @@ def _squares(tensor: Tensor) -> Tensor:
 
 def squared_norms(tensor: Tensor, axis: int) -> Tensor:
     """Σ x² over all axes but one; of one column and its like in one pass, without a tensor of squares, unless that is differentiated."""
-    axes = [place for place in range(tensor.ndim) if place != axis]
+    axes = [*range(axis), *range(axis + 1, tensor.ndim)]
     if tensor.requires_grad or tensor.shape[:axis].numel() != 1:
         return tensor.square().sum(axes)
     return torch.linalg.vector_norm(tensor, dim=axes).square()

@@ -53,7 +53,8 @@ class Program:
 
     `scratch` elements are moved through intermediates: through cache where the largest of these, of `peak` elements, does not
     exceed the nearest one by much. Where that is not said they are taken to be as large as the operands and the result.
-    `writes`: whether the function takes `out`, in which it computes its value where that saves memory.
+    `writes`: whether the function takes `out`, in which it computes its value where that saves memory. A function's own `overhead`
+    is what Python takes around its operations, in calls of these.
     """
 
     function: Callable[..., Tensor]
@@ -87,7 +88,8 @@ class Program:
     @lazy
     def seconds(self) -> float:
         """The predicted time."""
-        return self._work + self.calls * machine.seconds_per_call
+        around: int = getattr(self.function, "overhead", 0)
+        return self._work + (self.calls + around) * machine.seconds_per_call
 
     @property
     def _work(self) -> float:
@@ -107,7 +109,7 @@ class Program:
     @property
     def seconds_among_others(self) -> float:
         """Where the products themselves are there already."""
-        return replace(self, flops=0, elements=0).seconds
+        return replace(self, flops=0, elements=0)._work + self.calls * machine.seconds_per_call
 
 
 machine = Machine()
@@ -184,27 +186,27 @@ class _Shaped(NamedTuple):
 
 def block_count(columns: int, samples: int, each: int) -> int:
     """The number of blocks that `blocks` yields."""
-    wide, long = _block_shape(columns, samples, each)
+    wide, long = block_shape(columns, samples, each)
     return -(-max(columns, 1) // wide) * -(-max(samples, 1) // long)
 
 
 def blocks(columns: int, samples: int, each: int, kept: bool = False) -> Iterator[tuple[slice, slice]]:
-    """Slices of columns and samples whose products, of `each` elements per column and sample, stay in cache; at least one.
-
-    One, where the products are kept and exceed the cache by little: joining blocks is a copy to fresh pages.
-    """
-    if kept and columns * samples * each <= _JOINED * machine.cache_elements:
-        wide, long = max(columns, 1), max(samples, 1)
-    else:
-        wide, long = _block_shape(columns, samples, each)
+    """Slices of columns and samples whose products, of `each` elements per column and sample, stay in cache; at least one."""
+    wide, long = block_shape(columns, samples, each, kept)
     for column in range(0, max(columns, 1), wide):
         for sample in range(0, max(samples, 1), long):
             yield slice(column, column + wide), slice(sample, sample + long)
 
 
-def _block_shape(columns: int, samples: int, each: int) -> tuple[int, int]:
-    """Columns first: they share what is made of a sample, which pays for a few that leave the nearest cache. Blocks of samples are
-    of one length: a short one at the end costs as many calls."""
+def block_shape(columns: int, samples: int, each: int, kept: bool = False) -> tuple[int, int]:
+    """Columns and samples of the first of these blocks, the largest; it is all where the products are kept and exceed the cache by
+    little: joining blocks is a copy to fresh pages.
+
+    Columns first: they share what is made of a sample, which pays for a few that leave the nearest cache. Blocks of samples are
+    of one length: a short one at the end costs as many calls.
+    """
+    if kept and columns * samples * each <= _JOINED * machine.cache_elements:
+        return max(columns, 1), max(samples, 1)
     room = machine.cache_elements // max(1, each)
     few = min(_TOGETHER, _TOGETHER * machine.cache_elements // max(1, each))
     wide = min(columns, max(1, few, room)) or 1
