@@ -256,7 +256,7 @@ def run(start: Start, plan: Plan, demand: Demand, accumulate: Accumulate) -> Non
     if averaged and exact is not None:
 
         def visit(parameter: Tensor, pairs: Sequence[Pair]) -> None:
-            needs = demand.needs([pair.one.use.layer for pair in pairs], AVERAGED)
+            needs = demand.needs([pair.one.layer for pair in pairs], AVERAGED)
             accumulate(parameter, AVERAGED, averaged_quantities(pairs, needs))
 
         sweep_averaged(plan, start.edge, start_of(exact, start.samples), start.samples, visit)

@@ -20,7 +20,8 @@ def gram(rows: Tensor, over: int = 1, out: Out = None) -> Tensor:
     """AᵀA / over [D, D] of A [K, D]; computed in `out` where that saves memory."""
     size = rows.shape[1]
     if rows.is_cuda or size < 2 * _STRIP:
-        return matmul(rows.mT, rows) / over
+        product = matmul(rows.mT, rows)
+        return product if over == 1 else product / over
     if len(rows) < 2 * _STRIP:  # the lower half is computed faster than copied
         return quotient(rows.mT, rows, over, out)
     columns = rows.mT.contiguous()

@@ -141,7 +141,7 @@ def needed_bytes(plan: Plan, samples: int, itemsize: int) -> tuple[int, str]:
             p.numel()
             for call in step.calls
             for name, p in call.parameters.items()
-            if Place(step, call, name).use.offers(BLOCK)
+            if Place(step, call, name).offers(BLOCK)
         ]
         work = samples * max(passing, *((2 * arriving + size) * (arriving + size) for size in own), 0)
         here = (sum(kept.values()) + sum(incoming.values())) ** 2 + work
@@ -160,7 +160,7 @@ def averaged_quantities(pairs: Sequence[Pair], needs: Sequence[Need]) -> dict[Ne
     """The quantities of Ḡ for one parameter: they add over pairs of uses."""
     found: dict[Need, Tensor] = {}
     for need in needs:
-        if all(pair.one.use.offers(need.quantity) and pair.other.use.offers(need.quantity) for pair in pairs):
+        if all(pair.one.offers(need.quantity) and pair.other.offers(need.quantity) for pair in pairs):
             parts = (_block(pair) if need.quantity == BLOCK else _by_rule(pair, need.quantity) for pair in pairs)
             found[need] = reduce(add, parts)
     return found

@@ -32,9 +32,10 @@ class Joint:
         self._blocks: dict[tuple[Slot, Slot], Tensor] = {}
 
     def get(self, a: Slot, b: Slot) -> Tensor | None:
-        if (b, a) in self._blocks:
-            return self._blocks[b, a].mT
-        return self._blocks.get((a, b))
+        found = self._blocks.get((a, b))
+        if found is None and (b, a) in self._blocks:
+            found = self._blocks[b, a].mT
+        return found
 
     def add(self, a: Slot, b: Slot, block: Tensor) -> None:
         self.slots.update({a: None, b: None})

@@ -76,6 +76,13 @@ class Place(NamedTuple):
         return self.call.parameters[self.name]
 
     @property
+    def layer(self) -> Layer:
+        return self.call.record.definition
+
+    def offers(self, quantity: str) -> bool:
+        return quantity in self.layer.parameters[self.name]
+
+    @property
     def use(self) -> Use:
         return Use(self.call.record, self.name)
 
