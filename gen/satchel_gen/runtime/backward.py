@@ -137,7 +137,8 @@ class Pass:
             factors = curvature.Start(loss, gradient)
             self.flags += factors.flags(self.demand, layers)
             self._promise(factors, plan, curved)
-            self.context.log(lambda: f"{loss.where}: {', '.join(curved)} over {len(plan.steps)} nodes")
+            if self.context.debug:
+                self.context.log(f"{loss.where}: {', '.join(curved)} over {len(plan.steps)} nodes")
             curvature.run(factors, plan, self.demand, self.harvest.accumulate)
 
     def _below_no_loss(self, node: Node, entries: Entries) -> None:
@@ -343,7 +344,8 @@ class Pass:
             for use in uses:
                 records[use.record] = None
             self.finished.add(id(gathered.parameter))
-            self.context.log(partial(_fields_set, uses[0]))
+            if self.context.debug:
+                self.context.log(f"{uses[0].record.where}, parameter {uses[0].name!r}: fields set")
         for record in records:
             if self.finished.issuperset(map(id, self.wanted.of(record).values())):
                 self._hook(record)
@@ -394,10 +396,6 @@ class Pass:
         self.inner.clear()
         self.shared.clear()
         self.promised.clear()
-
-
-def _fields_set(use: Use) -> str:
-    return f"{use.record.where}, parameter {use.name!r}: fields set"
 
 
 def _has_definition(entry: Mark) -> bool:

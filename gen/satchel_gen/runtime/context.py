@@ -68,9 +68,9 @@ class backpack:
         if kind is None and self.extensions and not self.reached:
             raise NothingReached(self.demand.names)
 
-    def log(self, message: Callable[[], str]) -> None:
-        if self.debug:
-            print(f"[backpack] {message()}")
+    def log(self, message: str) -> None:
+        """Print what the engine does; to be asked for under `debug`."""
+        print(f"[backpack] {message}")
 
 
 def active() -> backpack | None:

@@ -98,7 +98,7 @@ class Harvest:
         """Σ_n g_n of the parameter's first use, if individual gradients are computed for what is asked of δ: these are kept then."""
         gathered = self.of(parameter)
         use, *others = gathered.uses
-        duty = self._duty([use])
+        duty = self.demand.duty((use.key,))
         if others or not duty.gradient or use.factor is None:  # without a loss, a walk may find one use alone
             return None
         self._free(parameter, duty)
@@ -116,7 +116,7 @@ class Harvest:
             results[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
         del self._gathered[id(parameter)]
         gathered.release()
-        duty = self._duty(uses)
+        duty = self.demand.duty(tuple(map(_key, uses)))
         self._free(parameter, duty)
         graph = torch.is_grad_enabled()  # create_graph=True
         found: dict[Need, Tensor] = {}
@@ -144,9 +144,6 @@ class Harvest:
         for use in uses:
             use.release()
         return uses
-
-    def _duty(self, uses: Sequence[Use]) -> Duty:
-        return self.demand.duty(tuple(map(_key, uses)))
 
     def _free(self, parameter: Tensor, duty: Duty) -> None:
         """Nothing can be refused any more: the memory of the fields of the pass before may serve again."""

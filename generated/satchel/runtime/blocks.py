@@ -123,14 +123,14 @@ def _in_blocks(
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The same, squared deviations by their running mean."""
     V, N, *_ = factor.shape
+    full = V, N, *shape
     writes = writes and not torch.is_grad_enabled()  # what is differentiated cannot be written to a place
     dtype = widened_dtype((factor, *operands))
     wide, long = block_shape(V, N, prod(shape), keep is not None)
     if wide >= V and long >= N:
         place = None
         if writes:
-            block = V, N, *shape
-            place = shared(block, dtype, factor.device) if keep is None else empty(block, dtype, keep)
+            place = shared(full, dtype, factor.device) if keep is None else empty(full, dtype, keep)
         pullbacks = _pulled(pull, factor, operands, place)
         return _reduced(reductions, pullbacks, signs), None if keep is None else pullbacks
     totals: dict[str, _Total | _Deviations] = {
@@ -140,7 +140,7 @@ def _in_blocks(
     deviations = next((total for total in totals.values() if isinstance(total, _Deviations)), None)
     if deviations is not None and SUM in totals:
         del totals[SUM]
-    kept = None if keep is None else empty((V, N, *shape), dtype, keep)
+    kept = None if keep is None else empty(full, dtype, keep)
     room = shared((wide, long, *shape), dtype, factor.device) if kept is None and writes else None
     for columns, samples in blocks(V, N, prod(shape), keep is not None):
         own = [*(some[samples] for some in operands[:by_sample]), *operands[by_sample:]]

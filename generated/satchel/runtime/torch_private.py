@@ -65,6 +65,7 @@ graph_task: Callable[[], int] = torch._C._current_graph_task_id
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 #: The tensor that a tensor is a differentiable view of, or None.
 view_base: Callable[[Tensor], Tensor | None] = attrgetter("_base")
+_shape: Callable[[Any], list[int]] = attrgetter("shape")
 #: The type of the nodes that add to the gradients of leaves.
 ACCUMULATOR: type[Node] = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 #: What `nn.Linear` puts between its product and its weight.
@@ -130,7 +131,7 @@ def node_output_count(node: Node) -> int:
 
 def node_output_shapes(node: Node) -> tuple[tuple[int, ...], ...]:
     """Shapes of all gradients that `node` receives."""
-    return tuple([tuple(received.shape) for received in node._input_metadata])
+    return tuple(map(tuple, map(_shape, node._input_metadata)))
 
 
 def node_output_shape(node: Node, output_nr: int) -> tuple[int, ...]:
