@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from satchel import backpack, extend
-from satchel.extensions import BatchGrad, DiagGGNExact
+from satchel.extensions import KFAC, BatchGrad, DiagGGNExact, DiagHessian
 
 MIXING = {
     "subtract the first": lambda h: h - h[:1],
@@ -67,3 +67,34 @@ def test_subsampling_beyond_the_batch_is_refused_before_a_field_is_set():
     ):
         loss(model(torch.randn(4, 3)), torch.randn(4, 2)).backward()
     assert not any(hasattr(parameter, "diag_ggn_exact") for parameter in model.parameters())
+
+
+def test_some_samples_of_an_embedding_whose_positions_are_rows():
+    """Row k of its indices is no sample."""
+    embedding, loss = extend(nn.Embedding(7, 3)), extend(nn.MSELoss())
+    x, y = torch.randint(7, (5, 2)), torch.randn(5, 2, 3)
+
+    def grad_batch(**options):
+        with backpack(BatchGrad(**options)):
+            loss(embedding(x.flatten()).unflatten(0, x.shape), y).backward()
+        return embedding.weight.grad_batch
+
+    torch.testing.assert_close(grad_batch(subsampling=[3, -4]), grad_batch()[[3, 1]])
+
+
+def test_a_class_alone_has_no_curvature():
+    """Its exact factor has no columns; positions make the rules products of matrices."""
+    model, head = extend(nn.Linear(4, 5)), extend(nn.Linear(5, 1))
+    loss = extend(nn.CrossEntropyLoss())
+    with backpack(DiagGGNExact(), DiagHessian()):
+        loss(head(model(torch.randn(5, 3, 4)).tanh().mean(1)), torch.zeros(5).long()).backward()
+    for parameter in (*model.parameters(), *head.parameters()):
+        assert not parameter.diag_ggn_exact.any() and not parameter.diag_h.any()
+
+
+@pytest.mark.parametrize("width", [10, 300])
+def test_the_input_factor_of_an_empty_batch_is_a_mean_over_nothing(width):
+    model, loss = extend(nn.Linear(width, 3)), extend(nn.CrossEntropyLoss())
+    with backpack(KFAC()):
+        loss(model(torch.randn(0, width)), torch.zeros(0).long()).backward()
+    assert model.weight.kfac[1].shape == (width, width) and model.weight.kfac[1].isnan().all()

@@ -181,6 +181,7 @@ def _reduced(reductions: Mapping[str, Reduction], pullbacks: Tensor, signs: Sequ
 class Blockwise:
     """The program of one quantity by blocks of individual pullbacks. writes: whether `pull` takes `out`."""
 
+    #: What Python takes around the blocks, in operations: some 20 µs within a step, 8 where nothing else has used the caches.
     overhead: ClassVar[int] = 4
     pull: Callable[..., Tensor]
     reduction: Reduction

@@ -106,7 +106,7 @@ class Program:
 
     @property
     def seconds_among_others(self) -> float:
-        """Where the products themselves are there already."""
+        """Where the products themselves are there already, and the loop over blocks, too."""
         return replace(self, flops=0, elements=0)._work + self.calls * machine.seconds_per_call
 
 
@@ -197,8 +197,8 @@ def blocks(columns: int, samples: int, each: int, kept: bool = False) -> Iterato
 
 
 def block_shape(columns: int, samples: int, each: int, kept: bool = False) -> tuple[int, int]:
-    """Columns and samples of the first of these blocks, the largest; it is all where the products are kept and exceed the cache by
-    little: joining blocks is a copy to fresh pages.
+    """The most columns and samples that a block of `blocks` has; all, where products that are kept exceed the cache by little, for
+    joining blocks is a copy to fresh pages.
 
     Columns first: they share what is made of a sample, which pays for a few that leave the nearest cache. Blocks of samples are
     of one length: a short one at the end costs as many calls.

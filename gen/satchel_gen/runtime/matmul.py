@@ -42,7 +42,7 @@ def matmul(left: Tensor, right: Tensor, out: Out = None) -> Tensor:
 
 def _alone(left: Tensor, right: Tensor, place: Tensor | None) -> bool:
     """Whether the products of each column are computed by a call of their own, from operands as they lie: a common one copies them."""
-    return len(left) == 1 or (place is not None and left[0].numel() * right.shape[-1] >= _APART)
+    return len(left) == 1 or (place is not None and left.shape[1:].numel() * right.shape[-1] >= _APART)
 
 
 def _with_matrix(left: Tensor, right: Tensor, out: Out) -> Tensor:
@@ -66,6 +66,8 @@ def quotient(left: Tensor, right: Tensor, over: int, out: Out = None) -> Tensor:
     """A B / over of two matrices: by the product itself, or of A, if that is not computed in `out`."""
     if over == 1:
         return matmul(left, right, out)
+    if not over:  # a mean over nothing
+        return matmul(left, right) / over
     if out is None or left.is_cuda or _saves_more_than_pages(left, right):
         return matmul(torch.div(left, over, out=scratch(left)), right, out)
     place = placed_or_new(out, (len(left), right.shape[1]), left)

@@ -1,4 +1,4 @@
-"""Quantities for some samples of a batch: their tensors are taken out first, so that nothing is computed for the others."""
+"""Quantities for some samples of a batch: of canonical tensors, whose first axis they are, so that nothing is computed for the others."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _by_samples(needs: tuple[Need, ...]) -> list[tuple[tuple[int, ...] | None, d
 
 
 class _Restricted(Use):
-    """The same use on a batch of the listed samples."""
+    """The same use, its operands those of the listed samples; the record is still the whole batch's."""
 
     def __init__(self, use: Use, samples: list[int]) -> None:
         super().__init__(use.record, use.name, None if use.factor is None else use.factor[:, samples])

@@ -138,8 +138,9 @@ class _Joined(Use):
 
     def _operand(self, name: str) -> Any:
         axes = {"input": self.layer.input_axes, "output": self.layer.output_axes}.get(name)
-        found = [use.operand(name) for use in self.uses]
-        return found[0] if axes is None else _cat(found, axes, 0)
+        if axes is None:
+            return self.uses[0].operand(name)
+        return _cat([use.operand(name) for use in self.uses], axes, 0)
 
 
 def _cat(tensors: Sequence[Tensor], axes: Axes, lead: int) -> Tensor:

@@ -65,9 +65,10 @@ graph_task: Callable[[], int] = torch._C._current_graph_task_id
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 #: The tensor that a tensor is a differentiable view of, or None.
 view_base: Callable[[Tensor], Tensor | None] = attrgetter("_base")
-_shape: Callable[[Any], list[int]] = attrgetter("shape")
 #: The type of the nodes that add to the gradients of leaves.
 ACCUMULATOR: type[Node] = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
+#: Shape of a gradient that a node receives.
+_shape: Callable[[Any], list[int]] = attrgetter("shape")
 #: What `nn.Linear` puts between its product and its weight.
 _TRANSPOSE = "TBackward0"
 
