@@ -3,8 +3,9 @@
     .venv-bench/bin/python benchmarks/replayed.py 3c3d DiagGGNExact,KFAC
 
 CPU time on two threads, as ratios to the gradient's: the step as it is, all of its operations, its products and convolutions. Each
-of the last two stands for those of the gradient, too, in place of which it is put. They are floors: operands are there, results are
-dropped at once and leave their memory warm. Where one exceeds a target, the same operations cannot meet it on this machine.
+of the last two stands for those of the gradient, too, in place of which it is put. Operands are there, and results are dropped at
+once and leave their memory warm: where products alone exceed a target, the same products cannot meet it on this machine. All of the
+operations may take more than the step: the recording holds their operands, so that nothing is written in the place of one.
 """
 
 from __future__ import annotations

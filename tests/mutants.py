@@ -35,6 +35,10 @@ class Mutant:
     new: str
     tests: str = FEATURES
 
+    def occurrences(self, root: Path = ROOT) -> int:
+        """How often `old` stands in the file; once, where the mutant can be made."""
+        return (root / self.file).read_text().count(self.old)
+
 
 GEN = "gen/satchel_gen"
 MUTANTS = [
@@ -142,8 +146,8 @@ MUTANTS = [
            "tests/test_sums.py"),
     Mutant("runtime: what is standardised is not centred", f"{GEN}/runtime/sums.py", "torch.sub(tensor, mean, out",
            "torch.sub(tensor, 0 * mean, out", "tests/test_sums.py"),
-    Mutant("runtime: blocks in the place of an earlier one", f"{GEN}/runtime/blocks.py", "place = kept[columns, samples]",
-           "place = kept[columns, : samples.stop - samples.start]", "tests/test_memory.py"),
+    Mutant("runtime: blocks in the place of an earlier one", f"{GEN}/runtime/blocks.py", "else kept[columns, samples]",
+           "else kept[columns, : samples.stop - samples.start]", "tests/test_memory.py"),
     Mutant("lowering: axes of a pullback in another order", f"{GEN}/lowering/squares.py", "(*axes, *own, *order)",
            "(*axes, *own[::-1], *order)", "tests/test_memory.py"),
     Mutant("runtime: deviations without the drift of their mean", f"{GEN}/runtime/blocks.py", "value=-1 / self.count",
@@ -238,10 +242,9 @@ def killed(mutant: Mutant) -> tuple[bool, str]:
         ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis")
         shutil.copytree(ROOT, root, ignore=ignored)
         path = root / mutant.file
-        text = path.read_text()
-        if text.count(mutant.old) != 1:
-            return False, f"{mutant.old!r} occurs {text.count(mutant.old)} times in {mutant.file}"
-        path.write_text(text.replace(mutant.old, mutant.new))
+        if (count := mutant.occurrences(root)) != 1:
+            return False, f"{mutant.old!r} occurs {count} times in {mutant.file}"
+        path.write_text(path.read_text().replace(mutant.old, mutant.new))
         paths = os.pathsep.join(str(root / part) for part in ("generated", "gen", "tests"))
         environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         made = _run(["-m", "satchel_gen", "generate"], root, environment)

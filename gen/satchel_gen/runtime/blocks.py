@@ -36,7 +36,7 @@ class _Total:
 
     def add(self, pullbacks: Tensor, signs: tuple[Tensor, ...], first: int) -> None:
         """`first`: the first sample of the block."""
-        value = self.reduction.function(pullbacks, *(signs if self.reduction.signed else ()))
+        value = _applied(self.reduction, pullbacks, signs)
         key = first if self.reduction.over == "columns" else 0
         self.parts[key] = self.parts[key].add_(value) if key in self.parts else value
 
@@ -143,16 +143,13 @@ def _in_blocks(
     for columns, samples in blocks(V, N, prod(shape), keep is not None):
         own = [*(some[samples] for some in operands[:by_sample]), *operands[by_sample:]]
         block = factor[columns, samples]
-        place = None
-        if kept is not None:
-            place = kept[columns, samples]
-        elif room is not None:
-            place = room[: len(block), : block.shape[1]]
-        pullbacks = _pulled(pull, block, own, place if writes else None)
+        place = None if kept is None else kept[columns, samples]
+        spare = None if room is None else room[: len(block), : block.shape[1]]
+        pullbacks = _pulled(pull, block, own, place if writes and place is not None else spare)
         own_signs = tuple([some[columns, samples] for some in signs])
         for total in totals.values():
             total.add(pullbacks, own_signs, samples.start)
-        if kept is not None and place is not None and pullbacks.data_ptr() != place.data_ptr():
+        if place is not None and pullbacks.data_ptr() != place.data_ptr():
             place.copy_(pullbacks)
     found = {name: total.value for name, total in totals.items()}
     if deviations is not None and SUM in reductions:  # they have it
@@ -173,8 +170,12 @@ def _reduced(reductions: Mapping[str, Reduction], pullbacks: Tensor, signs: Sequ
             deviations.add(pullbacks, (), 0)
             found[name] = deviations.value
         else:
-            found[name] = reduction.function(pullbacks, *signs) if reduction.signed else reduction.function(pullbacks)
+            found[name] = _applied(reduction, pullbacks, signs)
     return found
+
+
+def _applied(reduction: Reduction, pullbacks: Tensor, signs: Sequence[Tensor]) -> Tensor:
+    return reduction.function(pullbacks, *signs) if reduction.signed else reduction.function(pullbacks)
 
 
 @dataclass(frozen=True)
